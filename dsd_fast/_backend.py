@@ -1,0 +1,116 @@
+"""Access to the compiled module ``dsd_fast._C`` and the choice of backend.
+
+Every op runs compiled code for the device its tensors are on. The pure-torch reference is an
+explicit choice, made by the environment variable ``DSD_BACKEND=torch`` (read at each call), and
+never a silent fallback. The compiled module is never None: it is there, or an ImportError tells why
+not.
+"""
+
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+_BACKENDS = ("compiled", "torch")
+
+
+@cache
+def _load() -> ModuleType | ImportError:
+    try:
+        from dsd_fast import _C
+    except ImportError as error:
+        return error
+    return _C
+
+
+def extension() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        ImportError: it is not built or does not load; the cause is in the text and chained.
+    """
+    loaded = _load()
+    if isinstance(loaded, ImportError):
+        raise ImportError(
+            f"dsd_fast's compiled kernels do not load: {loaded}. Build them with `pip install -e .` "
+            "in the source folder, or choose the slow pure-torch reference with DSD_BACKEND=torch."
+        ) from loaded
+    return loaded
+
+
+def use_reference() -> bool:
+    """True when ``DSD_BACKEND=torch`` asks for the pure-torch reference of every op.
+
+    Raises:
+        ValueError: ``DSD_BACKEND`` has another value than "compiled", "torch" or nothing.
+    """
+    value = os.environ.get("DSD_BACKEND") or "compiled"
+    if value not in _BACKENDS:
+        raise ValueError(f"DSD_BACKEND must be one of {', '.join(_BACKENDS)}, got {value!r}")
+    return value == "torch"
+
+
+def runs_on(capability: tuple[int, int], archs: str) -> bool:
+    """Whether code built for `archs` (build_info's text, "86-real 90-virtual") runs on a GPU.
+
+    Machine code runs within its major version from its own minor version on, PTX on everything not
+    older; the suffixes "a" and "f" bind code to one version or family and count as exact.
+    """
+    device = capability[0] * 10 + capability[1]
+    for item in archs.split():
+        number, kind = item.split("-")
+        if number[-1] in "af":
+            fits = int(number[:-1]) == device
+        elif kind == "virtual":
+            fits = int(number) <= device
+        else:
+            fits = int(number) // 10 == capability[0] and int(number) <= device
+        if fits:
+            return True
+    return False
+
+
+@cache
+def _check_cuda_device(index: int) -> None:
+    """Raises RuntimeError in words when the compiled module cannot run on CUDA device `index`."""
+    info = extension().build_info()
+    if info["cuda"] is None:
+        raise RuntimeError(
+            "tensors are on a CUDA device, but dsd_fast was built for the CPU only. Rebuild it "
+            "where nvcc is found (CUDA_HOME, PATH, or `pip install nvidia-cuda-nvcc`; DSD_CUDA=1 "
+            "insists), or choose the slow pure-torch reference with DSD_BACKEND=torch."
+        )
+    capability = torch.cuda.get_device_capability(index)
+    if not runs_on(capability, info["cuda_archs"]):
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(index)} has compute capability "
+            f"{capability[0]}.{capability[1]}, but dsd_fast was built for {info['cuda_archs']}. "
+            f"Rebuild it with DSD_CUDA_ARCHS={capability[0]}.{capability[1]}."
+        )
+
+
+def target(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(device index or -1, CUDA stream, CPU threads): the last three arguments of a binding.
+
+    The launch goes to the device of `tensor` and, on CUDA, to torch's current stream there.
+
+    Raises:
+        RuntimeError: a CUDA tensor and no code for its GPU.
+        ValueError: neither a CPU nor a CUDA tensor.
+    """
+    device = tensor.device
+    if device.type == "cpu":
+        return -1, 0, torch.get_num_threads()
+    if device.type == "cuda":
+        _check_cuda_device(device.index)
+        return device.index, torch.cuda.current_stream(device).cuda_stream, 0
+    raise ValueError(
+        f"dsd_fast has compiled kernels for cpu and cuda, got a tensor on {device}. "
+        "DSD_BACKEND=torch selects the pure-torch reference, which runs anywhere."
+    )
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The tensor's data pointer for a binding, 0 for an absent one."""
+    return 0 if tensor is None else tensor.data_ptr()

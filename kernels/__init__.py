@@ -1,0 +1,1 @@
+"""Triton kernels of dsd_fast, imported as ``dsd_fast.kernels`` and only when a GPU pass asks."""

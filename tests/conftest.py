@@ -1,0 +1,47 @@
+"""Shared fixtures: devices, golden numbers, and memory that shows who forgot to write it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DATA = Path(__file__).parent / "data"
+
+cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty and its kin return NaN (floats) or the largest value (integers).
+
+    An op that leaves a part of its output unwritten then fails loudly instead of by chance.
+    """
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    # Filling happens in deterministic mode only; warn_only keeps ops without such a mode usable.
+    mode = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=cuda_only)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device the compiled backend can run on here."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], tuple[dict[str, torch.Tensor], dict]]:
+    """golden(name): tensors and settings of tests/data/<name>, numbers made by the peers' code."""
+
+    def load(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+        settings = json.loads((DATA / f"{name}.json").read_text())
+        return load_file(DATA / f"{name}.safetensors"), settings
+
+    return load
