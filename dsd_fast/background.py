@@ -1,0 +1,64 @@
+"""A learned environment map as background."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsd_fast import ops
+from dsd_fast.mlp import MLP
+
+_N_HARMONICS = 9
+
+
+@dataclass
+class BackgroundConfig:
+    # Replace the background of some training views by one random colour.
+    random_aug: bool = True
+    # The share of those views.
+    random_aug_prob: float = 0.5
+    # One fixed colour (r g b in 0 to 1) in previews and evaluation instead of the learned map.
+    eval_color: tuple[float, float, float] | None = None
+    # Neurons of the hidden layers.
+    n_neurons: int = 16
+    # Hidden layers of the network.
+    n_hidden_layers: int = 2
+
+
+class Background(nn.Module):
+    """Colour of a ray direction: spherical harmonics of degree 3 → MLP → sigmoid, float32."""
+
+    def __init__(self, cfg: BackgroundConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.network = MLP(
+            _N_HARMONICS,
+            3,
+            n_neurons=cfg.n_neurons,
+            n_hidden_layers=cfg.n_hidden_layers,
+            generator=generator,
+        )
+
+    def forward(
+        self, dirs: Tensor, training: bool, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Colours [B,H,W,3] in (0, 1) of unit directions [B,H,W,3].
+
+        In training the CPU `generator` decides whether every view gets one random colour instead;
+        the network then receives zero gradients.
+        """
+        if not training and self.cfg.eval_color is not None:
+            return dirs.new_tensor(self.cfg.eval_color).expand(dirs.shape)
+        if training and self.cfg.random_aug:
+            if generator is None:
+                raise ValueError("background: training needs a generator, got None")
+            if torch.rand((), generator=generator) < self.cfg.random_aug_prob:
+                color = torch.rand(dirs.shape[0], 1, 1, 3, generator=generator).to(dirs)
+                # Zero gradients, not none: an optimizer with momentum treats the two differently.
+                zero = sum(0.0 * weight.sum() for weight in self.parameters())
+                return (color + zero).expand(dirs.shape)
+        with torch.autocast(dirs.device.type, enabled=False):
+            harmonics = ops.spherical_harmonics(dirs.reshape(-1, 3))
+            return torch.sigmoid(self.network(harmonics)).reshape(dirs.shape)

@@ -1,0 +1,326 @@
+"""Random training cameras, fixed evaluation cameras and their rays.
+
+World: right-handed, +z up; azimuth is measured from +x towards +y, so that azimuth 0, the "front",
+has the camera on +x. Camera: OpenGL, it looks along its -z, +y is up, +x is right.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class CameraConfig:
+    # Width of the training images in pixels; one number, or one per resolution stage.
+    width: int | tuple[int, ...] = (128, 512)
+    # Height of the training images in pixels; one number, or one per resolution stage.
+    height: int | tuple[int, ...] = (128, 512)
+    # Views per training step; one number, or one per resolution stage.
+    batch_size: int | tuple[int, ...] = (1, 1)
+    # Steps at which the next resolution stage begins.
+    resolution_milestones: tuple[int, ...] = (5000,)
+    # Elevation of training cameras in degrees (lowest, highest).
+    elevation_range: tuple[float, float] = (-10.0, 45.0)
+    # Azimuth of training cameras in degrees (lowest, highest).
+    azimuth_range: tuple[float, float] = (-180.0, 180.0)
+    # Distance of training cameras from the origin (nearest, farthest).
+    camera_distance_range: tuple[float, float] = (1.5, 2.0)
+    # Vertical field of view of training cameras in degrees (narrowest, widest).
+    fovy_range: tuple[float, float] = (40.0, 70.0)
+    # Largest shift of the camera position, per axis, uniform.
+    camera_perturb: float = 0.1
+    # Standard deviation of the point looked at, per axis.
+    center_perturb: float = 0.2
+    # Standard deviation of the up vector, per axis.
+    up_perturb: float = 0.02
+    # Distance of the light from the origin (nearest, farthest).
+    light_distance_range: tuple[float, float] = (0.8, 1.5)
+    # Standard deviation of the light direction around the camera's (dreamfusion lights only).
+    light_position_perturb: float = 1.0
+    # Lights around the camera direction (dreamfusion) or on a ring around it (magic3d).
+    light_sample_strategy: Literal["dreamfusion", "magic3d"] = "dreamfusion"
+    # Spread the azimuths of a batch evenly over the range.
+    batch_uniform_azimuth: bool = True
+    # Widen the view ranges from the evaluation view to the full ranges over this many steps.
+    progressive_until: int = 0
+    # Height of evaluation images in pixels.
+    eval_height: int = 512
+    # Width of evaluation images in pixels.
+    eval_width: int = 512
+    # Elevation of evaluation cameras in degrees.
+    eval_elevation_deg: float = 15.0
+    # Distance of evaluation cameras from the origin.
+    eval_camera_distance: float = 2.0
+    # Vertical field of view of evaluation cameras in degrees.
+    eval_fovy_deg: float = 70.0
+    # Number of views of the turntable.
+    n_test_views: int = 120
+
+
+@dataclass(frozen=True)
+class CameraBatch:
+    """B cameras, their lights and their rays; float32 tensors on one device.
+
+    `elevation_deg`, `azimuth_deg` and `distance` are nominal: those drawn before the pose was
+    perturbed. They are what the guidance sees.
+    """
+
+    c2w: Tensor  # [B,4,4] camera-to-world, columns right, up, backward, position
+    fovy: Tensor  # [B] vertical field of view, radians
+    rays_o: Tensor  # [B,H,W,3] ray origins (an expanded view: do not write to it)
+    rays_d: Tensor  # [B,H,W,3] unit ray directions
+    light_positions: Tensor  # [B,3]
+    camera_positions: Tensor  # [B,3]
+    elevation_deg: Tensor  # [B]
+    azimuth_deg: Tensor  # [B]
+    distance: Tensor  # [B]
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return self.c2w.shape[0]
+
+    def to(self, device: torch.device | str) -> CameraBatch:
+        """The same cameras on another device."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor) and field.name != "rays_o"
+        }
+        # Expanding again moves B·3 numbers instead of B·H·W·3.
+        moved["rays_o"] = _expand_origins(moved["camera_positions"], self.height, self.width)
+        return replace(self, **moved)
+
+
+def look_at(positions: Tensor, centers: Tensor, up: Tensor) -> Tensor:
+    """Camera-to-world matrices [B,4,4] of cameras at `positions` [B,3] that look at `centers`."""
+    forward = F.normalize(centers - positions, dim=-1)
+    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
+    true_up = F.normalize(torch.linalg.cross(right, forward), dim=-1)
+    c2w = torch.zeros(len(positions), 4, 4, dtype=positions.dtype, device=positions.device)
+    c2w[:, :3] = torch.stack([right, true_up, -forward, positions], dim=-1)
+    c2w[:, 3, 3] = 1.0
+    return c2w
+
+
+def camera_rays(c2w: Tensor, fovy: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Origins and unit directions [B,H,W,3] of the rays through the pixel centres.
+
+    c2w [B,4,4], fovy [B] in radians; focal length 0.5·H/tan(fovy/2) on both axes, principal point
+    in the middle. The origins are an expanded view of the camera positions.
+    """
+    focal = 0.5 * height / torch.tan(0.5 * fovy)
+    columns = torch.arange(width, dtype=c2w.dtype, device=c2w.device) + 0.5 - width / 2
+    rows = torch.arange(height, dtype=c2w.dtype, device=c2w.device) + 0.5 - height / 2
+    right, up, backward = c2w[:, None, None, :3, :3].unbind(-1)
+    x = (columns / focal[:, None])[:, None, :, None]
+    y = (-rows / focal[:, None])[:, :, None, None]
+    directions = F.normalize(x * right + y * up - backward, dim=-1)
+    return _expand_origins(c2w[:, :3, 3], height, width), directions
+
+
+def orbit_positions(elevation: Tensor, azimuth: Tensor, distance: Tensor) -> Tensor:
+    """Positions [B,3] on a sphere around the origin; angles [B] in radians."""
+    horizontal = torch.cos(elevation)
+    directions = torch.stack(
+        [horizontal * torch.cos(azimuth), horizontal * torch.sin(azimuth), torch.sin(elevation)],
+        dim=-1,
+    )
+    return distance[:, None] * directions
+
+
+class RandomCameras:
+    """Draws training cameras, as DreamFusion's random views.
+
+    A batch belongs to the step it is asked for. (The reference builds batches ahead of time, so its
+    resolution change and its first progressive view come up to two steps later.)
+    """
+
+    def __init__(self, cfg: CameraConfig) -> None:
+        self.cfg = cfg
+        n_stages = len(cfg.resolution_milestones) + 1
+        if list(cfg.resolution_milestones) != sorted(set(cfg.resolution_milestones)):
+            raise ValueError(
+                f"resolution_milestones must grow, got {list(cfg.resolution_milestones)}"
+            )
+        self._heights = _per_stage("height", cfg.height, n_stages)
+        self._widths = _per_stage("width", cfg.width, n_stages)
+        self._batch_sizes = _per_stage("batch_size", cfg.batch_size, n_stages)
+        for name in (
+            "elevation_range",
+            "azimuth_range",
+            "camera_distance_range",
+            "fovy_range",
+            "light_distance_range",
+        ):
+            low, high = getattr(cfg, name)
+            if low > high:
+                raise ValueError(f"{name}: expected (low, high), got ({low}, {high})")
+
+    def stage(self, step: int) -> int:
+        """Index of the resolution stage of a step."""
+        return bisect_right(self.cfg.resolution_milestones, step)
+
+    def sample(
+        self, step: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> CameraBatch:
+        """Draw the cameras of a training step from the CPU `generator`; rays made on `device`."""
+        cfg = self.cfg
+        stage = self.stage(step)
+        height, width = self._heights[stage], self._widths[stage]
+        batch = self._batch_sizes[stage]
+        opening = min(1.0, step / (cfg.progressive_until + 1))
+        low_elevation, high_elevation = (
+            _lerp(cfg.eval_elevation_deg, bound, opening) for bound in cfg.elevation_range
+        )
+        low_azimuth, high_azimuth = (_lerp(0.0, bound, opening) for bound in cfg.azimuth_range)
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(*shape, generator=generator)
+
+        def normal(scale: float) -> Tensor:
+            return scale * torch.randn(batch, 3, generator=generator)
+
+        # Half of the batches are uniform in elevation, half uniform in area on the sphere.
+        if torch.rand((), generator=generator) < 0.5:
+            elevation = torch.deg2rad(uniform(low_elevation, high_elevation, batch))
+        else:
+            low, high = (math.sin(math.radians(e)) for e in (low_elevation, high_elevation))
+            elevation = torch.asin(uniform(low, high, batch))
+        if cfg.batch_uniform_azimuth:
+            parts = (torch.rand(batch, generator=generator) + torch.arange(batch)) / batch
+            azimuth_deg = low_azimuth + (high_azimuth - low_azimuth) * parts
+        else:
+            azimuth_deg = uniform(low_azimuth, high_azimuth, batch)
+        distance = uniform(*cfg.camera_distance_range, batch)
+        positions = orbit_positions(elevation, torch.deg2rad(azimuth_deg), distance)
+        positions = positions + uniform(-cfg.camera_perturb, cfg.camera_perturb, batch, 3)
+        centers = normal(cfg.center_perturb)
+        up = torch.tensor([0.0, 0.0, 1.0]) + normal(cfg.up_perturb)
+        fovy = torch.deg2rad(uniform(*cfg.fovy_range, batch))
+        light_distance = uniform(*cfg.light_distance_range, batch)
+        if cfg.light_sample_strategy == "dreamfusion":
+            light_direction = F.normalize(positions + normal(cfg.light_position_perturb), dim=-1)
+        elif cfg.light_sample_strategy == "magic3d":
+            light_azimuth = uniform(-math.pi, math.pi, batch)
+            light_elevation = uniform(math.pi / 6, math.pi / 2, batch)
+            local = orbit_positions(light_elevation, light_azimuth, torch.ones(batch))
+            light_direction = (_camera_frame(positions) @ local[:, :, None])[:, :, 0]
+        else:
+            raise ValueError(
+                "light_sample_strategy: expected 'dreamfusion' or 'magic3d', "
+                f"got {cfg.light_sample_strategy!r}"
+            )
+        return _camera_batch(
+            look_at(positions, centers, up),
+            fovy,
+            light_distance[:, None] * light_direction,
+            torch.rad2deg(elevation),
+            azimuth_deg,
+            distance,
+            height,
+            width,
+            device,
+        )
+
+
+def eval_camera(
+    cfg: CameraConfig,
+    azimuth_deg: float = 0.0,
+    elevation_deg: float | None = None,
+    size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+) -> CameraBatch:
+    """One unperturbed evaluation camera (B=1) with its light at the camera.
+
+    `elevation_deg` defaults to the configuration's, `size` is (height, width) instead of the
+    configuration's.
+    """
+    elevation = torch.tensor([cfg.eval_elevation_deg if elevation_deg is None else elevation_deg])
+    azimuth = torch.tensor([float(azimuth_deg)])
+    distance = torch.tensor([float(cfg.eval_camera_distance)])
+    height, width = size or (cfg.eval_height, cfg.eval_width)
+    positions = orbit_positions(torch.deg2rad(elevation), torch.deg2rad(azimuth), distance)
+    c2w = look_at(positions, torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]))
+    fovy = torch.deg2rad(torch.tensor([float(cfg.eval_fovy_deg)]))
+    return _camera_batch(c2w, fovy, positions, elevation, azimuth, distance, height, width, device)
+
+
+def turntable(
+    cfg: CameraConfig,
+    n_views: int | None = None,
+    size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[CameraBatch]:
+    """Evaluation cameras once around the object, one at a time.
+
+    Azimuths run from 0 to 360 degrees inclusive, so that the last view repeats the first.
+    """
+    n_views = cfg.n_test_views if n_views is None else n_views
+    for azimuth_deg in torch.linspace(0.0, 360.0, n_views).tolist():
+        yield eval_camera(cfg, azimuth_deg, size=size, device=device)
+
+
+def _camera_batch(
+    c2w: Tensor,
+    fovy: Tensor,
+    light_positions: Tensor,
+    elevation_deg: Tensor,
+    azimuth_deg: Tensor,
+    distance: Tensor,
+    height: int,
+    width: int,
+    device: torch.device | str,
+) -> CameraBatch:
+    # The few numbers of the pose are moved, the rays made where they are used.
+    c2w, fovy = c2w.to(device), fovy.to(device)
+    rays_o, rays_d = camera_rays(c2w, fovy, height, width)
+    return CameraBatch(
+        c2w=c2w,
+        fovy=fovy,
+        rays_o=rays_o,
+        rays_d=rays_d,
+        light_positions=light_positions.to(device),
+        camera_positions=c2w[:, :3, 3],
+        elevation_deg=elevation_deg.to(device),
+        azimuth_deg=azimuth_deg.to(device),
+        distance=distance.to(device),
+        height=height,
+        width=width,
+    )
+
+
+def _expand_origins(positions: Tensor, height: int, width: int) -> Tensor:
+    return positions[:, None, None, :].expand(-1, height, width, -1)
+
+
+def _camera_frame(positions: Tensor) -> Tensor:
+    """Rotations [B,3,3] whose third column points from the origin to the camera."""
+    z = F.normalize(positions, dim=-1)
+    x = F.normalize(torch.stack([z[:, 1], -z[:, 0], torch.zeros_like(z[:, 0])], dim=-1), dim=-1)
+    y = F.normalize(torch.linalg.cross(z, x), dim=-1)
+    return torch.stack([x, y, z], dim=-1)
+
+
+def _lerp(start: float, end: float, weight: float) -> float:
+    return (1.0 - weight) * start + weight * end
+
+
+def _per_stage(name: str, value: int | tuple[int, ...], n_stages: int) -> list[int]:
+    values = [value] * n_stages if isinstance(value, int) else list(value)
+    if len(values) != n_stages:
+        raise ValueError(
+            f"{name}: expected one number or {n_stages} numbers (one more than "
+            f"resolution_milestones), got {values}"
+        )
+    if any(v < 1 for v in values):
+        raise ValueError(f"{name}: expected positive numbers, got {values}")
+    return values

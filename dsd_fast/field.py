@@ -1,0 +1,272 @@
+"""The 3D field: hash grid → density, features, normals ("implicit volume").
+
+All arithmetic is float32 with autocast off (or float64, for a field converted to double).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsd_fast.encoding import HashGrid
+from dsd_fast.mlp import MLP
+
+NORMAL_TYPES = ("analytic", "finite_difference", "finite_difference_laplacian", "pred")
+DENSITY_ACTIVATIONS = ("softplus", "exp", "trunc_exp")
+DENSITY_BLOBS = ("blob_magic3d", "blob_dreamfusion")
+
+# Softplus is linear above this input, as in torch.
+_SOFTPLUS_THRESHOLD = 20.0
+# trunc_exp: the derivative stops growing at this input.
+_TRUNC_EXP_LIMIT = 15.0
+# Points per block of a query without gradients. Small blocks stay in the CPU's caches; on a GPU the
+# block only bounds memory (about 400 bytes a point).
+_QUERY_BLOCK = {"cpu": 16384, "cuda": 1 << 19}
+
+
+@dataclass
+class GridConfig:
+    # Number of resolutions.
+    n_levels: int = 16
+    # Features per level.
+    n_features: int = 2
+    # Base-2 logarithm of the largest table of a level.
+    log2_table_size: int = 19
+    # Resolution of the coarsest level.
+    base_resolution: int = 16
+    # Growth of the resolution from level to level.
+    per_level_scale: float = 1.447269237440378
+    # Levels used from the start.
+    start_level: int = 8
+    # Step after which further levels are unlocked.
+    start_step: int = 2000
+    # Steps from one unlocked level to the next.
+    update_steps: int = 500
+
+
+@dataclass
+class FieldConfig:
+    # The hash grid and when its levels are unlocked.
+    grid: GridConfig = field(default_factory=GridConfig)
+    # Half the edge of the box around the object.
+    radius: float = 2.0
+    # Initial shape added to the raw density: a cone (blob_magic3d), a Gaussian (blob_dreamfusion),
+    # or a constant.
+    density_bias: Literal["blob_magic3d", "blob_dreamfusion"] | float = "blob_magic3d"
+    # Height of the initial blob in raw density.
+    density_blob_scale: float = 10.0
+    # Size of the initial blob.
+    density_blob_std: float = 0.5
+    # From raw density to density.
+    density_activation: Literal["softplus", "exp", "trunc_exp"] = "softplus"
+    # Where normals come from: the density's gradient (analytic), differences of densities
+    # (finite_difference, finite_difference_laplacian), or a network of their own (pred).
+    normal_type: Literal[
+        "analytic", "finite_difference", "finite_difference_laplacian", "pred"
+    ] = "analytic"
+    # Distance of the points of finite differences.
+    finite_difference_normal_eps: float = 0.01
+    # Neurons of the hidden layers.
+    n_neurons: int = 64
+    # Hidden layers of each network.
+    n_hidden_layers: int = 1
+
+
+class FieldOutput(NamedTuple):
+    density: Tensor  # [N]
+    features: Tensor  # [N,3] before any activation
+    normal: Tensor | None  # [N,3] unit, outward
+
+
+class Field(nn.Module):
+    """Density, features and normals at points of the box [-radius, radius]³.
+
+    `grid.table` starts with the same numbers for every seed; the networks are drawn from
+    `generator`.
+    """
+
+    def __init__(self, cfg: FieldConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        _check_choice("normal_type", cfg.normal_type, NORMAL_TYPES)
+        _check_choice("density_activation", cfg.density_activation, DENSITY_ACTIVATIONS)
+        if not isinstance(cfg.density_bias, (int, float)):
+            _check_choice("density_bias", cfg.density_bias, (*DENSITY_BLOBS, "a number"))
+        if cfg.normal_type == "analytic" and cfg.n_hidden_layers != 1:
+            raise ValueError(
+                "normal_type 'analytic' needs n_hidden_layers = 1, got "
+                f"{cfg.n_hidden_layers}; use 'finite_difference' for deeper networks"
+            )
+        if not 1 <= cfg.grid.start_level <= cfg.grid.n_levels:
+            raise ValueError(
+                f"grid.start_level: expected 1 to n_levels = {cfg.grid.n_levels}, "
+                f"got {cfg.grid.start_level}"
+            )
+        self.cfg = cfg
+        self.grid = HashGrid(
+            cfg.grid.n_levels,
+            cfg.grid.n_features,
+            cfg.grid.log2_table_size,
+            cfg.grid.base_resolution,
+            cfg.grid.per_level_scale,
+        )
+        n_inputs = cfg.grid.n_levels * cfg.grid.n_features
+
+        def network(n_outputs: int) -> MLP:
+            return MLP(
+                n_inputs,
+                n_outputs,
+                n_neurons=cfg.n_neurons,
+                n_hidden_layers=cfg.n_hidden_layers,
+                generator=generator,
+            )
+
+        self.density_network = network(1)
+        self.feature_network = network(3)
+        self.normal_network = network(3) if cfg.normal_type == "pred" else None
+        self.set_step(0)
+
+    def set_step(self, step: int) -> None:
+        """Unlock the levels of a training step; the others read zero."""
+        grid = self.cfg.grid
+        unlocked = max(step - grid.start_step, 0) // grid.update_steps
+        self.grid.n_active_levels = min(grid.start_level + unlocked, grid.n_levels)
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density [N] at points [N,3] in world units.
+
+        Without gradients the points are taken in blocks, so that memory stays small.
+        """
+        with torch.autocast(points.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return self._density(points)
+            density = points.new_empty(len(points))
+            for block in _blocks(points):
+                density[block] = self._density(points[block])
+            return density
+
+    def forward(self, points: Tensor, normals: bool = True) -> FieldOutput:
+        """Everything at points [N,3]; `normal` is None where it is not asked for.
+
+        Gradients go to the grid and the networks, from normals too; not to the points.
+        """
+        with torch.autocast(points.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                return self._evaluate(points, normals)
+            outputs = [self._evaluate(points[block], normals) for block in _blocks(points)]
+            if not outputs:
+                return self._evaluate(points, normals)
+            density, features, normal = zip(*outputs, strict=True)
+            return FieldOutput(
+                torch.cat(density), torch.cat(features), torch.cat(normal) if normals else None
+            )
+
+    def _evaluate(self, points: Tensor, normals: bool) -> FieldOutput:
+        if normals and self.cfg.normal_type == "analytic":
+            encoded, jacobian = self.grid.value_and_jacobian(self._to_unit_cube(points))
+            density, normal = self._density_and_normal(points, encoded, jacobian)
+            return FieldOutput(density, self.feature_network(encoded), normal)
+        encoded = self.grid(self._to_unit_cube(points))
+        density = self._activate(self.density_network(encoded)[:, 0] + self._bias(points))
+        features = self.feature_network(encoded)
+        if not normals:
+            return FieldOutput(density, features, None)
+        if self.normal_network is not None:
+            normal = F.normalize(self.normal_network(encoded), dim=-1, eps=1e-12)
+        else:
+            normal = self._difference_normal(points, density)
+        return FieldOutput(density, features, normal)
+
+    def _density(self, points: Tensor) -> Tensor:
+        encoded = self.grid(self._to_unit_cube(points))
+        return self._activate(self.density_network(encoded)[:, 0] + self._bias(points))
+
+    def _density_and_normal(
+        self, points: Tensor, encoded: Tensor, jacobian: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Density [N] and its normal −∇σ/‖∇σ‖ [N,3] from the encoding and its Jacobian.
+
+        A bias-free ReLU layer is linear wherever its mask m does not change. With the network
+        W2·relu(W1·e) the gradient to the encoding is g = m·(W2ᵀ∘W1), the raw density is e·g, and
+        ∇raw = Jᵀg. The mask has no derivative, so that one ordinary backward pass through these
+        expressions gives the exact gradients to W1, W2 and the table, of density and normal both.
+        """
+        first, second = (layer.weight for layer in self.density_network.layers[::2])
+        with torch.no_grad():
+            mask = F.linear(encoded, first).gt_(0)
+        to_encoding = mask @ (second.t() * first)
+        raw = (encoded * to_encoding).sum(-1) + self._bias(points)
+        # The grid reads (p + radius) / (2·radius).
+        gradient = torch.bmm(to_encoding[:, None, :], jacobian)[:, 0, :] / (2 * self.cfg.radius)
+        gradient = (gradient + self._bias_gradient(points)) * self._activation_slope(raw)[:, None]
+        return self._activate(raw), -F.normalize(gradient, dim=-1, eps=1e-12)
+
+    def _difference_normal(self, points: Tensor, density: Tensor) -> Tensor:
+        eps = self.cfg.finite_difference_normal_eps
+        offsets = eps * torch.eye(3, dtype=points.dtype, device=points.device)
+
+        def shifted_density(offsets: Tensor) -> Tensor:
+            shifted = points[:, None, :] + offsets
+            shifted = shifted.clamp(-self.cfg.radius, self.cfg.radius)
+            return self._density(shifted.reshape(-1, 3)).reshape(-1, 3)
+
+        if self.cfg.normal_type == "finite_difference":
+            difference = shifted_density(offsets) - density[:, None]
+        else:
+            difference = 0.5 * (shifted_density(offsets) - shifted_density(-offsets))
+        return -F.normalize(difference / eps, dim=-1, eps=1e-12)
+
+    def _to_unit_cube(self, points: Tensor) -> Tensor:
+        return (points + self.cfg.radius) / (2 * self.cfg.radius)
+
+    def _bias(self, points: Tensor) -> Tensor | float:
+        cfg = self.cfg
+        if cfg.density_bias == "blob_magic3d":
+            distance = torch.linalg.vector_norm(points, dim=-1)
+            return cfg.density_blob_scale * (1.0 - distance / cfg.density_blob_std)
+        if cfg.density_bias == "blob_dreamfusion":
+            squared = points.square().sum(-1)
+            return cfg.density_blob_scale * torch.exp(-0.5 * squared / cfg.density_blob_std**2)
+        return float(cfg.density_bias)
+
+    def _bias_gradient(self, points: Tensor) -> Tensor | float:
+        cfg = self.cfg
+        if cfg.density_bias == "blob_magic3d":
+            # Zero, not NaN, at the tip of the cone.
+            slope = -cfg.density_blob_scale / cfg.density_blob_std
+            return slope * F.normalize(points, dim=-1, eps=1e-12)
+        if cfg.density_bias == "blob_dreamfusion":
+            return self._bias(points)[:, None] * points / -(cfg.density_blob_std**2)
+        return 0.0
+
+    def _activate(self, raw: Tensor) -> Tensor:
+        if self.cfg.density_activation == "softplus":
+            return F.softplus(raw, threshold=_SOFTPLUS_THRESHOLD)
+        if self.cfg.density_activation == "trunc_exp":
+            # Above the limit: the value of exp, with the constant slope exp(limit) as derivative.
+            limited = raw.clamp(max=_TRUNC_EXP_LIMIT)
+            tangent = (raw - raw.detach()) * torch.exp(limited.detach())
+            return torch.exp(raw).detach() + tangent
+        return torch.exp(raw)
+
+    def _activation_slope(self, raw: Tensor) -> Tensor:
+        if self.cfg.density_activation == "softplus":
+            return torch.sigmoid(raw)
+        if self.cfg.density_activation == "trunc_exp":
+            return torch.exp(raw.clamp(max=_TRUNC_EXP_LIMIT))
+        return torch.exp(raw)
+
+
+def _blocks(points: Tensor) -> Iterator[slice]:
+    size = _QUERY_BLOCK.get(points.device.type, _QUERY_BLOCK["cuda"])
+    for start in range(0, len(points), size):
+        yield slice(start, start + size)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,98 @@
+"""The regularisers of a rendering and their weights over the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsd_fast.renderer import OPAQUE, RenderOutput
+from dsd_fast.schedules import Schedule, ScheduleValue
+
+# Side of the normal image that convexity looks at.
+_CONVEX_SIZE = 8
+# Schedules below this switch the convexity off.
+_CONVEX_MIN_WEIGHT = 1e-6
+
+
+@dataclass
+class LossConfig:
+    # Weight of the distillation loss; each weight is a number or a schedule [s0, v0, v1, s1, …].
+    lambda_dsd: ScheduleValue = 1.0
+    # Weight against normals that face away from the camera.
+    lambda_orient: ScheduleValue = 0.1
+    # Weight against opacity.
+    lambda_sparsity: ScheduleValue = (0, 0.15, 0.0, 3000)
+    # Weight for pixels that are either empty or opaque.
+    lambda_opaque: ScheduleValue = 0.1
+    # Weight for convex shapes.
+    lambda_convex: ScheduleValue = (0, 1.0, 1.0, 5000)
+    # Weight against fog: variance of depth along a ray.
+    lambda_z_variance: ScheduleValue = 1.0
+
+
+def regularizers(
+    output: RenderOutput, cfg: LossConfig, step: int, epoch: int = 0
+) -> dict[str, tuple[Tensor, float]]:
+    """name -> (value, weight); add Σ value·weight to the distillation loss.
+
+    Terms of weight zero are left out. Values are 0-dim and finite for an empty rendering too.
+    """
+
+    def weight(value: ScheduleValue) -> float:
+        return Schedule.parse(value)(step, epoch)
+
+    terms = {
+        "orient": (orientation, weight(cfg.lambda_orient)),
+        "sparsity": (sparsity, weight(cfg.lambda_sparsity)),
+        "opaque": (opaqueness, weight(cfg.lambda_opaque)),
+        "z_variance": (depth_variance, weight(cfg.lambda_z_variance)),
+        "convex": (convexity, weight(cfg.lambda_convex)),
+    }
+    if terms["convex"][1] <= _CONVEX_MIN_WEIGHT:
+        del terms["convex"]
+    return {name: (term(output), weight) for name, (term, weight) in terms.items() if weight != 0}
+
+
+def orientation(output: RenderOutput) -> Tensor:
+    """Σ_samples w·max(0, n·d)² / number of rays that hit anything; w detached."""
+    facing_away = (output.normals * output.dirs).sum(-1).clamp(min=0.0)
+    n_hit = (output.opacity > 0).sum().clamp(min=1)
+    return (output.weights.detach() * facing_away.square()).sum() / n_hit
+
+
+def sparsity(output: RenderOutput) -> Tensor:
+    """Mean of √(opacity² + 0.01)."""
+    return (output.opacity.square() + 0.01).sqrt().mean()
+
+
+def opaqueness(output: RenderOutput) -> Tensor:
+    """Mean binary entropy of the opacity, clamped to [0.001, 0.999]."""
+    opacity = output.opacity.clamp(1e-3, 1.0 - 1e-3)
+    return -(opacity * opacity.log() + (1.0 - opacity) * (1.0 - opacity).log()).mean()
+
+
+def depth_variance(output: RenderOutput) -> Tensor:
+    """Mean variance of depth along the ray over opaque pixels; zero if there is none."""
+    n_opaque = (output.opacity > OPAQUE).sum().clamp(min=1)
+    return output.z_variance.sum() / n_opaque
+
+
+def convexity(output: RenderOutput) -> Tensor:
+    """Minus the mean z-components of cross products of neighbours in a small normal image.
+
+    The image holds (n+1)/2·opacity in world axes, as the official loss takes it: z is the world's
+    up, the value depends on opacity and is not invariant to rotations. It may be negative.
+    Horizontally left × right, vertically lower × upper.
+    """
+    normals = F.interpolate(
+        output.normal.permute(0, 3, 1, 2),
+        (_CONVEX_SIZE, _CONVEX_SIZE),
+        mode="bilinear",
+        align_corners=False,
+    )
+    x, y = normals[:, 0], normals[:, 1]
+    horizontal = x[:, :, :-1] * y[:, :, 1:] - y[:, :, :-1] * x[:, :, 1:]
+    vertical = x[:, 1:] * y[:, :-1] - y[:, 1:] * x[:, :-1]
+    return -(horizontal.mean() + vertical.mean())

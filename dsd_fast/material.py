@@ -1,0 +1,92 @@
+"""Diffuse material with an ambient and a point light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ShadingMode = Literal["albedo", "textureless", "diffuse"]
+Color = tuple[float, float, float]
+
+
+@dataclass
+class MaterialConfig:
+    # Colour of the ambient light.
+    ambient_light_color: tuple[float, float, float] = (0.1, 0.1, 0.1)
+    # Colour of the point light.
+    diffuse_light_color: tuple[float, float, float] = (0.9, 0.9, 0.9)
+    # Steps at the start that show the albedo alone.
+    ambient_only_steps: int = 1000
+    # After that, the share of training views that are lit.
+    diffuse_prob: float = 0.3
+    # Among the lit views, the share without texture.
+    textureless_prob: float = 0.75
+    # Show the albedo alone in previews, turntables and evaluation.
+    ambient_only_on_test: bool = False
+    # Draw the strength of the point light in training; the ambient light is the rest.
+    soft_shading: bool = False
+
+
+class Shading(NamedTuple):
+    """How one rendering is lit."""
+
+    mode: ShadingMode
+    ambient: Color
+    diffuse: Color
+
+
+def choose_shading(
+    cfg: MaterialConfig, step: int, training: bool, generator: torch.Generator | None = None
+) -> Shading:
+    """The shading of one rendering: drawn from the CPU `generator` in training, fixed otherwise."""
+    ambient, diffuse = tuple(cfg.ambient_light_color), tuple(cfg.diffuse_light_color)
+    ambient_only = step < cfg.ambient_only_steps
+    if not training:
+        albedo = ambient_only or cfg.ambient_only_on_test
+        return Shading("albedo" if albedo else "diffuse", ambient, diffuse)
+    if generator is None:
+        raise ValueError("choose_shading: training needs a generator, got None")
+
+    def draw() -> float:
+        return torch.rand((), generator=generator).item()
+
+    if cfg.soft_shading:
+        strength = draw()
+        ambient, diffuse = (1.0 - strength,) * 3, (strength,) * 3
+    mode: ShadingMode = "albedo"
+    if not ambient_only and draw() <= cfg.diffuse_prob:
+        mode = "textureless" if draw() < cfg.textureless_prob else "diffuse"
+    return Shading(mode, ambient, diffuse)
+
+
+def albedo_color(features: Tensor) -> Tensor:
+    """Surface colour in (0, 1) from features, both [N,3]; also the colour of exported meshes."""
+    return torch.sigmoid(features)
+
+
+def shade(
+    features: Tensor,
+    points: Tensor,
+    normals: Tensor,
+    light_positions: Tensor,
+    shading: Shading,
+) -> Tensor:
+    """Colours [N,3] of samples.
+
+    features, points, unit normals [N,3]; light_positions [N,3] or [1,3].
+    Lambert: diffuse · max(0, n·l) + ambient, times the albedo unless the mode is "textureless".
+    """
+    albedo = albedo_color(features)
+    if shading.mode == "albedo":
+        return albedo
+    to_light = F.normalize(light_positions - points, dim=-1)
+    cosine = (normals * to_light).sum(-1, keepdim=True).clamp(min=0.0)
+    light = cosine * points.new_tensor(shading.diffuse) + points.new_tensor(shading.ambient)
+    if shading.mode == "textureless":
+        # Zero gradients, not none: an optimizer with momentum treats the two differently.
+        return light + 0.0 * albedo
+    return albedo * light

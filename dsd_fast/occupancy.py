@@ -1,0 +1,97 @@
+"""Which cells of the box hold density: a grid of decaying maxima, refreshed during training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsd_fast import ops
+
+
+@dataclass
+class OccupancyConfig:
+    # Cells per axis.
+    resolution: int = 32
+    # Steps between updates.
+    update_interval: int = 16
+    # Steps during which every update visits all cells; later updates visit a part of them.
+    warmup_steps: int = 256
+    # Factor on the stored value of a visited cell, before the maximum with the new one.
+    decay: float = 0.95
+    # Upper bound of the threshold; the mean over the cells is used when it is lower.
+    max_threshold: float = 0.01
+
+
+class OccupancyGrid(nn.Module):
+    """A G³ grid over [-radius, radius]³ in x-major order.
+
+    `occs` [G³] float32: decaying maximum of density·step of each cell. `binary` [G,G,G] bool: the
+    cells that a march visits. Both are buffers and belong to the checkpoint.
+    """
+
+    occs: Tensor
+    binary: Tensor
+
+    def __init__(self, cfg: OccupancyConfig, radius: float, step_size: float) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.radius = float(radius)
+        self.step_size = float(step_size)
+        g = cfg.resolution
+        self.register_buffer("occs", torch.zeros(g**3))
+        self.register_buffer("binary", torch.zeros(g, g, g, dtype=torch.bool))
+
+    @property
+    def aabb(self) -> tuple[float, float, float, float, float, float]:
+        """The box: lower corner, upper corner."""
+        return (-self.radius,) * 3 + (self.radius,) * 3
+
+    def alpha_threshold(self) -> float:
+        """Opacity under which a sample is dropped: min(max_threshold, mean of the cells).
+
+        Far below max_threshold in practice (about 3e-4 at the start): official behaviour.
+        """
+        return min(self.cfg.max_threshold, self.occs.mean().item())
+
+    def fill(self) -> None:
+        """Mark every cell as occupied."""
+        self.occs.fill_(1.0)
+        self.binary.fill_(True)
+
+    @torch.no_grad()
+    def update(
+        self, step: int, density_fn: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> bool:
+        """Refresh the grid if `step` asks for it; returns whether it did.
+
+        `density_fn` maps points [K,3] to densities [K]. One point is drawn in every visited cell,
+        from the CPU `generator`.
+        """
+        if step % self.cfg.update_interval:
+            return False
+        indices = self._cells_to_visit(step, generator)
+        g = self.cfg.resolution
+        device = self.occs.device
+        jitter = torch.rand(len(indices), 3, generator=generator)
+        corners = torch.stack([indices // (g * g), indices // g % g, indices % g], dim=-1)
+        points = ((corners + jitter) / g * 2.0 - 1.0) * self.radius
+        values = density_fn(points.to(device)) * self.step_size
+        ops.occupancy_update(self.occs, indices.to(device), values, self.cfg.decay)
+        binary, _ = ops.occupancy_threshold(self.occs, self.cfg.max_threshold)
+        self.binary.copy_(binary.reshape(g, g, g))
+        return True
+
+    def _cells_to_visit(self, step: int, generator: torch.Generator) -> Tensor:
+        n_cells = self.occs.numel()
+        if step < self.cfg.warmup_steps:
+            return torch.arange(n_cells)
+        n_uniform = n_cells // 4
+        uniform = torch.randint(n_cells, (n_uniform,), generator=generator)
+        occupied = self.binary.flatten().nonzero()[:, 0].cpu()
+        if len(occupied) > n_uniform:
+            chosen = torch.randint(len(occupied), (n_uniform,), generator=generator)
+            occupied = occupied[chosen]
+        return torch.cat([uniform, occupied])
