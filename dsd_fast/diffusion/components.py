@@ -1,0 +1,215 @@
+"""The pieces of a diffusers StableDiffusionPipeline folder: found, checked, read."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsd_fast.diffusion import noise_schedule
+
+_CONFIGS = {
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_WEIGHTS["text_encoder"] = "model"
+# The tokenizer is either one file (transformers 5) or a vocabulary with its merges.
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+}
+# Conditioning of other model families, which the text embedding alone does not provide.
+_FOREIGN_UNET_KEYS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A checked folder: configuration and weight files of each piece, nothing loaded yet."""
+
+    path: Path
+    configs: dict[str, dict[str, Any]]
+    weights: dict[str, list[Path]]
+    variants: dict[str, str | None]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return [file for files in self.weights.values() for file in files]
+
+
+def inspect_folder(path: Path) -> PipelineFolder:
+    """Check that a folder holds every piece of a supported pipeline.
+
+    Raises:
+        FileNotFoundError: the folder or a piece is missing; says where it was expected and what
+            was found there instead.
+        ValueError: a configuration is unreadable, or describes a model that is not supported.
+    """
+    if not path.is_dir():
+        what = "a file, not a folder" if path.exists() else "nothing"
+        raise FileNotFoundError(
+            f"model folder {path}: expected a diffusers StableDiffusionPipeline folder, found {what}"
+        )
+    _require(path, "model_index.json", "it is the mark of a diffusers pipeline folder")
+    configs = {}
+    for piece, name in _CONFIGS.items():
+        _require(path, f"{piece}/{name}")
+        configs[piece] = _read_json(path / piece / name)
+    tokenizer = path / "tokenizer"
+    if not any(all((tokenizer / f).is_file() for f in files) for files in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{tokenizer}: expected tokenizer.json, or vocab.json and merges.txt; "
+            f"found {_listing(tokenizer)}"
+        )
+    weights, variants = {}, {}
+    for piece, stem in _WEIGHTS.items():
+        weights[piece], variants[piece] = _find_weights(path / piece, stem)
+    _check_configs(path, configs)
+    return PipelineFolder(path, configs, weights, variants)
+
+
+def load_component(cls: type, folder: Path, *, variant: str | None = None, **kwargs: Any) -> Any:
+    """`cls.from_pretrained` on a local folder, without console output, and complete or refused.
+
+    Raises:
+        ValueError: weights that cannot be read, or that leave a parameter without a value (the
+            libraries would fill it at random and only warn).
+    """
+    if variant is not None:
+        kwargs["variant"] = variant
+    with quiet():
+        try:
+            module, info = cls.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **kwargs
+            )
+        # The readers raise many unrelated types (OSError, SafetensorError, KeyError, ...).
+        except Exception as error:
+            raise ValueError(f"cannot load {cls.__name__} from {folder}: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{folder}: the weights lack {len(missing)} of the tensors that its config.json asks "
+            f"for, first {missing[0]!r}"
+        )
+    return module
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings and loading bars of diffusers and transformers, and restore them after."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import diffusers
+        import transformers
+
+        loggers = (diffusers.utils.logging, transformers.utils.logging)
+        before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in loggers]
+        for lib in loggers:
+            lib.set_verbosity_error()
+            lib.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for lib, (verbosity, bar) in zip(loggers, before):
+                lib.set_verbosity(verbosity)
+                if bar:
+                    lib.enable_progress_bar()
+
+
+def latent_size(unet_config: dict[str, Any]) -> int:
+    """Side of the latents a UNet was trained on."""
+    size = unet_config.get("sample_size")
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    if not isinstance(size, int):
+        raise ValueError(f"unet/config.json: sample_size must be one square size, got {size!r}")
+    return size
+
+
+def _require(root: Path, name: str, why: str = "") -> None:
+    file = root / name
+    if not file.is_file():
+        reason = f" ({why})" if why else ""
+        raise FileNotFoundError(
+            f"model folder {root}: expected {name}{reason}, "
+            f"found {_listing(file.parent)} in {file.parent}"
+        )
+
+
+def _listing(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(entry.name for entry in folder.iterdir())
+    if len(names) > 8:
+        names = [*names[:8], f"and {len(names) - 8} more"]
+    return ", ".join(names) if names else "nothing"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+    """Safetensors files of one piece, and the file name variant ("fp16") they carry, if any."""
+    for variant in (None, "fp16"):
+        infix = f".{variant}" if variant else ""
+        single = folder / f"{stem}{infix}.safetensors"
+        if single.is_file():
+            return [single], variant
+        index = folder / f"{stem}.safetensors.index{infix}.json"
+        if index.is_file():
+            shards = [folder / s for s in sorted(set(_read_json(index)["weight_map"].values()))]
+            for shard in shards:
+                _require(folder, shard.name, f"a shard named in {index.name}")
+            return shards, variant
+    raise FileNotFoundError(
+        f"{folder}: expected {stem}.safetensors, found {_listing(folder)}; weights in another "
+        "format can be converted with save_pretrained(..., safe_serialization=True)"
+    )
+
+
+def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
+    for piece, allowed in _CLASSES.items():
+        name = configs[piece].get("_class_name")
+        if name not in allowed:
+            raise ValueError(
+                f"{path / piece}: {piece} of class {name!r} is not supported, "
+                f"expected {' or '.join(allowed)}"
+            )
+    unet, vae = configs["unet"], configs["vae"]
+    for key in _FOREIGN_UNET_KEYS:
+        if unet.get(key) is not None:
+            raise ValueError(
+                f"{path / 'unet'}: {key} = {unet[key]!r} is not supported; expected a UNet "
+                "conditioned on text embeddings alone, as in Stable Diffusion 1 and 2"
+            )
+    latent_size(unet)
+    channels = vae.get("latent_channels", 4)
+    for key in ("in_channels", "out_channels"):
+        if unet.get(key, 4) != channels:
+            raise ValueError(
+                f"{path}: the unet has {key} = {unet.get(key, 4)} and the vae {channels} latent "
+                "channels; they must be equal (inpainting and depth models are not supported)"
+            )
+    width = configs["text_encoder"].get("hidden_size")
+    if width is not None and unet.get("cross_attention_dim", 1280) != width:
+        raise ValueError(
+            f"{path}: the unet reads text embeddings of width "
+            f"{unet.get('cross_attention_dim', 1280)}, the text encoder gives {width}"
+        )
+    noise_schedule.prediction_type(configs["scheduler"])
+    noise_schedule.alphas_cumprod(configs["scheduler"])

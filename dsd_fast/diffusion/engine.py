@@ -1,0 +1,149 @@
+"""How the UNet is run: `engine(latents, t, text) -> prediction`.
+
+Both engines take the same tensors on the model's device and return a tensor the caller owns:
+latents [R,C,h,w] and text [R,L,D] in the UNet's dtype, t [R] int64. Guidance never differentiates
+through the UNet, so no engine keeps a graph for autograd.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("auto", "eager", "graph")
+
+# Kernel selection differs between capture and eager runs; half precision then differs by a few ulp
+# through the network. Anything above this is a wrong result, not rounding.
+_PARITY_TOLERANCE = 2e-2
+_WARM_UP_RUNS = 3
+
+
+class UNetEngine(Protocol):
+    """Runs a UNet without gradient; see the module's text for shapes and dtypes."""
+
+    def __call__(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
+
+
+class EagerEngine:
+    """Plain call of the module, on any device."""
+
+    def __init__(self, unet: nn.Module):
+        self.unet = unet
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        # Half precision is chosen by the weights; an outer autocast must not change it.
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.unet(latents, t, encoder_hidden_states=text, return_dict=False)[0]
+
+
+@dataclass
+class _Captured:
+    """A recorded forward and the buffers it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    latents: Tensor
+    t: Tensor
+    text: Tensor
+    output: Tensor
+
+    def replay(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        self.latents.copy_(latents)
+        self.t.copy_(t)
+        self.text.copy_(text)
+        self.graph.replay()
+        return self.output
+
+
+class GraphEngine:
+    """CUDA graph replay: one launch instead of the thousands of a UNet forward.
+
+    A graph is captured on the first call of each shape (guidance uses one or two) and checked
+    against the eager forward before it is used. All graphs share one memory pool, which is safe
+    because they run on one stream and every output is cloned before the next replay.
+
+    Args:
+        unet: a module on a CUDA device, in eval mode.
+        fallback: on a failed capture, log one warning and go on with eager calls; without it the
+            failure is raised as RuntimeError.
+    """
+
+    def __init__(self, unet: nn.Module, fallback: bool = False):
+        self.eager = EagerEngine(unet)
+        self.fallback = fallback
+        self._graphs: dict[tuple, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._disabled = False
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        if self._disabled:
+            return self.eager(latents, t, text)
+        key = (latents.shape, text.shape)
+        captured = self._graphs.get(key)
+        if captured is None:
+            try:
+                captured = self._graphs[key] = self._capture(latents, t, text)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if not self.fallback:
+                    raise RuntimeError(
+                        f"CUDA graph capture of the UNet failed ({error}); use the eager engine"
+                    ) from error
+                log.warning("CUDA graph capture of the UNet failed, running eagerly: %s", error)
+                self._disabled = True
+                self._graphs.clear()
+                return self.eager(latents, t, text)
+        return captured.replay(latents, t, text).clone()
+
+    def _capture(self, latents: Tensor, t: Tensor, text: Tensor) -> _Captured:
+        # Static inputs live outside the pool: they persist between replays.
+        inputs = (latents.clone(), t.clone(), text.clone())
+        current = torch.cuda.current_stream(latents.device)
+        side = torch.cuda.Stream(latents.device)
+        # Warm-up lets cuDNN and cuBLAS choose kernels and make their workspaces before capture;
+        # the side stream keeps those allocations off the stream the caller is using.
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP_RUNS):
+                expected = self.eager(*inputs)
+        current.wait_stream(side)
+        expected = expected.float()
+        torch.cuda.synchronize(latents.device)
+
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a background thread (image writer, viewer) may use CUDA during the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = self.eager(*inputs)
+        captured = _Captured(graph, *inputs, output)
+
+        result = captured.replay(latents, t, text).float()
+        error = float((result - expected).norm() / expected.norm().clamp_min(1e-12))
+        # A model that overflows gives NaN in both; that is for the guidance to report.
+        if expected.isfinite().all() and not error < _PARITY_TOLERANCE:
+            raise RuntimeError(f"replay differs from the eager forward by {error:.2e} (relative)")
+        return captured
+
+
+def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UNetEngine:
+    """Engine for a UNet that already sits on `device`.
+
+    Args:
+        kind: "auto" (graph on CUDA with eager as its fallback, eager elsewhere), "eager", "graph".
+    Raises:
+        ValueError: unknown kind, or "graph" on a device that is not CUDA.
+    """
+    if kind not in ENGINES:
+        raise ValueError(f"unknown UNet engine {kind!r}, expected one of {', '.join(ENGINES)}")
+    if kind == "eager" or (kind == "auto" and device.type != "cuda"):
+        return EagerEngine(unet)
+    if device.type != "cuda":
+        raise ValueError(f"the graph engine needs a CUDA device, got {device}")
+    return GraphEngine(unet, fallback=kind == "auto")

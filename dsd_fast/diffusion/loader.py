@@ -1,0 +1,135 @@
+"""`load_model`: one loader for every Stable Diffusion folder, the embedded prior included."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from dsd_fast.diffusion import noise_schedule
+from dsd_fast.diffusion.components import (
+    PipelineFolder,
+    inspect_folder,
+    latent_size,
+    load_component,
+    quiet,
+)
+from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.text import ClipText
+
+EMBEDDED = "embedded"
+_EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "prior"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Only what is read: no pickles, no second precision, no safety checker.
+_HUB_FILES = [
+    "model_index.json",
+    "tokenizer/*",
+    "scheduler/*.json",
+    *(f"{piece}/*.{ext}" for piece in ("unet", "vae", "text_encoder") for ext in ("json", "safetensors")),
+]
+_HUB_IGNORED = ["*.fp16.*", "*non_ema*"]
+
+
+def load_model(
+    path_or_id: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    engine: str = "auto",
+) -> DiffusionModel:
+    """Load a Stable Diffusion model for guidance.
+
+    Args:
+        path_or_id: a folder in diffusers' StableDiffusionPipeline format, a hub id "owner/name"
+            (downloaded once, then read from the local cache), or "embedded" for the prior that
+            ships with the package.
+        dtype: of the UNet; default float16 on CUDA, float32 elsewhere. The VAE, which is
+            differentiated, takes it on CUDA and stays float32 elsewhere.
+        engine: "auto", "eager" or "graph" (see `dsd_fast.diffusion.engine`).
+    Raises:
+        FileNotFoundError: a missing folder or piece, named before anything is loaded.
+        ValueError: unsupported configuration, or weights that do not fit it.
+        ConnectionError: a hub id that can be neither found nor downloaded.
+    """
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ValueError("float16 is not supported on the CPU; use float32 or bfloat16")
+    vae_dtype = dtype if device.type == "cuda" else torch.float32
+    folder = inspect_folder(resolve(path_or_id))
+    with quiet():
+        import diffusers
+
+    def read(piece: str, piece_dtype: torch.dtype) -> torch.nn.Module:
+        cls = getattr(diffusers, folder.configs[piece]["_class_name"])
+        return load_component(
+            cls, folder.path / piece, variant=folder.variants[piece], torch_dtype=piece_dtype
+        )
+
+    # Convolutions of channels-last weights need no layout change around each tensor-core kernel.
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    unet = read("unet", dtype).to(device, memory_format=layout)
+    vae = read("vae", vae_dtype).to(device, memory_format=layout)
+    vae_config = folder.configs["vae"]
+    return DiffusionModel(
+        unet,
+        vae,
+        ClipText(folder.path, device, folder.variants["text_encoder"]),
+        alphas_cumprod=noise_schedule.alphas_cumprod(folder.configs["scheduler"]),
+        prediction_type=noise_schedule.prediction_type(folder.configs["scheduler"]),
+        latent_channels=vae.config.latent_channels,
+        latent_size=latent_size(folder.configs["unet"]),
+        vae_factor=_vae_factor(folder),
+        scaling_factor=vae.config.scaling_factor,
+        shift_factor=vae_config.get("shift_factor") or 0.0,
+        device=device,
+        path=folder.path,
+        weight_files=folder.weight_files,
+        engine=engine,
+    )
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The local folder of a model: a folder wins over a hub id of the same spelling."""
+    text = str(path_or_id)
+    if text == EMBEDDED:
+        if not _EMBEDDED_FOLDER.is_dir():
+            raise FileNotFoundError(
+                f"the embedded prior is missing: expected {_EMBEDDED_FOLDER}; reinstall the "
+                "package, or pass a Stable Diffusion folder with --model"
+            )
+        return _EMBEDDED_FOLDER
+    path = Path(path_or_id).expanduser()
+    if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(text):
+        return path
+    return _download(text)
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+            )
+        )
+    # Offline mode, no network, no such repository and no permission have unrelated types there.
+    except Exception as error:
+        raise ConnectionError(
+            f"model {hub_id!r}: there is no such local folder, and the hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
+            "; pass the path of a local Stable Diffusion folder, or 'embedded'"
+        ) from error
+
+
+def _vae_factor(folder: PipelineFolder) -> int:
+    """Image pixels per latent pixel: every encoder block but one halves the image."""
+    config = folder.configs["vae"]
+    tiny = config["_class_name"] == "AutoencoderTiny"
+    blocks = config.get("encoder_block_out_channels" if tiny else "block_out_channels")
+    if not blocks:
+        raise ValueError(f"{folder.path / 'vae' / 'config.json'} does not list its encoder blocks")
+    return 2 ** (len(blocks) - 1)

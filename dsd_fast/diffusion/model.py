@@ -1,0 +1,163 @@
+"""A latent diffusion model as guidance sees it: encode, decode, embed, predict noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dsd_fast.diffusion.engine import make_engine
+
+_HASH_CHUNK_BYTES = 1 << 22
+
+
+class TextEncoder(Protocol):
+    """Prompts to embeddings; made again from its files after a release."""
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor: ...
+
+    def release(self) -> None: ...
+
+
+class DiffusionModel:
+    """Frozen UNet and VAE on one device, with the arithmetic around them in float32.
+
+    Use `load_model` to make one from a folder. Attributes: `unet`, `vae`, `alphas_cumprod`
+    [1000] float32 on the CPU, `prediction_type`, `latent_channels`, `latent_size`, `image_size`,
+    `scaling_factor`, `shift_factor`, `path`, `device`, `dtype` (of the UNet).
+
+    Args:
+        unet: UNet2DConditionModel (or any module with its call) on `device`.
+        vae: AutoencoderKL or AutoencoderTiny on `device`, in its own dtype.
+        text_encoder: embeds prompts, or None if embeddings come from elsewhere.
+        alphas_cumprod: [1000] float32.
+        latent_size: side of the square latents.
+        vae_factor: image pixels per latent pixel, along a side.
+        weight_files: what `model_hash` covers.
+        engine: "auto", "eager" or "graph" (see `dsd_fast.diffusion.engine`).
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        text_encoder: TextEncoder | None,
+        *,
+        alphas_cumprod: Tensor,
+        prediction_type: str = "epsilon",
+        latent_channels: int = 4,
+        latent_size: int = 64,
+        vae_factor: int = 8,
+        scaling_factor: float = 0.18215,
+        shift_factor: float = 0.0,
+        device: torch.device | str = "cpu",
+        path: Path | None = None,
+        weight_files: Sequence[Path] = (),
+        engine: str = "auto",
+    ):
+        self.unet = unet.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.alphas_cumprod = alphas_cumprod
+        self.prediction_type = prediction_type
+        self.latent_channels = latent_channels
+        self.latent_size = latent_size
+        self.image_size = latent_size * vae_factor
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor
+        self.device = torch.device(device)
+        self.path = path
+        self.engine = make_engine(self.unet, self.device, engine)
+        self.dtype = _dtype_of(unet)
+        self._vae_dtype = _dtype_of(vae)
+        self._text_encoder = text_encoder
+        self._weight_files = tuple(weight_files)
+        self._levels = alphas_cumprod.to(self.device)
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Last hidden state of the text encoder: [K,L,D] float32 on the model's device.
+
+        The encoder is read from its files at the first call, and again after a release.
+
+        Raises:
+            ValueError: a prompt has more tokens than the model reads.
+        """
+        if self._text_encoder is None:
+            raise ValueError("this model was built without a text encoder; pass embeddings instead")
+        return self._text_encoder(prompts)
+
+    def release_text_encoder(self) -> None:
+        """Drop the text encoder's weights. Embeddings already made stay valid."""
+        if self._text_encoder is not None:
+            self._text_encoder.release()
+
+    def encode_images(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
+        """VAE latents of images, with gradient to the images.
+
+        An AutoencoderKL posterior is sampled (DSD_SPEC 3.3: mean + std * noise, fresh noise each
+        call); AutoencoderTiny has no posterior and draws nothing.
+
+        Args:
+            rgb: [B,3,H,W] float32 in [0,1] on the model's device, H and W multiples of the VAE
+                factor.
+            generator: CPU generator of the posterior noise.
+        Returns:
+            [B,C,h,w] float32, scaled as the UNet expects.
+        """
+        if rgb.ndim != 4 or rgb.shape[1] != 3:
+            raise ValueError(f"encode_images: expected rgb [B,3,H,W], got {tuple(rgb.shape)}")
+        pixels = (rgb * 2 - 1).to(self._vae_dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            encoded = self.vae.encode(pixels)
+        if hasattr(encoded, "latent_dist"):
+            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            latents = mean + std * noise
+        else:
+            latents = encoded.latents.float()
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images of latents [B,C,h,w]: [B,3,H,W] float32, clamped to [0,1]."""
+        unscaled = latents / self.scaling_factor + self.shift_factor
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = self.vae.decode(unscaled.to(self._vae_dtype), return_dict=False)[0]
+        return ((pixels.float() + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def predict_noise(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """One UNet forward without guidance; v-predictions are converted to noise.
+
+        Args:
+            latents: [R,C,h,w] float32.
+            t: [R] int64, one level per row.
+            text: [R,L,D].
+        Returns:
+            [R,C,h,w] float32.
+        """
+        t = t.to(self.device)
+        output = self.engine(latents.to(self.dtype), t, text.to(self.dtype)).float()
+        if self.prediction_type == "epsilon":
+            return output
+        # Salimans and Ho 2022: v = alpha eps - sigma x0, hence eps = alpha v + sigma z.
+        abar = self._levels[t].view(-1, 1, 1, 1)
+        return abar.sqrt() * output + (1 - abar).sqrt() * latents
+
+    @cached_property
+    def model_hash(self) -> str:
+        """SHA-256 over all weight files, in the order of their names, read in pieces."""
+        digest = hashlib.sha256()
+        for file in sorted(self._weight_files):
+            with open(file, "rb") as stream:
+                while chunk := stream.read(_HASH_CHUNK_BYTES):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters()), torch.float32)

@@ -1,0 +1,141 @@
+"""Prompts: the four views of one prompt, and their embeddings (DSD_SPEC 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsd_fast.diffusion.components import load_component, quiet
+
+if TYPE_CHECKING:
+    from dsd_fast.diffusion.model import DiffusionModel
+
+# The order is the row order of every [4,L,D] tensor of embeddings.
+VIEWS = ("side", "front", "back", "overhead")
+_PREFIXES = {
+    "side": "side view of ",
+    "front": "front view of ",
+    "back": "backside view of ",
+    "overhead": "overhead view of ",
+}
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """Embeddings of the four views: `text_vd` and `uncond_vd`, both [4,L,D] float32."""
+
+    text_vd: Tensor
+    uncond_vd: Tensor
+
+
+def view_prompts(
+    prompt: str,
+    *,
+    prefix: bool = False,
+    view_dependent: bool = True,
+    overrides: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The prompts of the views side, front, back, overhead, in this order.
+
+    Args:
+        prefix: "front view of {prompt}" instead of "{prompt}, front view".
+        view_dependent: False gives the bare prompt four times.
+        overrides: whole prompts by view name, used as they are.
+    Raises:
+        ValueError: the prompt is empty, or an override names no view.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what to make, for example 'an armchair'")
+    overrides = overrides or {}
+    unknown = sorted(set(overrides) - set(VIEWS))
+    if unknown:
+        raise ValueError(f"unknown view {unknown[0]!r}, expected one of {', '.join(VIEWS)}")
+
+    def one(view: str) -> str:
+        if view in overrides:
+            return overrides[view]
+        if not view_dependent:
+            return prompt
+        return _PREFIXES[view] + prompt if prefix else f"{prompt}, {view} view"
+
+    return [one(view) for view in VIEWS]
+
+
+def embed_views(
+    model: DiffusionModel,
+    prompt: str,
+    negative: str = "",
+    *,
+    prefix: bool = False,
+    view_dependent: bool = True,
+    overrides: Mapping[str, str] | None = None,
+    release: bool = True,
+) -> PromptEmbeddings:
+    """Embed the views of a prompt and its negative, the same one for every view.
+
+    Args:
+        release: drop the text encoder afterwards; nothing else in a run needs it.
+    Raises:
+        ValueError: an empty prompt, or one longer than the model reads (with both counts).
+    """
+    prompts = view_prompts(
+        prompt, prefix=prefix, view_dependent=view_dependent, overrides=overrides
+    )
+    embeddings = model.encode_prompt([*prompts, negative])
+    if release:
+        model.release_text_encoder()
+    text, uncond = embeddings[:4], embeddings[4:]
+    return PromptEmbeddings(text, uncond.expand(4, -1, -1).contiguous())
+
+
+class ClipText:
+    """CLIPTokenizer and CLIPTextModel of a pipeline folder, read at the first prompt.
+
+    Runs in float32 whatever the dtype of the rest: it is used once, and rounding here would stay
+    in the embeddings for the whole run.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, variant: str | None = None):
+        self.folder = folder
+        self.device = device
+        self.variant = variant
+        self._loaded: tuple | None = None
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        if self._loaded is None:
+            self._loaded = self._load()
+        tokenizer, encoder = self._loaded
+        limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        for prompt in prompts:
+            # Both ends of the sequence are counted: the model reads them as tokens.
+            count = len(tokenizer(prompt, verbose=False)["input_ids"])
+            if count > limit:
+                raise ValueError(
+                    f"the prompt has {count} tokens, the model reads {limit} (two of them mark "
+                    f"start and end): {prompt!r}; shorten it"
+                )
+        tokens = tokenizer(
+            list(prompts), padding="max_length", max_length=limit, return_tensors="pt"
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            return encoder(tokens["input_ids"].to(self.device))[0].float()
+
+    def release(self) -> None:
+        self._loaded = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self) -> tuple:
+        with quiet():
+            from transformers import CLIPTextModel, CLIPTokenizer
+
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        encoder = load_component(CLIPTextModel, self.folder / "text_encoder", variant=self.variant)
+        encoder = encoder.to(self.device, torch.float32).eval().requires_grad_(False)
+        return tokenizer, encoder

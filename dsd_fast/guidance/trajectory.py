@@ -1,0 +1,157 @@
+"""The noise trajectory of a seed: deterministic DDIM from t = 999 down to t_delta (DSD_SPEC 3.3).
+
+A trajectory never sees the rendering. It depends on the seed noise, the prompt and the camera's
+text rows only, and its state at a grid level does not depend on t_delta, which is what
+`TrajectoryCache` lives on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsd_fast.guidance.prompt import OVERHEAD, direction
+from dsd_fast.guidance.schedule import n_nodes, ode_grid
+
+# predict(z [B,C,h,w], t int64 [B] on z's device, scale) -> guided noise prediction [B,C,h,w]
+Predictor = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def seed_noise(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """The noise n ~ N(0, I) that makes a seed: float32 on the CPU, shape [1,C,h,w]."""
+    return torch.randn(shape, generator=generator)
+
+
+def signal_and_noise(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha_t and sigma_t as float32 [B,1,1,1] on the device of `like`, for t [B] on the CPU."""
+    abar = alphas_cumprod.cpu()[t].to(like.device).view(-1, 1, 1, 1)
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def ddim_step(z: Tensor, eps: Tensor, t: Tensor, t_next: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """DDIM with eta = 0 (Song et al. 2021): z at t with noise prediction eps, moved to t_next.
+
+    z, eps [B,C,h,w] float32; t, t_next int64 [B] on the CPU.
+    """
+    alpha, sigma = signal_and_noise(alphas_cumprod, t, z)
+    alpha_next, sigma_next = signal_and_noise(alphas_cumprod, t_next, z)
+    return alpha_next * ((z - sigma * eps) / alpha) + sigma_next * eps
+
+
+def simulate(
+    noise: Tensor,
+    t_delta: Tensor,
+    predict: Predictor,
+    alphas_cumprod: Tensor,
+    n_ddim_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """z at level t_delta, item by item, from the seed noise taken as the state at 999.
+
+    Items whose t_delta lies higher stop earlier: they stay in the batch, so that rows keep their
+    text, and their value no longer changes.
+
+    Args:
+        noise: [B,C,h,w] float32.
+        t_delta: int64 [B] on the CPU.
+    Returns:
+        [B,C,h,w] float32.
+    """
+    z = noise
+    grid = ode_grid(n_ddim_steps)
+    for level, lower in zip(grid, grid[1:]):
+        t, t_next = t_delta.clamp_min(level), t_delta.clamp_min(lower)
+        moving = t > t_next
+        if not moving.any():
+            break
+        moved = ddim_step(z, predict(z, t.to(z.device), guidance_scale), t, t_next, alphas_cumprod)
+        # A step of zero length is the identity only up to rounding.
+        z = moved if moving.all() else torch.where(moving.to(z.device).view(-1, 1, 1, 1), moved, z)
+    return z
+
+
+class ViewBins:
+    """Cameras grouped into bins that share one trajectory.
+
+    With perp-neg the text rows depend on |azimuth| alone: [0, 180] degrees in `n_bins` equal bins,
+    each stood for by its centre, and one more for overhead views. In plain mode they depend on
+    the view direction: four bins, and nothing is approximated.
+    """
+
+    def __init__(self, n_bins: int, perp_neg: bool):
+        if n_bins < 1:
+            raise ValueError(f"azimuth_bins must be at least 1, got {n_bins}")
+        self.n_bins = n_bins
+        self.perp_neg = perp_neg
+
+    def index(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> list[int]:
+        """Bin of each camera; angles [B] on the CPU."""
+        view = direction(elevation_deg, azimuth_deg)
+        if not self.perp_neg:
+            return view.tolist()
+        folded = ((azimuth_deg + 180) % 360 - 180).abs()
+        bins = (folded * (self.n_bins / 180)).long().clamp(max=self.n_bins - 1)
+        return bins.masked_fill(view == OVERHEAD, self.n_bins).tolist()
+
+    def camera(self, index: int) -> tuple[float, float]:
+        """(elevation, azimuth) in degrees that stand for a bin."""
+        if self.perp_neg:
+            if index == self.n_bins:
+                return 90.0, 0.0
+            return 0.0, (index + 0.5) * 180 / self.n_bins
+        return ((0.0, 90.0), (0.0, 0.0), (0.0, 180.0), (90.0, 0.0))[index]
+
+
+@dataclass
+class _Bin:
+    """States z and predictions eps at the grid levels 999, ... reached so far, [1,C,h,w] each."""
+
+    states: list[Tensor]
+    predictions: list[Tensor] = field(default_factory=list)
+
+
+class TrajectoryCache:
+    """Trajectory states by bin, computed when first needed and kept on the device.
+
+    As t falls during a run, a bin gains one level at a time; each costs one guided prediction,
+    once. Every level is computed alone, with a batch of one item, so a cache rebuilt after a resume
+    holds the same numbers whatever order the cameras came in. Memory: 2 latents a level and bin.
+
+    Args:
+        noise: seed noise [1,C,h,w] float32.
+        alphas_cumprod: [1000].
+    """
+
+    def __init__(
+        self, noise: Tensor, alphas_cumprod: Tensor, n_ddim_steps: int, guidance_scale: float
+    ):
+        self.noise = noise
+        self.alphas_cumprod = alphas_cumprod
+        self.guidance_scale = guidance_scale
+        self.grid = ode_grid(n_ddim_steps)
+        self._bins: dict[int, _Bin] = {}
+
+    def state(self, index: int, t_delta: int, predict: Predictor) -> Tensor:
+        """z at level t_delta of one bin's trajectory, [1,C,h,w].
+
+        `predict` is asked for the levels of this bin that are not there yet.
+        """
+        nodes = self._bins.setdefault(index, _Bin([self.noise]))
+        needed = n_nodes(t_delta, self.grid)
+        if needed == 0:
+            return self.noise
+        while len(nodes.predictions) < needed:
+            reached = len(nodes.predictions)
+            if reached == len(nodes.states):
+                nodes.states.append(self._step(nodes, reached - 1, self.grid[reached]))
+            t = torch.full((1,), self.grid[reached], device=self.noise.device)
+            nodes.predictions.append(predict(nodes.states[reached], t, self.guidance_scale))
+        return self._step(nodes, needed - 1, t_delta)
+
+    def _step(self, nodes: _Bin, node: int, t_next: int) -> Tensor:
+        t, following = torch.tensor([self.grid[node]]), torch.tensor([t_next])
+        z, eps = nodes.states[node], nodes.predictions[node]
+        return ddim_step(z, eps, t, following, self.alphas_cumprod)

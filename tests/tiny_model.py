@@ -1,0 +1,136 @@
+"""A complete Stable Diffusion folder with random weights, small enough for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tiny_model(
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    latent_size: int = 8,
+    vae: str = "kl",
+    scheduler: dict | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write unet, vae, text_encoder, tokenizer, scheduler and model_index.json into `folder`.
+
+    Args:
+        latent_size: side of the latents; images are twice as wide.
+        vae: "kl" for AutoencoderKL, "tiny" for AutoencoderTiny.
+        scheduler: entries that replace those of the scheduler configuration.
+    Returns:
+        the folder, ready for `load_model`.
+    """
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder / "tokenizer")
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=513,
+        )
+    )
+    text.save_pretrained(folder / "text_encoder")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    )
+    unet.save_pretrained(folder / "unet")
+    _vae(vae).save_pretrained(folder / "vae")
+    config = {
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction_type,
+        **(scheduler or {}),
+    }
+    _write_json(folder / "scheduler" / "scheduler_config.json", config)
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL" if vae == "kl" else "AutoencoderTiny"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+        },
+    )
+    return folder
+
+
+def _vae(kind: str) -> torch.nn.Module:
+    import diffusers
+
+    if kind == "kl":
+        return diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    )
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A byte-level vocabulary without merges: one token a letter."""
+    # The printable stand-ins for the 256 bytes that byte-level BPE (GPT-2) uses.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), _START, _END]
+    folder.mkdir(exist_ok=True)
+    _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "bos_token": _START,
+            "eos_token": _END,
+            "unk_token": _END,
+            "pad_token": _END,
+        },
+    )
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content), encoding="utf-8")
