@@ -26,7 +26,7 @@ class CheckpointError(RuntimeError):
 
 
 def _flatten(tree: dict, prefix: str, tensors: dict[str, torch.Tensor]) -> dict:
-    """Move the tensors of ``tree`` into ``tensors`` under their paths; return the rest, for JSON."""
+    """Move the tensors of ``tree`` into ``tensors`` under their paths; return the rest."""
     rest = {}
     for key, value in tree.items():
         if not isinstance(key, str) or "/" in key:

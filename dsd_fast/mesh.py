@@ -1,4 +1,4 @@
-"""A mesh with vertex colours from a trained field: ``python -m dsd_fast.export RUN``.
+"""From a field to a mesh with vertex colours.
 
 The density is sampled on a coarse grid, the box is tightened around what was found and sampled
 again, marching cubes makes the surface, small floating components go, vertices take the albedo of
@@ -28,12 +28,12 @@ QUERY_POINTS = 1 << 18
 FIELD_TO_GLTF = (1, 2, 0)
 
 
-class ExportError(RuntimeError):
+class MeshError(RuntimeError):
     """No mesh can be made from this field with these settings."""
 
 
-@dataclass(frozen=True)
-class ExportConfig:
+@dataclass
+class MeshConfig:
     """How a mesh is cut out of the density."""
 
     # Grid points along the longest side of the box.
@@ -55,13 +55,11 @@ class Mesh:
     albedo: np.ndarray  # [V, 3] float32
 
 
-def make_mesh(
-    field: torch.nn.Module, radius: float, cfg: ExportConfig, device: torch.device
-) -> Mesh:
+def make_mesh(field: torch.nn.Module, radius: float, cfg: MeshConfig, device: torch.device) -> Mesh:
     """The surface of ``field`` at the configured density.
 
     ``field.density(points[N, 3]) -> [N]`` and ``field(points, normals=False).features`` are queried
-    in the box [-radius, radius]^3. Raises ExportError when the surface is empty.
+    in the box [-radius, radius]^3. Raises MeshError when the surface is empty.
     """
     box = np.array([[-radius] * 3, [radius] * 3])
     density, axes = _density_grid(field, box, max(cfg.resolution // 2, 16), device)
@@ -69,7 +67,7 @@ def make_mesh(
     _log_histogram(density, iso)
     inside = np.argwhere(density > iso)
     if len(inside) == 0:
-        raise ExportError(
+        raise MeshError(
             f"no surface: the density never exceeds iso = {iso:.4g}, its maximum is "
             f"{density.max():.4g}. Pass a lower iso, or train longer if no object has formed yet."
         )
@@ -170,7 +168,7 @@ def _density_grid(
         values = field.density(points.reshape(-1, 3))
         density[start : start + slab] = values.reshape(points.shape[:3]).cpu().numpy()
     if not np.isfinite(density).all():
-        raise ExportError(
+        raise MeshError(
             "the density is not finite: this checkpoint holds a broken field, export an older one"
         )
     return density, axes
@@ -182,7 +180,7 @@ def _iso_value(iso: str, density: np.ndarray) -> float:
         try:
             return float(iso)
         except ValueError:
-            raise ExportError(f'--iso takes "auto" or a number, got "{iso}"') from None
+            raise MeshError(f'iso must be "auto" or a number, got "{iso}"') from None
     filled = density[density > 1e-5]
     return float(filled.mean()) if len(filled) else 0.0
 
@@ -204,11 +202,12 @@ def _marching_cubes(
     # A layer of empty space closes surfaces that reach the edge of the box.
     padded = np.pad(density, 1, constant_values=0.0)
     if not 0.0 < iso < padded.max():
-        raise ExportError(
+        raise MeshError(
             f"no surface at iso = {iso:.4g}: it must lie between 0 and the largest density, "
             f"{density.max():.4g}"
         )
-    vertices, faces, _, _ = marching_cubes(padded, level=iso, gradient_direction="descent")
+    # "ascent" is what makes scikit-image's triangles counter-clockwise seen from low density.
+    vertices, faces, _, _ = marching_cubes(padded, level=iso, gradient_direction="ascent")
     vertices = np.clip(vertices - 1, 0, np.array(density.shape) - 1)
     origin = np.array([axis[0] for axis in axes])
     cell = np.array([axis[1] - axis[0] for axis in axes])
@@ -238,9 +237,9 @@ def _decimate(
     try:
         import fast_simplification
     except ImportError as error:
-        raise ExportError(
-            f"the mesh has {len(faces)} faces and max_faces is {max_faces}, but decimation needs the "
-            "package fast-simplification: pip install fast-simplification, or set max_faces to 0"
+        raise MeshError(
+            f"the mesh has {len(faces)} faces and max_faces is {max_faces}, but decimation needs "
+            "a package: pip install fast-simplification, or set max_faces to 0"
         ) from error
     vertices, faces = fast_simplification.simplify(vertices, faces, target_count=max_faces)
     return vertices.astype(np.float32), faces.astype(np.int64)
