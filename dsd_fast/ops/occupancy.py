@@ -12,7 +12,7 @@ def occupancy_update_reference(
     """`occupancy_update` in pure torch."""
     seen = torch.where(torch.isfinite(values), values, -math.inf)
     peak = torch.full_like(occs, -math.inf).scatter_reduce_(0, indices, seen, "amax")
-    occs.copy_(torch.where(peak == -math.inf, occs, torch.maximum(occs * decay, peak)))
+    occs.copy_(torch.where(peak == -math.inf, occs, torch.fmax(occs * decay, peak)))
 
 
 def occupancy_threshold_reference(

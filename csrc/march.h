@@ -1,0 +1,171 @@
+// Marching at a constant step through the occupied cells of a grid in an axis-aligned box.
+//
+// A ray carries a lattice t_k = start + k * step. Interval [t_k, t_k+1) is a sample where its
+// middle lies in an occupied cell. Every product and sum that decides is rounded on its own (no
+// fused multiply-add), and the middle's cell alone decides, so that all backends and the pure-torch
+// reference give the same samples, bit for bit.
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace dsd {
+
+// float counts whole steps exactly up to here; a ray's lattice ends there.
+constexpr int kMaxMarchSteps = 1 << 24;
+
+struct MarchParams {
+    const float* origins;      // [n_rays, 3]
+    const float* dirs;         // [n_rays, 3]
+    const float* jitter;       // [n_rays] in steps, or null
+    const uint8_t* occupancy;  // [n_cells, n_cells, n_cells], 1 where occupied
+    int64_t n_rays;
+    int n_cells;  // along each axis, at most 1024: a cell's flat index is an int
+    float low[3];
+    float high[3];
+    float cells_per_unit[3];
+    float step;
+    float near;
+    float far;
+    int64_t* counts;         // [n_rays], written by march_count
+    const int64_t* offsets;  // [n_rays], where each ray's samples begin; read by march_write
+    int64_t* ray_indices;    // [S], written by march_write, as are
+    float* t_starts;         // [S]
+    float* t_ends;           // [S]
+};
+
+namespace march {
+
+// march.cpp is compiled without contraction: on the host the plain operators round once each.
+#if defined(__CUDA_ARCH__)
+DSD_HD float mul(float a, float b) { return __fmul_rn(a, b); }
+DSD_HD float add(float a, float b) { return __fadd_rn(a, b); }
+#else
+DSD_HD float mul(float a, float b) { return a * b; }
+DSD_HD float add(float a, float b) { return a + b; }
+#endif
+
+// One ray and the place reached on it.
+struct Walk {
+    float origin[3];
+    float dir[3];
+    float inverse_dir[3];
+    float start;
+    int k;     // next lattice index to look at
+    int last;  // the walk ends before this index
+};
+
+struct Cell {
+    int i[3];
+    int flat;  // -1 outside the box or beyond `far`
+};
+
+DSD_HD float lattice(const MarchParams& p, float start, int k) {
+    return add(start, mul(static_cast<float>(k), p.step));
+}
+
+DSD_HD int clamp_step(float k) {
+    return static_cast<int>(fminf(fmaxf(k, 0.0f), static_cast<float>(kMaxMarchSteps)));
+}
+
+// The walk of a ray from the box's entry to its exit; a ray that is not finite has an empty one.
+DSD_HD Walk begin_walk(const MarchParams& p, int64_t ray) {
+    Walk w;
+    w.start = p.jitter == nullptr ? p.near : add(p.near, mul(p.jitter[ray], p.step));
+    bool finite = std::isfinite(w.start), moving = false;
+    float entry = p.near, exit = p.far;
+    for (int a = 0; a < 3; ++a) {
+        const float o = w.origin[a] = p.origins[3 * ray + a];
+        const float d = w.dir[a] = p.dirs[3 * ray + a];
+        w.inverse_dir[a] = 1.0f / d;
+        finite = finite && std::isfinite(o) && std::isfinite(d);
+        if (d == 0.0f) continue;  // whether the ray is inside along this axis, cell_at decides
+        moving = true;
+        const float t_low = (p.low[a] - o) / d, t_high = (p.high[a] - o) / d;
+        entry = fmaxf(entry, fminf(t_low, t_high));
+        exit = fminf(exit, fmaxf(t_low, t_high));
+    }
+    // Two steps of room at both ends: rounding here must not decide which samples exist.
+    w.k = clamp_step(floorf((entry - w.start) / p.step - 2.0f));
+    w.last = finite && moving ? clamp_step(ceilf((exit - w.start) / p.step + 2.0f)) : 0;
+    return w;
+}
+
+// The cell that holds the middle of lattice interval k.
+DSD_HD Cell cell_at(const MarchParams& p, const Walk& w, int k) {
+    Cell cell{{0, 0, 0}, -1};
+    const float middle = mul(0.5f, add(lattice(p, w.start, k), lattice(p, w.start, k + 1)));
+    if (!(middle < p.far)) return cell;
+    for (int a = 0; a < 3; ++a) {
+        const float point = add(w.origin[a], mul(w.dir[a], middle));
+        const float c = mul(add(point, -p.low[a]), p.cells_per_unit[a]);
+        if (!(c >= 0.0f && c < static_cast<float>(p.n_cells))) return cell;
+        cell.i[a] = static_cast<int>(c);
+    }
+    cell.flat = (cell.i[0] * p.n_cells + cell.i[1]) * p.n_cells + cell.i[2];
+    return cell;
+}
+
+// An index after w.k up to which (exclusive) all indices lie in `cell`, the cell of w.k. Rounded
+// coordinates are monotone in k, so equal cells at both ends mean equal cells everywhere between.
+// The distance to the cell's far side only guesses where to look: a poor guess costs time and
+// never a sample.
+DSD_HD int end_in_cell(const MarchParams& p, const Walk& w, const Cell& cell) {
+    float exit = p.far;
+    for (int a = 0; a < 3; ++a) {
+        if (w.dir[a] == 0.0f) continue;
+        const float share = static_cast<float>(cell.i[a] + (w.dir[a] > 0.0f)) / p.n_cells;
+        const float side = p.low[a] + share * (p.high[a] - p.low[a]);
+        exit = fminf(exit, (side - w.origin[a]) * w.inverse_dir[a]);
+    }
+    int guess = clamp_step(floorf((exit - w.start) / p.step - 0.5f));
+    if (guess >= w.last) guess = w.last - 1;
+    for (int back = 1; guess > w.k && cell_at(p, w, guess).flat != cell.flat; back *= 2) {
+        guess -= back;
+    }
+    return (guess > w.k ? guess : w.k) + 1;
+}
+
+// Finds the next run of samples, begin <= k < end, in one occupied cell; false when there is none.
+DSD_HD bool next_run(const MarchParams& p, Walk& w, int& begin, int& end) {
+    while (w.k < w.last) {
+        const Cell cell = cell_at(p, w, w.k);
+        begin = w.k;
+        end = w.k = cell.flat < 0 ? w.k + 1 : end_in_cell(p, w, cell);
+        if (cell.flat >= 0 && p.occupancy[cell.flat] != 0) return true;
+    }
+    return false;
+}
+
+DSD_HD void count_ray(const MarchParams& p, int64_t ray) {
+    int64_t count = 0;
+    Walk walk = begin_walk(p, ray);
+    for (int begin, end; next_run(p, walk, begin, end);) count += end - begin;
+    p.counts[ray] = count;
+}
+
+DSD_HD void write_ray(const MarchParams& p, int64_t ray) {
+    int64_t out = p.offsets[ray];
+    Walk walk = begin_walk(p, ray);
+    for (int begin, end; next_run(p, walk, begin, end);) {
+        for (int k = begin; k < end; ++k, ++out) {
+            p.ray_indices[out] = ray;
+            p.t_starts[out] = lattice(p, walk.start, k);
+            p.t_ends[out] = lattice(p, walk.start, k + 1);
+        }
+    }
+}
+
+}  // namespace march
+
+// Counts each ray's samples; the caller turns counts into offsets and runs march_write.
+void march_count(const MarchParams& p, int n_threads);
+void march_write(const MarchParams& p, int n_threads);
+
+namespace cuda {
+void march_count(const MarchParams& p, void* stream);
+void march_write(const MarchParams& p, void* stream);
+}  // namespace cuda
+
+}  // namespace dsd
