@@ -1,8 +1,8 @@
 // What every op shares: host/device macros, CPU instruction-set dispatch and the CUDA error check.
 //
 // Conventions: an op is one POD params struct (pointers, sizes, switches) plus launchers
-//   dsd::<op>_fwd / <op>_bwd(const Params&, int n_threads)               CPU
-//   dsd::cuda::<op>_fwd / <op>_bwd(const Params&, void* stream)          CUDA, device already set
+//   dsd::<op>_fwd / <op>_bwd(const Params&, int n_threads)        CPU
+//   dsd::cuda::<op>_fwd / <op>_bwd(const Params&, void* stream)   CUDA, device already set
 // Tensors are dense, row-major; whoever calls has checked shape, type and device. Sizes and
 // addresses are int64_t: index * width overflows 32 bits at a few million samples.
 #pragma once
@@ -20,12 +20,12 @@
 #endif
 
 // Sources listed as DSD_SIMD_SOURCES in CMakeLists.txt are compiled once per instruction set, into
-// one namespace each. They use no std templates, for the reason above.
+// the namespace dsd::DSD_ISA each time. They use no std templates, for the reason above.
 #ifndef DSD_ISA
 #define DSD_ISA baseline
 #endif
 
-// Declares a CPU launcher in every instruction set's namespace; DSD_CPU picks one when called.
+// Declares such a source's launcher in every namespace; DSD_CPU picks one when called.
 #if defined(DSD_WITH_AVX2)
 #define DSD_DECLARE_CPU(...)                            \
     namespace baseline { __VA_ARGS__; }                 \
