@@ -4,6 +4,8 @@ Addresses go to compiled code unseen, so each operator checks device, dtype, sha
 each tensor here first.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,16 +19,16 @@ def check_tensor(
     op: str,
     name: str,
     tensor: Tensor,
-    shape: tuple[int | str, ...],
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | None,
+    shape: Sequence[int | str],
     device: torch.device | None = None,
 ) -> None:
     """Raises unless `tensor` is what a compiled kernel may be given.
 
     Args:
         op, name: operator and argument, for the message.
-        shape: expected shape; a string entry stands for any size ("N").
         dtype: expected dtype, or None for any floating point one (references only).
+        shape: expected shape; a string entry stands for any size ("N").
         device: expected device, or None for any.
 
     Raises:
