@@ -7,13 +7,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "common.h"
+#include "composite.h"
 #include "hashgrid.h"
+#include "march.h"
+#include "occupancy.h"
 #include "sh.h"
 
 namespace py = pybind11;
@@ -147,6 +151,122 @@ void sh_bwd(Address dirs, Address grad_y, Address grad_dirs, int64_t n_dirs, int
            DSD_CUDA_CALL(dsd::cuda::sh_bwd(params, stream)));
 }
 
+// `aabb` is the low corner, then the high one.
+dsd::MarchParams march_params(Address origins, Address dirs, Address jitter, Address occupancy,
+                              int64_t n_rays, int n_cells, const std::array<double, 6>& aabb,
+                              double step, double near, double far) {
+    dsd::MarchParams params = {};
+    params.origins = pointer<const float>(origins);
+    params.dirs = pointer<const float>(dirs);
+    params.jitter = pointer<const float>(jitter);
+    params.occupancy = pointer<const uint8_t>(occupancy);
+    params.n_rays = n_rays;
+    params.n_cells = n_cells;
+    for (int a = 0; a < 3; ++a) {
+        params.low[a] = static_cast<float>(aabb[a]);
+        params.high[a] = static_cast<float>(aabb[a + 3]);
+        params.cells_per_unit[a] = static_cast<float>(n_cells / (aabb[a + 3] - aabb[a]));
+    }
+    params.step = static_cast<float>(step);
+    params.near = static_cast<float>(near);
+    params.far = static_cast<float>(far);
+    return params;
+}
+
+void march_count(Address origins, Address dirs, Address jitter, Address occupancy, int64_t n_rays,
+                 int n_cells, const std::array<double, 6>& aabb, double step, double near,
+                 double far, Address counts, int device, Address stream, int n_threads) {
+    auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
+                               far);
+    params.counts = pointer<int64_t>(counts);
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::march_count(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::march_count(params, stream)));
+}
+
+void march_write(Address origins, Address dirs, Address jitter, Address occupancy, int64_t n_rays,
+                 int n_cells, const std::array<double, 6>& aabb, double step, double near,
+                 double far, Address offsets, Address ray_indices, Address t_starts, Address t_ends,
+                 int device, Address stream, int n_threads) {
+    auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
+                               far);
+    params.offsets = pointer<const int64_t>(offsets);
+    params.ray_indices = pointer<int64_t>(ray_indices);
+    params.t_starts = pointer<float>(t_starts);
+    params.t_ends = pointer<float>(t_ends);
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::march_write(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::march_write(params, stream)));
+}
+
+void visibility(Address sigmas, Address t_starts, Address t_ends, Address offsets,
+                Address alpha_threshold, double transmittance_threshold, int64_t n_rays,
+                Address visible, int device, Address stream, int n_threads) {
+    const dsd::VisibilityParams params = {
+        pointer<const float>(sigmas),          pointer<const float>(t_starts),
+        pointer<const float>(t_ends),          pointer<const int64_t>(offsets),
+        pointer<const float>(alpha_threshold), static_cast<float>(transmittance_threshold),
+        n_rays,                                pointer<uint8_t>(visible)};
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::visibility(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::visibility(params, stream)));
+}
+
+void composite_fwd(Address sigmas, Address rgbs, Address normals, Address t_starts, Address t_ends,
+                   Address offsets, int64_t n_rays, Address color, Address opacity, Address depth,
+                   Address z_variance, Address normal, Address weights, int device, Address stream,
+                   int n_threads) {
+    const dsd::CompositeParams params = {
+        pointer<const float>(sigmas),   pointer<const float>(rgbs),
+        pointer<const float>(normals),  pointer<const float>(t_starts),
+        pointer<const float>(t_ends),   pointer<const int64_t>(offsets),
+        n_rays,                         pointer<float>(color),
+        pointer<float>(opacity),        pointer<float>(depth),
+        pointer<float>(z_variance),     pointer<float>(normal),
+        pointer<float>(weights)};
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::composite_fwd(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::composite_fwd(params, stream)));
+}
+
+void composite_bwd(Address sigmas, Address rgbs, Address normals, Address t_starts, Address t_ends,
+                   Address offsets, int64_t n_rays, Address opacity, Address depth,
+                   Address z_variance, Address grad_color, Address grad_opacity,
+                   Address grad_depth, Address grad_z_variance, Address grad_normal,
+                   Address grad_weights, Address grad_sigmas, Address grad_rgbs,
+                   Address grad_normals, int device, Address stream, int n_threads) {
+    const dsd::CompositeParams params = {
+        pointer<const float>(sigmas),  pointer<const float>(rgbs),
+        pointer<const float>(normals), pointer<const float>(t_starts),
+        pointer<const float>(t_ends),  pointer<const int64_t>(offsets),
+        n_rays,                        nullptr,
+        pointer<float>(opacity),       pointer<float>(depth),
+        pointer<float>(z_variance),    nullptr,
+        nullptr};
+    const dsd::CompositeGrads grads = {
+        pointer<const float>(grad_color),  pointer<const float>(grad_opacity),
+        pointer<const float>(grad_depth),  pointer<const float>(grad_z_variance),
+        pointer<const float>(grad_normal), pointer<const float>(grad_weights),
+        pointer<float>(grad_sigmas),       pointer<float>(grad_rgbs),
+        pointer<float>(grad_normals)};
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::composite_bwd(params, grads, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::composite_bwd(params, grads, stream)));
+}
+
+void occupancy_update(Address occs, Address indices, Address values, Address peaks, int64_t n_cells,
+                      int64_t n_values, double decay, int device, Address stream, int n_threads) {
+    const dsd::OccupancyUpdateParams params = {
+        pointer<float>(occs), pointer<const int64_t>(indices), pointer<const float>(values),
+        pointer<float>(peaks), n_cells, n_values, static_cast<float>(decay)};
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::occupancy_update(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::occupancy_update(params, stream)));
+}
+
+void occupancy_threshold(Address occs, int64_t n_cells, double max_threshold, Address threshold,
+                         Address binary, int device, Address stream, int n_threads) {
+    const dsd::OccupancyThresholdParams params = {
+        pointer<const float>(occs), n_cells, static_cast<float>(max_threshold),
+        pointer<float>(threshold), pointer<uint8_t>(binary)};
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::occupancy_threshold(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::occupancy_threshold(params, stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -159,4 +279,14 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("sh_fwd", &sh_fwd);
     m.def("sh_bwd", &sh_bwd);
+
+    m.def("march_count", &march_count);
+    m.def("march_write", &march_write);
+
+    m.def("visibility", &visibility);
+    m.def("composite_fwd", &composite_fwd);
+    m.def("composite_bwd", &composite_bwd);
+
+    m.def("occupancy_update", &occupancy_update);
+    m.def("occupancy_threshold", &occupancy_threshold);
 }
