@@ -1,0 +1,140 @@
+"""The catalogue of the embedded prior's 3D models: which file is which noun, and whom to credit.
+
+The models are the Sweet Home 3D furniture libraries of Debian's package ``sweethome3d-furniture``
+(1.8-1): five ``.sh3f`` files, each a zip of OBJ models with a ``PluginFurnitureCatalog.properties``.
+``nouns.tsv`` beside this file adds what the properties do not say: the noun of each model, the
+azimuth of its front, its main colour, and why some models are left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from zipfile import ZipFile
+
+PROPERTIES = "PluginFurnitureCatalog.properties"
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Noun:
+    """One row of ``nouns.tsv``: what is known about a model without its files."""
+
+    id: str  # "Library#model", unique
+    noun: str  # fine noun: "armchair"
+    group: str  # coarser noun: "person" for "woman"
+    exclude: str  # reason to leave the model out, "" when it is used
+    front_az: float  # azimuth in degrees from which the source model is seen from its front
+    colour: str  # name of the main colour, "" when unknown
+    colour_share: float  # share of the visible pixels that have the main colour
+    name: str  # name in the library
+    creator: str
+    license: str  # SPDX-like: CC-BY-3.0, CC-BY-3.0-US, CC0-1.0
+
+    @property
+    def library(self) -> str:
+        return self.id.partition("#")[0]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A usable model: its row of the table and where its OBJ lies."""
+
+    noun: Noun
+    archive: Path  # the .sh3f zip
+    member: str  # OBJ path inside the zip
+    rotation: tuple[float, ...]  # modelRotation, row-major 3x3, applied as v' = M v
+
+    @property
+    def id(self) -> str:
+        return self.noun.id
+
+
+@cache
+def nouns() -> tuple[Noun, ...]:
+    """All rows of the committed table, excluded ones too, in library order."""
+    with resources.files(__package__).joinpath("nouns.tsv").open(encoding="utf-8") as file:
+        return tuple(
+            Noun(
+                id=row["id"],
+                noun=row["noun"],
+                group=row["group"],
+                exclude=row["exclude"],
+                front_az=float(row["front_az"]),
+                colour=row["colour"],
+                colour_share=float(row["colour_share"] or 0.0),
+                name=row["name"],
+                creator=row["creator"],
+                license=row["license"],
+            )
+            for row in csv.DictReader(file, delimiter="\t")
+        )
+
+
+@cache
+def noun_by_id() -> dict[str, Noun]:
+    """The table as a dictionary from model id to row."""
+    return {row.id: row for row in nouns()}
+
+
+def unpack(source: Path, folder: Path) -> list[Path]:
+    """The ``.sh3f`` files of ``source``: a ``.deb`` (unpacked into ``folder``) or a folder.
+
+    Raises FileNotFoundError when ``source`` holds none.
+    """
+    if source.suffix == ".deb":
+        if not source.is_file():
+            raise FileNotFoundError(f"{source} does not exist; `apt-get download "
+                                    "sweethome3d-furniture` fetches it on Debian")
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["dpkg-deb", "-x", str(source), str(folder)], check=True)
+        source = folder
+    found = sorted(source.rglob("*.sh3f"))
+    if not found:
+        raise FileNotFoundError(f"no .sh3f file below {source}; expected the contents of Debian's "
+                                "package sweethome3d-furniture")
+    return found
+
+
+def parse_properties(text: str) -> dict[int, dict[str, str]]:
+    """Java properties ``key#number=value`` as {number: {key: value}}; other lines are skipped."""
+    items: dict[int, dict[str, str]] = {}
+    for line in text.splitlines():
+        match = re.match(r"\s*(\w+)#(\d+)\s*=\s*(.*?)\s*$", line)
+        if match:
+            key, number, value = match.groups()
+            items.setdefault(int(number), {})[key] = value
+    return items
+
+
+def load(archives: list[Path], table: dict[str, Noun] | None = None) -> list[Entry]:
+    """The usable models of ``archives``, in the order of the table.
+
+    ``table`` defaults to the committed one. Models that the table excludes or does not name are
+    left out. Raises FileNotFoundError for a model whose OBJ is missing from its archive.
+    """
+    table = noun_by_id() if table is None else table
+    found: dict[str, Entry] = {}
+    for archive in archives:
+        with ZipFile(archive) as file:
+            members = set(file.namelist())
+            text = file.read(PROPERTIES).decode("latin-1")  # the encoding of Java properties
+        for item in parse_properties(text).values():
+            noun = table.get(item.get("id", ""))
+            if noun is None or noun.exclude:
+                continue
+            member = str(PurePosixPath(item["model"].lstrip("/")))
+            if member not in members:
+                raise FileNotFoundError(f"{archive}: {noun.id} names {member}, which is missing")
+            values = item.get("modelRotation")
+            rotation = tuple(float(v) for v in values.split()) if values else IDENTITY
+            if len(rotation) != 9:
+                raise ValueError(f"{archive}: modelRotation of {noun.id} has {len(rotation)} "
+                                 "numbers, expected 9")
+            found[noun.id] = Entry(noun, archive, member, rotation)
+    return [found[id_] for id_ in table if id_ in found]

@@ -1,0 +1,619 @@
+"""Meshes of the embedded prior: OBJ reading, our axes, crease normals, and one compact pack file.
+
+Axes: the source has y up and its front on +z; ours are those of the cameras, z up and the front
+on +x, so (X, Y, Z) = (z, x, y). Every model is centred on its bounding box and scaled to a
+bounding sphere of radius ``RADIUS``.
+
+Colours follow what the libraries' own icons show: a material's texture replaces its ``Kd``, and
+``Kd`` is used as an sRGB colour as it stands.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from zipfile import ZIP_STORED, ZipFile
+
+import numpy as np
+from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from dsd_fast.prior.catalogue import Entry
+
+RADIUS = 0.6  # bounding sphere of every model, in scene units
+CREASE_DEG = 50.0  # neighbouring faces that meet at less than this are shaded smoothly
+TEXTURE_SIZE = 256  # longest side of a stored texture
+GREY = (0.7, 0.7, 0.7)  # for materials that the MTL does not define
+INVISIBLE = 0.02  # parts with a smaller opacity are dropped
+
+POSITION_LEVELS = 65535  # positions are stored as uint16 over [-RADIUS, RADIUS]
+UV_STEP = 1.0 / 4096  # step of stored texture coordinates: 1/16 texel of 256
+WILD_TILES = 128  # a triangle that spans more tiles than this has broken texture coordinates
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of triangles that share one material."""
+
+    first: int  # first triangle
+    count: int
+    colour: tuple[float, float, float]  # sRGB in [0, 1], used when there is no texture
+    opacity: float
+    texture: int  # index into Model.textures, -1 without
+
+
+@dataclass(frozen=True)
+class MainPart:
+    """The part that recolouring paints, and how much of the model it is."""
+
+    part: int
+    share: float  # of the visible pixels, over views from all around
+    luma: float  # median Rec. 601 luma of those pixels, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in our axes.
+
+    positions: [V, 3] float32. uvs: [V, 2] float32, zero where the part has no texture, v up.
+    triangles: [T, 3] int32. textures: uint8 [H, W, 4] images, first row on top.
+    """
+
+    id: str
+    positions: np.ndarray
+    uvs: np.ndarray
+    triangles: np.ndarray
+    parts: tuple[Part, ...]
+    textures: tuple[np.ndarray, ...]
+    main: MainPart
+
+
+# ---- OBJ and MTL -------------------------------------------------------------------------------
+
+
+@dataclass
+class Material:
+    """What is used of an MTL material."""
+
+    colour: tuple[float, float, float] = GREY
+    opacity: float = 1.0
+    texture: str | None = None  # file name as written
+
+
+@dataclass
+class Obj:
+    """A parsed OBJ: fan-triangulated faces, one material index a face; -1 is "no uv"."""
+
+    positions: np.ndarray  # [N, 3] float64
+    uvs: np.ndarray  # [M, 2] float64
+    corner_position: np.ndarray  # [F, 3] int64
+    corner_uv: np.ndarray  # [F, 3] int64
+    face_material: np.ndarray  # [F] int64
+    materials: list[str] = field(default_factory=list)
+    libraries: list[str] = field(default_factory=list)
+
+
+def parse_obj(text: str) -> Obj:
+    """Read the geometry and material names of a Wavefront OBJ; normals and groups are ignored."""
+    positions: list[str] = []
+    uvs: list[str] = []
+    corners: list[str] = []
+    sizes: list[int] = []
+    face_material: list[int] = []
+    materials: dict[str, int] = {"": 0}
+    libraries: list[str] = []
+    material = 0
+    for line in text.replace("\\\n", " ").splitlines():
+        kind, _, rest = line.strip().partition(" ")
+        if kind == "v":
+            positions += rest.split()[:3]
+        elif kind == "f":
+            tokens = rest.split()
+            if "-" in rest:
+                counts = (len(positions) // 3, len(uvs) // 2)
+                tokens = [_absolute(token, counts) for token in tokens]
+            if len(tokens) >= 3:
+                corners += tokens
+                sizes.append(len(tokens))
+                face_material.append(material)
+        elif kind == "vt":
+            uvs += rest.split()[:2]
+        elif kind == "usemtl":
+            material = materials.setdefault(rest.strip(), len(materials))
+        elif kind == "mtllib":
+            libraries.append(rest.strip())
+
+    index_of = {token: _corner(token) for token in set(corners)}
+    index = np.array([index_of[token] for token in corners], dtype=np.int64).reshape(-1, 2)
+    size = np.array(sizes, dtype=np.int64)
+    start = np.cumsum(size) - size
+    per_face = size - 2
+    face = np.repeat(np.arange(len(size)), per_face)
+    step = np.arange(per_face.sum()) - np.repeat(np.cumsum(per_face) - per_face, per_face)
+    fan = np.stack([start[face], start[face] + step + 1, start[face] + step + 2], axis=1)
+    return Obj(
+        positions=np.array(positions, dtype=np.float64).reshape(-1, 3),
+        uvs=np.array(uvs, dtype=np.float64).reshape(-1, 2),
+        corner_position=index[fan, 0],
+        corner_uv=index[fan, 1],
+        face_material=np.array(face_material, dtype=np.int64)[face],
+        materials=list(materials),
+        libraries=libraries,
+    )
+
+
+def _absolute(token: str, counts: tuple[int, int]) -> str:
+    """Rewrite the negative (relative) indices of an OBJ face corner; drop its normal."""
+    fields = token.split("/")[:2]
+    return "/".join(
+        str(int(value) + count + 1) if value.startswith("-") else value
+        for value, count in zip(fields, counts, strict=False)
+    )
+
+
+def _corner(token: str) -> tuple[int, int]:
+    """Zero-based (position, uv) of a face corner "v", "v/vt", "v//vn" or "v/vt/vn"."""
+    fields = token.split("/")
+    return int(fields[0]) - 1, int(fields[1]) - 1 if len(fields) > 1 and fields[1] else -1
+
+
+def parse_mtl(text: str) -> dict[str, Material]:
+    """Read diffuse colour, opacity (``d``) and diffuse texture of each material."""
+    materials: dict[str, Material] = {}
+    current = Material()
+    for line in text.splitlines():
+        key, _, rest = line.strip().replace("\t", " ").partition(" ")
+        rest = rest.strip()
+        if key == "newmtl":
+            current = materials.setdefault(rest, Material())
+        elif not rest:
+            continue
+        elif key == "Kd":
+            red, green, blue = (min(max(float(v), 0.0), 1.0) for v in rest.split()[:3])
+            current.colour = (red, green, blue)
+        elif key == "d":
+            current.opacity = min(max(float(rest.split()[-1]), 0.0), 1.0)
+        elif key == "map_Kd":
+            current.texture = rest
+    return materials
+
+
+def _find_file(names: dict[str, str], folder: PurePosixPath, wanted: str) -> str | None:
+    """The zip member for a file named in an OBJ or MTL: same folder, any case, any path before."""
+    base = wanted.replace("\\", "/").rsplit("/", 1)[-1]
+    for candidate in (base, base.split()[-1] if base.split() else base):
+        found = names.get(str(folder / candidate).lower())
+        if found:
+            return found
+    return None
+
+
+def _read_materials(
+    archive: ZipFile, names: dict[str, str], folder: PurePosixPath, libraries: Sequence[str]
+) -> dict[str, Material]:
+    """The materials of an OBJ's libraries; the folder's only .mtl stands in for a missing one."""
+    found = [_find_file(names, folder, library) for library in libraries]
+    members = [member for member in found if member]
+    if not members:
+        members = [
+            name
+            for lower, name in names.items()
+            if lower.endswith(".mtl") and PurePosixPath(lower).parent == PurePosixPath(
+                str(folder).lower())
+        ]
+        if len(members) > 1:
+            members = []
+    materials: dict[str, Material] = {}
+    for member in members:
+        materials |= parse_mtl(archive.read(member).decode("latin-1"))
+    return materials
+
+
+def _read_texture(archive: ZipFile, member: str) -> np.ndarray:
+    """A texture as uint8 [H, W, 4], longest side at most TEXTURE_SIZE."""
+    image = Image.open(io.BytesIO(archive.read(member))).convert("RGBA")
+    scale = TEXTURE_SIZE / max(image.size)
+    if scale < 1.0:
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.array(image)
+
+
+# ---- Loading one model -------------------------------------------------------------------------
+
+
+def load_model(entry: Entry) -> Model:
+    """Read a catalogue entry into our axes, with the libraries' quirks mended.
+
+    Raises ValueError when the OBJ has no visible triangle.
+    """
+    with ZipFile(entry.archive) as archive:
+        names = {name.lower(): name for name in archive.namelist()}
+        folder = PurePosixPath(entry.member).parent
+        obj = parse_obj(archive.read(entry.member).decode("latin-1"))
+        defined = _read_materials(archive, names, folder, obj.libraries)
+        materials = [defined.get(name, Material()) for name in obj.materials]
+        textures: list[np.ndarray] = []
+        texture_of: dict[str, int] = {}
+        texture_index = []
+        for material in materials:
+            member = material.texture and _find_file(names, folder, material.texture)
+            if member and member not in texture_of:
+                texture_of[member] = len(textures)
+                textures.append(_read_texture(archive, member))
+            texture_index.append(texture_of[member] if member else -1)
+
+    texture = np.array(texture_index)
+    # A face without texture coordinates cannot show its texture: its material falls back to Kd.
+    has_uv = (obj.corner_uv >= 0).all(axis=1)
+    variant = obj.face_material * 2 + (has_uv & (texture[obj.face_material] >= 0))
+    opacity = np.array([material.opacity for material in materials])
+    keep = opacity[obj.face_material] > INVISIBLE
+    if not keep.any():
+        raise ValueError(f"{entry.id}: {entry.member} has no visible triangle")
+    order = np.flatnonzero(keep)[np.argsort(variant[keep], kind="stable")]
+    variant = variant[order]
+
+    axes = np.asarray(entry.rotation).reshape(3, 3)[[2, 0, 1]]  # then (X, Y, Z) = (z, x, y)
+    angle = -np.radians(entry.noun.front_az)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0],
+                     [0, 0, 1]])
+    points = normalise((obj.positions @ (turn @ axes).T), obj.corner_position[order])
+
+    levels = np.rint((points / RADIUS + 1) / 2 * POSITION_LEVELS).astype(np.int64)
+    corner_level = levels[obj.corner_position[order]]  # [T, 3, 3]
+    textured = (variant % 2).astype(bool)
+    corner_uv = np.zeros((*variant.shape, 3, 2), np.int64)
+    uv = np.rint(obj.uvs / UV_STEP).astype(np.int64)
+    corner_uv[textured] = uv[obj.corner_uv[order][textured]]
+    tile = round(1 / UV_STEP)
+    wild = (np.ptp(corner_uv, axis=1) > WILD_TILES * tile).any(axis=1)
+    corner_uv[wild] %= tile
+    parts, corner_uv, triangles_of = _parts(variant, materials, texture, corner_level, corner_uv)
+
+    rows = np.concatenate([corner_level[triangles_of].reshape(-1, 3),
+                           corner_uv[triangles_of].reshape(-1, 2)], axis=1)
+    vertices, triangles = _index_by_first_use(rows)
+    model = Model(
+        id=entry.id,
+        positions=_dequantise(vertices[:, :3]),
+        uvs=(vertices[:, 3:] * UV_STEP).astype(np.float32),
+        triangles=triangles,
+        parts=parts,
+        textures=tuple(textures),
+        main=MainPart(0, 0.0, 0.5),
+    )
+    return Model(**(vars(model) | {"main": find_main_part(model)}))
+
+
+def normalise(points: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Centre the used points' bounding box on the origin; bounding sphere of radius RADIUS."""
+    visible = points[np.unique(used)]
+    points = points - (visible.min(axis=0) + visible.max(axis=0)) / 2
+    reach = np.linalg.norm(points[np.unique(used)], axis=1).max()
+    if not reach > 0:
+        raise ValueError("the mesh is a single point")
+    return np.clip(points * (RADIUS / reach), -RADIUS, RADIUS)
+
+
+def _parts(
+    variant: np.ndarray,
+    materials: list[Material],
+    texture: np.ndarray,
+    corner_level: np.ndarray,
+    corner_uv: np.ndarray,
+) -> tuple[tuple[Part, ...], np.ndarray, np.ndarray]:
+    """Part table of triangles sorted by variant; drops triangles without area.
+
+    Returns the parts, the uvs moved by whole tiles into the smallest range, the triangles kept.
+    """
+    a, b, c = corner_level[:, 0], corner_level[:, 1], corner_level[:, 2]
+    solid = np.cross(b - a, c - a).any(axis=1)
+    parts = []
+    kept = []
+    first = 0
+    corner_uv = corner_uv.copy()
+    tile = round(1 / UV_STEP)
+    for value in np.unique(variant[solid]):
+        chosen = np.flatnonzero(solid & (variant == value))
+        material = materials[value // 2]
+        is_textured = bool(value % 2)
+        if is_textured:
+            corner_uv[chosen] -= corner_uv[chosen].min(axis=(0, 1)) // tile * tile
+        parts.append(Part(first, len(chosen), material.colour, material.opacity,
+                          int(texture[value // 2]) if is_textured else -1))
+        kept.append(chosen)
+        first += len(chosen)
+    return tuple(parts), corner_uv, np.concatenate(kept)
+
+
+def _index_by_first_use(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct rows in the order of first use, and the [T, 3] int32 triangles over them."""
+    _, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rows[first[order]], rank[inverse.ravel()].reshape(-1, 3).astype(np.int32)
+
+
+def _dequantise(levels: np.ndarray) -> np.ndarray:
+    return ((levels / POSITION_LEVELS * 2 - 1) * RADIUS).astype(np.float32)
+
+
+# ---- Main part ---------------------------------------------------------------------------------
+
+
+def find_main_part(model: Model, n_samples: int = 60_000, size: int = 64) -> MainPart:
+    """The part with the most visible pixels, by splatting surface samples into depth buffers.
+
+    Six orthographic views (four sides, raised by 20 degrees, front from above and the top) of
+    ``size`` squared pixels; deterministic.
+    """
+    rng = np.random.default_rng(0)
+    corners = model.positions[model.triangles].astype(np.float64)
+    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]),
+                          axis=1)
+    triangle = np.searchsorted(np.cumsum(area) / area.sum(), rng.random(n_samples))
+    triangle = np.minimum(triangle, len(area) - 1)
+    root, v = np.sqrt(rng.random(n_samples)), rng.random(n_samples)
+    weights = np.stack([1 - root, root * (1 - v), root * v], axis=1)
+    points = np.einsum("nk,nkd->nd", weights, corners[triangle])
+    part_of = np.repeat(np.arange(len(model.parts)), [part.count for part in model.parts])[triangle]
+
+    seen: list[np.ndarray] = []
+    for azimuth, elevation in ((0, 20), (90, 20), (180, 20), (270, 20), (0, 50), (0, 89)):
+        a, e = np.radians(azimuth), np.radians(elevation)
+        back = np.array([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)])
+        right = np.array([-np.sin(a), np.cos(a), 0.0])
+        plane = points @ np.stack([right, np.cross(back, right)]).T
+        pixel = np.clip((plane / RADIUS + 1) / 2 * size, 0, size - 1).astype(np.int64) @ [1, size]
+        order = np.lexsort((-(points @ back), pixel))  # nearest first within a pixel
+        seen.append(order[np.unique(pixel[order], return_index=True)[1]])
+    visible = np.concatenate(seen)
+
+    counts = np.bincount(part_of[visible], minlength=len(model.parts))
+    main = int(counts.argmax())
+    part = model.parts[main]
+    colours = np.asarray(part.colour)[None]
+    if part.texture >= 0:
+        image = model.textures[part.texture]
+        mine = visible[part_of[visible] == main]
+        uv = np.einsum("nk,nkd->nd", weights[mine], model.uvs[model.triangles[triangle[mine]]])
+        height, width = image.shape[:2]
+        column = (uv[:, 0] % 1.0 * width).astype(np.int64) % width
+        row = ((1.0 - uv[:, 1] % 1.0) * height).astype(np.int64) % height
+        texels = image[row, column]
+        colours = texels[texels[:, 3] > 127][:, :3] / 255.0
+        if not len(colours):
+            colours = texels[:, :3] / 255.0
+    luma = float(np.median(colours @ [0.299, 0.587, 0.114]))
+    return MainPart(main, float(counts[main] / len(visible)), luma)
+
+
+# ---- Crease normals ----------------------------------------------------------------------------
+
+
+def crease_normals(
+    positions: np.ndarray, triangles: np.ndarray, crease_deg: float = CREASE_DEG
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split vertices so that faces are smooth across shallow edges and hard across creases.
+
+    Corners of faces that share an edge and meet at less than ``crease_deg`` are joined; each
+    group's normal is the area-weighted mean of its faces'. Vertices at one place (texture seams)
+    count as one.
+
+    positions: [V, 3] float32. triangles: [T, 3] int32. Returns (source [W] int64, the vertex that
+    each new one copies; normals [W, 3] float32, unit; triangles [T, 3] int32 over the new ones).
+    """
+    place = np.unique(positions, axis=0, return_inverse=True)[1].ravel()
+    corner = place[triangles]  # [T, 3]
+    p = positions.astype(np.float64)[triangles]
+    face_normal = np.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
+    length = np.linalg.norm(face_normal, axis=1, keepdims=True)
+    unit = face_normal / np.maximum(length, 1e-30)
+
+    start, end = corner, np.roll(corner, -1, axis=1)
+    low = np.minimum(start, end)
+    key = (low * np.int64(len(positions)) + np.maximum(start, end)).ravel()
+    n_corners = len(key)
+    here = np.arange(n_corners)
+    following = here.reshape(-1, 3)[:, [1, 2, 0]].ravel()
+    starts_low = (start == low).ravel()
+    low_corner = np.where(starts_low, here, following)
+    high_corner = np.where(starts_low, following, here)
+
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    links = []
+    for shift in (1, 2, 3):  # up to four faces an edge: both sides of doubled surfaces
+        same = np.flatnonzero(key[:-shift] == key[shift:])
+        i, j = order[same], order[same + shift]
+        cosine = np.einsum("nd,nd->n", unit[i // 3], unit[j // 3])
+        smooth = cosine > np.cos(np.radians(crease_deg))
+        i, j = i[smooth], j[smooth]
+        links += [(low_corner[i], low_corner[j]), (high_corner[i], high_corner[j])]
+    rows = np.concatenate([a for a, _ in links])
+    columns = np.concatenate([b for _, b in links])
+    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, columns)), (n_corners, n_corners))
+    n_groups, group = connected_components(graph, directed=False)
+
+    sums = np.stack([np.bincount(group, np.repeat(face_normal[:, k], 3), n_groups)
+                     for k in range(3)], axis=1)
+    norm = np.linalg.norm(sums, axis=1, keepdims=True)
+    normals = np.where(norm > 0, sums / np.maximum(norm, 1e-30), [0.0, 0.0, 1.0])
+
+    vertex = triangles.ravel().astype(np.int64)
+    _, first, inverse = np.unique(vertex * n_groups + group, return_index=True,
+                                  return_inverse=True)
+    return (vertex[first], normals[group[first]].astype(np.float32),
+            inverse.reshape(-1, 3).astype(np.int32))
+
+
+# ---- Pack file ---------------------------------------------------------------------------------
+
+
+def _planes(values: np.ndarray) -> bytes:
+    """Byte planes of an integer array, column by column: they compress better than rows."""
+    columns = np.ascontiguousarray(values.reshape(len(values), -1).T)
+    return columns.view(np.uint8).reshape(*columns.shape, values.itemsize).transpose(
+        0, 2, 1).tobytes()
+
+
+def _from_planes(data: memoryview, dtype: str, rows: int, columns: int) -> tuple[np.ndarray, int]:
+    """Inverse of _planes: the [rows, columns] array and the number of bytes read."""
+    itemsize = np.dtype(dtype).itemsize
+    size = rows * columns * itemsize
+    planes = np.frombuffer(data[:size], np.uint8).reshape(columns, itemsize, rows)
+    values = np.ascontiguousarray(planes.transpose(2, 0, 1)).view(dtype).reshape(rows, columns)
+    return values, size
+
+
+def _delta(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Zigzag-coded differences of successive rows, wrapping in ``dtype`` (unsigned)."""
+    bits = np.dtype(dtype).itemsize * 8
+    signed = np.dtype(dtype).newbyteorder("=").str.replace("u", "i")
+    step = np.diff(values.astype(dtype), axis=0, prepend=np.zeros((1, values.shape[1]), dtype))
+    step = step.astype(dtype).view(signed)
+    return ((step << 1) ^ (step >> (bits - 1))).view(dtype)
+
+
+def _undelta(code: np.ndarray) -> np.ndarray:
+    """Inverse of _delta."""
+    step = (code >> 1) ^ (0 - (code & 1)).astype(code.dtype)
+    return np.cumsum(step, axis=0, dtype=code.dtype)
+
+
+def encode_geometry(model: Model) -> bytes:
+    """Positions, uvs (textured models only) and triangles as one xz stream.
+
+    Vertices are numbered in the order of first use, so a triangle corner is coded as its distance
+    from the highest vertex used so far: zero for a new one, small numbers for recent ones.
+    """
+    levels = np.rint((model.positions / RADIUS + 1) / 2 * POSITION_LEVELS).astype(np.uint16)
+    corners = model.triangles.ravel().astype(np.int64)
+    highest = np.maximum.accumulate(corners)
+    before = np.concatenate([[-1], highest[:-1]])
+    data = _planes((before + 1 - corners).astype("<u4")) + _planes(_delta(levels, "<u2"))
+    if model.textures:
+        uv = np.rint(model.uvs / UV_STEP).astype(np.int64)
+        data += _planes(_delta(uv % 2**32, "<u4"))
+    return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+
+
+def decode_geometry(
+    data: bytes, n_vertices: int, n_triangles: int, has_uv: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inverse of encode_geometry: positions, uvs, triangles as in Model."""
+    view = memoryview(lzma.decompress(data))
+    code, size = _from_planes(view, "<u4", n_triangles * 3, 1)
+    code = code[:, 0].astype(np.int64)
+    is_new = code == 0
+    triangles = (np.cumsum(is_new) - is_new - code).astype(np.int32).reshape(-1, 3)
+    levels, used = _from_planes(view[size:], "<u2", n_vertices, 3)
+    positions = _dequantise(_undelta(levels))
+    uvs = np.zeros((n_vertices, 2), np.float32)
+    if has_uv:
+        steps, _ = _from_planes(view[size + used:], "<u4", n_vertices, 2)
+        uvs = (_undelta(steps).view("<i4") * UV_STEP).astype(np.float32)
+    return positions, uvs, triangles
+
+
+def _encode_texture(image: np.ndarray) -> bytes:
+    """PNG where the alpha channel says something, JPEG otherwise."""
+    buffer = io.BytesIO()
+    if image[..., 3].min() < 250:
+        Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    else:
+        Image.fromarray(image[..., :3]).save(buffer, "JPEG", quality=85, optimize=True)
+    return buffer.getvalue()
+
+
+def _pack_one(entry: Entry) -> tuple[dict, bytes, list[bytes]]:
+    """Index record, geometry stream and encoded textures of one catalogue entry."""
+    model = load_model(entry)
+    record = {
+        "id": model.id,
+        "vertices": len(model.positions),
+        "triangles": len(model.triangles),
+        "textures": len(model.textures),
+        "parts": [[p.first, p.count, *(round(c, 4) for c in p.colour), round(p.opacity, 4),
+                   p.texture] for p in model.parts],
+        "main": [model.main.part, round(model.main.share, 4), round(model.main.luma, 4)],
+    }
+    return record, encode_geometry(model), [_encode_texture(image) for image in model.textures]
+
+
+def write_pack(
+    entries: Sequence[Entry],
+    path: Path,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Load, quantise and write all entries into one zip of compressed streams.
+
+    ``progress`` is called with (done, total) after each model.
+    """
+    records = []
+    with (
+        multiprocessing.get_context("spawn").Pool(workers) as pool,
+        ZipFile(path, "w", ZIP_STORED) as archive,
+    ):
+        for number, (record, geometry, textures) in enumerate(pool.imap(_pack_one, entries)):
+            records.append(record)
+            archive.writestr(f"{number:04d}.xz", geometry)
+            for index, texture in enumerate(textures):
+                archive.writestr(f"{number:04d}.{index}", texture)
+            if progress:
+                progress(number + 1, len(entries))
+        archive.writestr("index.json", json.dumps(records, separators=(",", ":")))
+
+
+class Pack:
+    """Read access to a pack file; ``len(pack)`` models, ``pack.load(i)`` gives one.
+
+    The file is opened at each load, so a Pack may be shared with child processes.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        with ZipFile(self.path) as archive:
+            self.records: list[dict] = json.loads(archive.read("index.json"))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def ids(self) -> list[str]:
+        return [record["id"] for record in self.records]
+
+    def n_triangles(self, number: int) -> int:
+        return self.records[number]["triangles"]
+
+    def main(self, number: int) -> MainPart:
+        """The main part of a model, and whether it is opaque: see Part.opacity."""
+        return MainPart(*self.records[number]["main"])
+
+    def parts(self, number: int) -> tuple[Part, ...]:
+        return tuple(
+            Part(first, count, (red, green, blue), opacity, texture)
+            for first, count, red, green, blue, opacity, texture in self.records[number]["parts"]
+        )
+
+    def load(self, number: int) -> Model:
+        """Decode one model."""
+        record = self.records[number]
+        with ZipFile(self.path) as archive:
+            geometry = archive.read(f"{number:04d}.xz")
+            encoded = [archive.read(f"{number:04d}.{k}") for k in range(record["textures"])]
+        positions, uvs, triangles = decode_geometry(
+            geometry, record["vertices"], record["triangles"], bool(encoded))
+        textures = tuple(np.array(Image.open(io.BytesIO(data)).convert("RGBA"))
+                         for data in encoded)
+        return Model(record["id"], positions, uvs, triangles, self.parts(number), textures,
+                     self.main(number))

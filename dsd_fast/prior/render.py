@@ -1,0 +1,572 @@
+"""Headless renders of packed models (OpenGL through EGL): the training images of the prior.
+
+Each view is a straight-alpha RGBA image, so that the background can be chosen while training. The
+cameras are those of the training loop (``dsd_fast.cameras``), with most objects wholly in view.
+Works with a GPU's EGL and with Mesa's software rasteriser. Where a GPU driver's EGL is not found,
+``__EGL_VENDOR_LIBRARY_FILENAMES`` may have to name its ``10_nvidia.json``.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsd_fast.prior import captions
+from dsd_fast.prior.catalogue import noun_by_id
+from dsd_fast.prior.mesh import MainPart, Model, Pack, Part, crease_normals
+
+if TYPE_CHECKING:
+    import moderngl
+
+SIZE = 256
+SUPERSAMPLING = 2
+NEAR, FAR = 0.05, 20.0
+TILES = 16  # views that are read back together
+CAPTION_VARIANTS = 8
+OVERHEAD_SHARE = 0.1
+RECOLOUR_SHARE = 0.45
+RECOLOUR_VISIBLE = 0.5  # least visible share of the part to be painted
+ALPHA_TEST = 0.5
+
+# (hue in degrees, saturation, value) ranges of the paints, in the order of captions.COLOURS.
+PAINTS: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
+    ((-6, 4), (0.78, 0.95), (0.62, 0.88)),  # red
+    ((20, 30), (0.82, 1.0), (0.88, 1.0)),  # orange
+    ((48, 56), (0.72, 0.95), (0.88, 1.0)),  # yellow
+    ((98, 145), (0.55, 0.9), (0.38, 0.68)),  # green
+    ((212, 232), (0.62, 0.9), (0.48, 0.85)),  # blue
+    ((270, 285), (0.55, 0.8), (0.42, 0.72)),  # purple
+    ((326, 344), (0.38, 0.6), (0.92, 1.0)),  # pink
+    ((18, 27), (0.58, 0.75), (0.3, 0.46)),  # brown
+    ((0, 360), (0.0, 0.1), (0.05, 0.12)),  # black
+    ((0, 360), (0.0, 0.04), (0.93, 1.0)),  # white
+    ((0, 360), (0.0, 0.04), (0.42, 0.58)),  # gray
+)
+
+VERTEX_SHADER = """
+#version 330
+layout(std140) uniform View {
+    mat4 view_projection;
+    vec4 camera;    // position
+    vec4 key;       // direction to the light, strength
+    vec4 fill;      // direction to the light, strength
+    vec4 sky;       // ambient from above
+    vec4 ground;    // ambient from below
+    vec4 paint;     // colour, 1 when the main part is painted
+    vec4 material;  // specular strength, exponent, median luma of the main part
+};
+in vec3 in_position;
+in vec3 in_normal;
+in vec2 in_uv;
+in vec4 in_colour;
+in vec2 in_part;  // texture layer or -1, 1 on the main part
+out vec3 position;
+out vec3 normal;
+out vec2 uv;
+flat out vec4 colour;
+flat out vec2 part;
+void main() {
+    position = in_position;
+    normal = in_normal;
+    uv = in_uv;
+    colour = in_colour;
+    part = in_part;
+    gl_Position = view_projection * vec4(in_position, 1.0);
+}
+"""
+
+FRAGMENT_SHADER = """
+#version 330
+layout(std140) uniform View {
+    mat4 view_projection;
+    vec4 camera;
+    vec4 key;
+    vec4 fill;
+    vec4 sky;
+    vec4 ground;
+    vec4 paint;
+    vec4 material;
+};
+uniform sampler2DArray textures;
+uniform float alpha_test;  // opaque pass: discard below, then alpha is 1; 0 in the blended pass
+in vec3 position;
+in vec3 normal;
+in vec2 uv;
+flat in vec4 colour;
+flat in vec2 part;
+out vec4 premultiplied;
+void main() {
+    vec4 base = colour;
+    if (part.x >= 0.0) {
+        vec4 texel = texture(textures, vec3(uv, part.x));
+        base = vec4(texel.rgb, texel.a * colour.a);
+    }
+    if (base.a < alpha_test) discard;
+    if (alpha_test > 0.0) base.a = 1.0;
+    if (part.y > 0.5 && paint.a > 0.5) {
+        float luma = dot(base.rgb, vec3(0.299, 0.587, 0.114));
+        float relief = part.x >= 0.0 ? clamp(luma / max(material.z, 0.05), 0.3, 1.6) : 1.0;
+        base.rgb = min(paint.rgb * relief, 1.0);
+    }
+    vec3 to_camera = normalize(camera.xyz - position);
+    vec3 n = normalize(normal);
+    if (dot(n, to_camera) < 0.0) n = -n;  // winding is inconsistent: shade both sides
+    vec3 light = mix(ground.rgb, sky.rgb, 0.5 + 0.5 * n.z)
+        + key.w * max(dot(n, key.xyz), 0.0) + fill.w * max(dot(n, fill.xyz), 0.0);
+    float highlight = material.x * key.w
+        * pow(max(dot(n, normalize(key.xyz + to_camera)), 0.0), material.y);
+    vec3 shaded = min(base.rgb * light + highlight, 1.0);
+    premultiplied = vec4(shaded * base.a, base.a);
+}
+"""
+
+# Box filter of the supersampled image, straight alpha, first row on top.
+RESOLVE_VERTEX_SHADER = """
+#version 330
+void main() {
+    vec2 corner = vec2((gl_VertexID << 1) & 2, gl_VertexID & 2);
+    gl_Position = vec4(corner * 2.0 - 1.0, 0.0, 1.0);
+}
+"""
+
+RESOLVE_FRAGMENT_SHADER = """
+#version 330
+uniform sampler2D image;
+uniform int size;
+uniform int factor;
+uniform int tile;
+out vec4 straight;
+void main() {
+    ivec2 pixel = ivec2(gl_FragCoord.xy) - ivec2(0, tile * size);
+    pixel.y = size - 1 - pixel.y;
+    vec4 sum = vec4(0.0);
+    for (int y = 0; y < factor; ++y)
+        for (int x = 0; x < factor; ++x)
+            sum += texelFetch(image, pixel * factor + ivec2(x, y), 0);
+    sum /= float(factor * factor);
+    straight = vec4(sum.a > 0.0 ? sum.rgb / sum.a : vec3(0.0), sum.a);
+}
+"""
+
+
+# ---- Views -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Views:
+    """Cameras, lights and paint of n renders of one model.
+
+    azimuth, elevation [n] in degrees are the nominal ones, before perturbation. position, centre,
+    up [n, 3] and fovy [n] in radians are what is rendered. key, fill [n, 4] are the unit direction
+    to the light and its strength; sky, ground [n, 3] the ambient light; gloss [n, 2] the specular
+    strength and exponent. colour [n] indexes captions.COLOURS, -1 for unpainted; paint [n, 3] is
+    its sRGB value.
+    """
+
+    azimuth: np.ndarray
+    elevation: np.ndarray
+    position: np.ndarray
+    centre: np.ndarray
+    up: np.ndarray
+    fovy: np.ndarray
+    key: np.ndarray
+    fill: np.ndarray
+    sky: np.ndarray
+    ground: np.ndarray
+    gloss: np.ndarray
+    colour: np.ndarray
+    paint: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.azimuth)
+
+    def c2w(self) -> np.ndarray:
+        """[n, 4, 4] camera-to-world: columns right, up, backward, position (dsd_fast.cameras)."""
+        backward = _unit(self.position - self.centre)
+        right = _unit(np.cross(-backward, self.up))
+        matrix = np.zeros((len(self), 4, 4))
+        matrix[:, :3, 0] = right
+        matrix[:, :3, 1] = np.cross(backward, right)
+        matrix[:, :3, 2] = backward
+        matrix[:, :3, 3] = self.position
+        matrix[:, 3, 3] = 1.0
+        return matrix
+
+    def view_projection(self) -> np.ndarray:
+        """[n, 4, 4] from world to OpenGL clip space; square images, +y up."""
+        projection = np.zeros((len(self), 4, 4))
+        focal = 1.0 / np.tan(self.fovy / 2)
+        projection[:, 0, 0] = projection[:, 1, 1] = focal
+        projection[:, 2, 2] = (FAR + NEAR) / (NEAR - FAR)
+        projection[:, 2, 3] = 2 * FAR * NEAR / (NEAR - FAR)
+        projection[:, 3, 2] = -1.0
+        return projection @ np.linalg.inv(self.c2w())
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def direction(azimuth_deg: np.ndarray, elevation_deg: np.ndarray) -> np.ndarray:
+    """[n, 3] unit vectors; azimuth from +x toward +y, elevation toward +z."""
+    a, e = np.radians(azimuth_deg), np.radians(elevation_deg)
+    return np.stack([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)], axis=-1)
+
+
+def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
+    """Random views as the training loop will ask for them, and lights from flat to directional.
+
+    Elevation is DSD's even mix of uniform in degrees and uniform in area over [-10, 45], with
+    OVERHEAD_SHARE of the views in [60, 85]; distance U[1.5, 2], fovy U[40, 70] degrees. The
+    perturbations are gentler than DSD's, so that most objects lie wholly in view.
+    """
+    azimuth = rng.permutation((np.arange(n) + rng.random(n)) * (360.0 / max(n, 1))) - 180.0
+    u = rng.random(n)
+    low, high = np.sin(np.radians([-10.0, 45.0]))
+    by_area = np.degrees(np.arcsin(low + (high - low) * u))
+    elevation = np.where(rng.random(n) < 0.5, -10.0 + 55.0 * u, by_area)
+    overhead = rng.random(n) < OVERHEAD_SHARE
+    elevation = np.where(overhead, 60.0 + 25.0 * u, elevation)
+    distance = rng.uniform(1.5, 2.0, n)
+    wobble = rng.uniform(-0.1, 0.1, (n, 3)) * rng.random((n, 1))
+    position = distance[:, None] * direction(azimuth, elevation) + wobble
+    spread = np.where(rng.random(n) < 0.25, 0.15, 0.05)
+    centre = rng.normal(size=(n, 3)) * spread[:, None]
+    up = np.array([0.0, 0.0, 1.0]) + rng.normal(size=(n, 3)) * 0.02
+    fovy = np.radians(rng.uniform(40.0, 70.0, n))
+
+    # 0: flat, the colours as they are; 1: strongly directional.
+    contrast = rng.random(n) ** 1.3
+    key_direction = _unit(_unit(position) + rng.normal(size=(n, 3)) * 0.7 + [0.0, 0.0, 0.4])
+    fill_direction = _unit(key_direction * [-1.0, -1.0, 0.3] + rng.normal(size=(n, 3)) * 0.3)
+    tint = 1.0 + rng.normal(size=(n, 3)) * 0.02
+    ambient = (1.0 - 0.62 * contrast)[:, None] * tint
+    relief = (0.25 * contrast)[:, None]
+    key = np.concatenate([key_direction, (0.7 * contrast)[:, None]], axis=1)
+    fill = np.concatenate([fill_direction, (0.22 * contrast)[:, None]], axis=1)
+    gloss = np.stack([rng.random(n) ** 2 * 0.35, rng.uniform(12.0, 60.0, n)], axis=1)
+
+    colour = np.full(n, -1, np.int64)
+    paint = np.zeros((n, 3))
+    if recolourable:
+        for k in np.flatnonzero(rng.random(n) < RECOLOUR_SHARE):
+            colour[k] = rng.integers(len(PAINTS))
+            hue, saturation, value = (rng.uniform(*limits) for limits in PAINTS[colour[k]])
+            paint[k] = colorsys.hsv_to_rgb(hue % 360.0 / 360.0, saturation, value)
+    return Views(azimuth, elevation, position, centre, up, fovy, key, fill,
+                 ambient * (1.0 + relief), ambient * (1.0 - relief), gloss, colour, paint)
+
+
+def is_recolourable(group: str, parts: tuple[Part, ...], main: MainPart) -> bool:
+    """Whether painting the main part makes a colour word true of the whole object."""
+    return (group not in captions.NATURAL and main.share >= RECOLOUR_VISIBLE
+            and parts[main.part].opacity >= 1.0)
+
+
+# ---- OpenGL ------------------------------------------------------------------------------------
+
+
+def create_context(device_index: int = 0) -> moderngl.Context:
+    """A headless OpenGL 3.3 context on one EGL device.
+
+    Raises RuntimeError with what EGL said when there is none.
+    """
+    import moderngl
+
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # software: one process a core is faster
+    causes = []
+    # The second form names the run-time libraries, for machines without a linker's cache.
+    for libraries in ({}, {"libgl": "libGL.so.1", "libegl": "libEGL.so.1"}):
+        try:
+            return moderngl.create_context(
+                require=330, standalone=True, backend="egl", device_index=device_index,
+                **libraries)
+        except Exception as error:  # moderngl and glcontext raise bare Exceptions
+            causes.append(str(error))
+    raise RuntimeError(
+        f"no EGL context on device {device_index}: {'; '.join(causes)}. On Debian install libegl1, "
+        "libgl1 and libgl1-mesa-dri; with an NVIDIA driver set __EGL_VENDOR_LIBRARY_FILENAMES to "
+        "its 10_nvidia.json")
+
+
+class Renderer:
+    """Draws models into SIZE² straight-alpha images; one a process, on one EGL device."""
+
+    def __init__(self, device_index: int = 0, size: int = SIZE,
+                 supersampling: int = SUPERSAMPLING) -> None:
+        self.size = size
+        self.context = create_context(device_index)
+        self.name: str = self.context.info["GL_RENDERER"]
+        large = (size * supersampling, size * supersampling)
+        self.image = self.context.texture(large, 4)
+        self.target = self.context.framebuffer(
+            [self.image], self.context.depth_renderbuffer(large))
+        self.tiles = self.context.framebuffer([self.context.texture((size, size * TILES), 4)])
+        self.program = self.context.program(VERTEX_SHADER, FRAGMENT_SHADER)
+        self.resolve = self.context.program(RESOLVE_VERTEX_SHADER, RESOLVE_FRAGMENT_SHADER)
+        self.resolve["size"] = size
+        self.resolve["factor"] = supersampling
+        self.fullscreen = self.context.vertex_array(self.resolve, [])
+
+    def render(self, model: Model, views: Views, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [n, size, size, 4] images, into ``out`` when given (C-contiguous, may be mapped).
+        """
+        import moderngl
+
+        shape = (len(views), self.size, self.size, 4)
+        out = np.empty(shape, np.uint8) if out is None else out
+        if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
+            raise ValueError(f"out: expected C-contiguous uint8 {shape}, got {out.dtype} "
+                             f"{out.shape}")
+        context = self.context
+        scene = _Scene(self, model)
+        blocks = context.buffer(_view_blocks(views, model.main.luma))
+        try:
+            for start in range(0, len(views), TILES):
+                chunk = range(start, min(start + TILES, len(views)))
+                for tile, number in enumerate(chunk):
+                    blocks.bind_to_uniform_block(0, offset=number * BLOCK, size=BLOCK)
+                    self.target.use()
+                    self.target.clear()
+                    context.enable_only(moderngl.DEPTH_TEST)
+                    scene.draw(views.position[number])
+                    self.tiles.use()
+                    self.tiles.viewport = (0, tile * self.size, self.size, self.size)
+                    context.enable_only(moderngl.NOTHING)
+                    self.image.use(1)
+                    self.resolve["image"] = 1
+                    self.resolve["tile"] = tile
+                    self.fullscreen.render(moderngl.TRIANGLES, vertices=3)
+                self.tiles.read_into(
+                    memoryview(out[chunk.start:chunk.stop]).cast("B"),
+                    viewport=(0, 0, self.size, self.size * len(chunk)), components=4, alignment=1)
+        finally:
+            blocks.release()
+            scene.release()
+        return out
+
+
+BLOCK = 256  # bytes a view in the uniform buffer: the largest offset alignment that GL may ask
+
+
+def _view_blocks(views: Views, main_luma: float) -> bytes:
+    """The View uniform blocks, std140, BLOCK bytes each."""
+    block = np.zeros((len(views), BLOCK // 4), np.float32)
+    block[:, :16] = views.view_projection().transpose(0, 2, 1).reshape(-1, 16)
+    block[:, 16:19] = views.position
+    block[:, 20:24] = views.key
+    block[:, 24:28] = views.fill
+    block[:, 28:31] = views.sky
+    block[:, 32:35] = views.ground
+    block[:, 36:39] = views.paint
+    block[:, 39] = views.colour >= 0
+    block[:, 40:42] = views.gloss
+    block[:, 42] = main_luma
+    return block.tobytes()
+
+
+VERTEX = np.dtype([("position", "<f4", 3), ("normal", "<f4", 3), ("uv", "<f4", 2),
+                   ("colour", "u1", 4), ("part", "<f4", 2)])
+
+
+class _Scene:
+    """A model's buffers: one draw for all opaque parts, one for each transparent part."""
+
+    def __init__(self, renderer: Renderer, model: Model) -> None:
+        context = renderer.context
+        self.program = renderer.program
+        part_of = np.repeat(np.arange(len(model.parts)), [part.count for part in model.parts])
+        is_opaque = np.array([part.opacity >= 1.0 for part in model.parts])
+        order = np.argsort(~is_opaque[part_of], kind="stable")  # parts stay together
+        part_of = part_of[order]
+        triangles = model.triangles[order]
+        source, normals, triangles = crease_normals(model.positions, triangles)
+        # Materials are flat and per vertex: where parts share a vertex it is split once more.
+        key = triangles.ravel().astype(np.int64) * len(model.parts) + np.repeat(part_of, 3)
+        key, indices = np.unique(key, return_inverse=True)
+        vertex, part = key // len(model.parts), key % len(model.parts)
+
+        data = np.zeros(len(key), VERTEX)
+        data["position"] = model.positions[source[vertex]]
+        data["normal"] = normals[vertex]
+        data["uv"] = model.uvs[source[vertex]]
+        table = np.array([(*p.colour, p.opacity) for p in model.parts])
+        data["colour"] = np.rint(table * 255)[part]
+        data["part"][:, 0] = np.array([p.texture for p in model.parts])[part]
+        data["part"][:, 1] = part == model.main.part
+
+        self.vertices = context.buffer(data)
+        self.indices = context.buffer(indices.astype("<u4"))
+        self.array = context.vertex_array(
+            self.program,
+            [(self.vertices, "3f 3f 2f 4f1 2f", "in_position", "in_normal", "in_uv", "in_colour",
+              "in_part")],
+            index_buffer=self.indices)
+        self.textures = _texture_array(context, model.textures)
+        self.n_opaque = 3 * int(is_opaque[part_of].sum())
+        self.transparent: list[tuple[np.ndarray, int, int]] = []  # centre, first index, count
+        for number in np.flatnonzero(~is_opaque):
+            mine = np.flatnonzero(part_of == number)
+            centre = model.positions[model.triangles[order[mine]]].mean(axis=(0, 1))
+            self.transparent.append((centre, 3 * int(mine[0]), 3 * len(mine)))
+
+    def draw(self, camera: np.ndarray) -> None:
+        """Opaque parts, then the transparent ones from the farthest to the nearest."""
+        import moderngl
+
+        self.textures.use(0)
+        self.program["textures"] = 0
+        if self.n_opaque:
+            self.program["alpha_test"] = ALPHA_TEST
+            self.array.render(moderngl.TRIANGLES, vertices=self.n_opaque)
+        if self.transparent:
+            context = self.array.ctx
+            context.enable(moderngl.BLEND)
+            context.blend_func = moderngl.ONE, moderngl.ONE_MINUS_SRC_ALPHA
+            context.fbo.depth_mask = False
+            self.program["alpha_test"] = 0.0
+            far_first = sorted(self.transparent, key=lambda t: -np.sum((t[0] - camera) ** 2))
+            for _, first, count in far_first:
+                self.array.render(moderngl.TRIANGLES, vertices=count, first=first)
+            context.fbo.depth_mask = True
+
+    def release(self) -> None:
+        for resource in (self.array, self.vertices, self.indices, self.textures):
+            resource.release()
+
+
+def _texture_array(context: moderngl.Context, textures: tuple[np.ndarray, ...]
+                   ) -> moderngl.TextureArray:
+    """All textures as layers of one array, resized to the largest; mipmapped, repeating."""
+    import moderngl
+    from PIL import Image
+
+    height = max((image.shape[0] for image in textures), default=1)
+    width = max((image.shape[1] for image in textures), default=1)
+    layers = [np.full((height, width, 4), 255, np.uint8)] if not textures else [
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        for image in textures
+    ]
+    data = np.stack(layers)[:, ::-1]  # OpenGL's first row is the bottom one
+    array = context.texture_array((width, height, len(layers)), 4, data.tobytes(), alignment=1)
+    array.build_mipmaps()
+    array.filter = moderngl.LINEAR_MIPMAP_LINEAR, moderngl.LINEAR
+    array.anisotropy = 4.0
+    return array
+
+
+# ---- The rendered set --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker needs to know; model i fills rows i·n .. (i+1)·n of the image file."""
+
+    pack: Pack
+    images: Path
+    views_per_model: int
+    seed: int
+    device_index: int
+
+
+_worker: tuple[_Job, Renderer, np.ndarray] | None = None
+
+
+def _start_worker(job: _Job) -> None:
+    global _worker  # a pool's worker keeps its context between tasks
+    images = np.lib.format.open_memmap(job.images, mode="r+")
+    _worker = job, Renderer(job.device_index), images
+
+
+def _model_views(pack: Pack, number: int, n: int, seed: int) -> Views:
+    """The views of one model; the same in the worker that renders and in the index."""
+    group = noun_by_id()[pack.ids[number]].group
+    recolourable = is_recolourable(group, pack.parts(number), pack.main(number))
+    return sample_views(n, recolourable, np.random.default_rng([seed, number]))
+
+
+def _render_model(number: int) -> tuple[int, str]:
+    assert _worker is not None, "the pool was started without _start_worker"
+    job, renderer, images = _worker
+    n = job.views_per_model
+    views = _model_views(job.pack, number, n, job.seed)
+    renderer.render(job.pack.load(number), views, images[number * n:(number + 1) * n])
+    return number, renderer.name
+
+
+def render_views(
+    pack: Pack,
+    out_dir: Path | str,
+    views_per_model: int,
+    workers: int,
+    seed: int = 0,
+    device_index: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Path:
+    """Render ``views_per_model`` random views of every model; returns ``out_dir``.
+
+    Row r belongs to model r // views_per_model. Files:
+
+    - rgba.npy: uint8 [N, 256, 256, 4], straight alpha; open with ``np.load(mmap_mode="r")``
+    - meta.npz: model, noun, view, colour int64 [N]; azimuth, elevation, distance, fovy float32
+      [N] (degrees); caption int32 [N, CAPTION_VARIANTS]
+    - index.json: models (ids), nouns, views, colours and captions that the indices refer to
+
+    Deterministic from ``seed`` but for the rasteriser's rounding, whatever the workers. ``progress``
+    is called with (models done, models, GL renderer name).
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    total = len(pack) * views_per_model
+    images = out_dir / "rgba.npy"
+    np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(total, SIZE, SIZE, 4))
+    _write_index(pack, out_dir, views_per_model, seed)
+
+    job = _Job(pack, images, views_per_model, seed, device_index)
+    heavy_first = sorted(range(len(pack)), key=pack.n_triangles, reverse=True)
+    pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, (job,))
+    with pool:
+        for done, (_, name) in enumerate(pool.imap_unordered(_render_model, heavy_first), 1):
+            if progress:
+                progress(done, len(pack), name)
+    return out_dir
+
+
+def _write_index(pack: Pack, out_dir: Path, views_per_model: int, seed: int) -> None:
+    """meta.npz and index.json of the rendered set."""
+    table = noun_by_id()
+    nouns = captions.noun_list()
+    every = [_model_views(pack, number, views_per_model, seed) for number in range(len(pack))]
+    azimuth = np.concatenate([views.azimuth for views in every])
+    elevation = np.concatenate([views.elevation for views in every])
+    colour = np.concatenate([views.colour for views in every])
+    view = captions.view_index(azimuth, elevation)
+    model = np.repeat(np.arange(len(pack)), views_per_model)
+    rows = [table[id_] for id_ in pack.ids]
+    texts, caption = captions.caption_set(
+        ((rows[m], v, c) for m, v, c in zip(model, view, colour, strict=True)),
+        CAPTION_VARIANTS, np.random.default_rng([seed, len(pack)]))
+    np.savez(
+        out_dir / "meta.npz",
+        model=model,
+        noun=np.array([nouns.index(row.noun) for row in rows])[model],
+        view=view,
+        colour=colour,
+        azimuth=azimuth.astype(np.float32),
+        elevation=elevation.astype(np.float32),
+        distance=np.concatenate([np.linalg.norm(v.position, axis=1) for v in every]).astype(
+            np.float32),
+        fovy=np.degrees(np.concatenate([views.fovy for views in every])).astype(np.float32),
+        caption=caption,
+    )
+    index = {"models": pack.ids, "nouns": nouns, "views": captions.VIEWS,
+             "colours": captions.COLOURS, "captions": texts}
+    (out_dir / "index.json").write_text(json.dumps(index), encoding="utf-8")
