@@ -1,9 +1,23 @@
-"""Volume rendering of packed samples: weights, colours, depths, normals along rays."""
+"""Volume rendering of packed samples: visibility, weights, and their sums along rays.
+
+Sample i of a ray has alpha_i = 1 - exp(-sigma_i (t_end - t_start)), stands behind the transmittance
+T_i = exp(-sum_{j<i} sigma_j (t_end - t_start)_j) and weighs w_i = T_i alpha_i at the middle t_i of
+its interval (Max 1995, "Optical models for direct volume rendering").
+
+Packed samples: all rays' samples one ray after the other, each from near to far; `ray_indices`
+[S] int64 names the ray of each sample and must be sorted and in [0, n_rays). The CPU backend
+refuses other ray indices with a ValueError. On CUDA, where looking would cost a synchronisation,
+they give wrong numbers, but never an access out of bounds.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast.ops._check import check_tensor
 
 # Floor of the opacity that normalises the weights of the z-variance.
 MIN_OPACITY = 1e-5
@@ -15,9 +29,383 @@ class Composited(NamedTuple):
     color: Tensor  # [R, 3]  sum of w c
     opacity: Tensor  # [R, 1]  sum of w
     depth: Tensor  # [R, 1]  sum of w t, not normalised
-    z_variance: Tensor  # [R, 1]  variance of t under w / opacity
+    z_variance: Tensor  # [R, 1]  variance of t under the weights w / max(opacity, MIN_OPACITY)
     normal: Tensor  # [R, 3]  sum of w n, not normalised
     weights: Tensor  # [S]
+
+
+def visibility(
+    sigmas: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+    alpha_threshold: float | Tensor,
+    transmittance_threshold: float = 1e-4,
+) -> Tensor:
+    """Which samples can be seen: T_i >= transmittance_threshold and alpha_i >= alpha_threshold.
+
+    Transmittances are those of all samples given, the invisible ones included.
+
+    Args:
+        sigmas: float32 [S], contiguous, as all tensors here.
+        t_starts, t_ends: float32 [S].
+        ray_indices: int64 [S], sorted.
+        n_rays: number of rays R.
+        alpha_threshold: a number, or a float32 tensor [] on the device of the samples
+            (`occupancy_threshold` gives one; it is not copied to the host).
+        transmittance_threshold: a number.
+
+    Returns:
+        bool [S]. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: see `composite`.
+    """
+    _check_samples("visibility", sigmas, t_starts, t_ends, ray_indices, n_rays)
+    if not isinstance(alpha_threshold, Tensor):
+        alpha_threshold = sigmas.new_full((), alpha_threshold)
+    check_tensor("visibility", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
+    function = visibility_reference if use_reference() else _visibility_op
+    return function(
+        sigmas.detach(),
+        t_starts.detach(),
+        t_ends.detach(),
+        ray_indices,
+        n_rays,
+        alpha_threshold.detach(),
+        transmittance_threshold,
+    )
+
+
+def composite(
+    sigmas: Tensor,
+    rgbs: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Render colours of packed samples.
+
+    color = sum w c, opacity = sum w and depth = sum w t over a ray, zeros if it has no samples.
+
+    Arithmetic is float32 with sums along a ray in double. Deterministic on CPU (for any number of
+    threads) and CUDA.
+
+    Args:
+        sigmas: float32 [S] densities, contiguous, as all tensors here.
+        rgbs: float32 [S, 3].
+        t_starts, t_ends: float32 [S], the samples' intervals.
+        ray_indices: int64 [S], sorted.
+        n_rays: number of rays R.
+
+    Returns:
+        (color [R, 3], opacity [R, 1], depth [R, 1], weights [S]), float32. All four pass gradients
+        to `sigmas` and `rgbs`; intervals get none, and there is no second derivative.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: another shape or device, not contiguous, or (CPU) ray_indices not sorted or out
+            of range.
+
+    Example:
+        >>> t = torch.tensor([0.0, 1.0, 2.0])
+        >>> rays = torch.tensor([0, 0])
+        >>> composite(torch.ones(2), torch.ones(2, 3), t[:-1], t[1:], rays, n_rays=1)[1]
+        tensor([[0.8647]])
+    """
+    _check_samples("composite", sigmas, t_starts, t_ends, ray_indices, n_rays)
+    check_tensor("composite", "rgbs", rgbs, torch.float32, (sigmas.shape[0], 3), sigmas.device)
+    function = composite_reference if use_reference() else _composite_op
+    return function(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays)
+
+
+def composite_full(
+    sigmas: Tensor,
+    rgbs: Tensor,
+    normals: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+) -> Composited:
+    """`composite`, and the normals and the spread of depth along each ray.
+
+    normal = sum w n. With v_i = w_i / max(opacity, 1e-5) and m = sum v t, z_variance =
+    sum v (t - m)^2, gradients flowing through v.
+
+    Args:
+        normals: float32 [S, 3]; the other arguments are those of `composite`.
+
+    Returns:
+        A `Composited`. All outputs pass gradients to `sigmas`, `rgbs` and `normals`; intervals get
+        none, and there is no second derivative.
+
+    Raises:
+        TypeError, ValueError: see `composite`.
+    """
+    _check_samples("composite_full", sigmas, t_starts, t_ends, ray_indices, n_rays)
+    for name, values in (("rgbs", rgbs), ("normals", normals)):
+        check_tensor(
+            "composite_full", name, values, torch.float32, (sigmas.shape[0], 3), sigmas.device
+        )
+    function = composite_full_reference if use_reference() else _composite_full_op
+    return Composited(*function(sigmas, rgbs, normals, t_starts, t_ends, ray_indices, n_rays))
+
+
+def _check_samples(
+    op: str, sigmas: Tensor, t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor, n_rays: int
+) -> None:
+    check_tensor(op, "sigmas", sigmas, torch.float32, ("S",))
+    shape, device = sigmas.shape, sigmas.device
+    check_tensor(op, "t_starts", t_starts, torch.float32, shape, device)
+    check_tensor(op, "t_ends", t_ends, torch.float32, shape, device)
+    check_tensor(op, "ray_indices", ray_indices, torch.int64, shape, device)
+    if n_rays < 0:
+        raise ValueError(f"{op}: n_rays must be at least 0, got {n_rays}")
+
+
+def _check_ray_indices(ray_indices: Tensor, n_rays: int) -> None:
+    if ray_indices.device.type != "cpu" or ray_indices.numel() == 0:
+        return
+    if not bool((ray_indices[1:] >= ray_indices[:-1]).all()):
+        raise ValueError("ray_indices must be sorted: the samples of a ray stand together")
+    first, last = int(ray_indices[0]), int(ray_indices[-1])
+    if first < 0 or last >= n_rays:
+        raise ValueError(f"ray_indices must be in [0, {n_rays}), got {first} to {last}")
+
+
+def _ray_offsets(ray_indices: Tensor, n_rays: int) -> Tensor:
+    """Where each ray's samples begin in the packed arrays, int64 [R + 1]; the last entry is S."""
+    return torch.searchsorted(ray_indices, torch.arange(n_rays + 1, device=ray_indices.device))
+
+
+@torch.library.custom_op("dsd_fast::visibility", mutates_args=())
+def _visibility_op(
+    sigmas: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+    alpha_threshold: Tensor,
+    transmittance_threshold: float,
+) -> Tensor:
+    _check_ray_indices(ray_indices, n_rays)
+    offsets = _ray_offsets(ray_indices, n_rays)
+    visible = torch.empty_like(sigmas, dtype=torch.bool)
+    extension().visibility(
+        address(sigmas),
+        address(t_starts),
+        address(t_ends),
+        address(offsets),
+        address(alpha_threshold),
+        transmittance_threshold,
+        n_rays,
+        address(visible),
+        *target(sigmas),
+    )
+    return visible
+
+
+@_visibility_op.register_fake
+def _(sigmas, t_starts, t_ends, ray_indices, n_rays, alpha_threshold, transmittance_threshold):
+    return torch.empty_like(sigmas, dtype=torch.bool)
+
+
+def _empty_outputs(sigmas: Tensor, n_rays: int) -> Composited:
+    return Composited(
+        color=sigmas.new_empty(n_rays, 3),
+        opacity=sigmas.new_empty(n_rays, 1),
+        depth=sigmas.new_empty(n_rays, 1),
+        z_variance=sigmas.new_empty(n_rays, 1),
+        normal=sigmas.new_empty(n_rays, 3),
+        weights=torch.empty_like(sigmas),
+    )
+
+
+def _composite_fwd(
+    sigmas: Tensor,
+    rgbs: Tensor,
+    normals: Tensor | None,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+) -> Composited:
+    """Without normals, z_variance and normal stay unwritten."""
+    _check_ray_indices(ray_indices, n_rays)
+    offsets = _ray_offsets(ray_indices, n_rays)
+    out = _empty_outputs(sigmas, n_rays)
+    extension().composite_fwd(
+        address(sigmas),
+        address(rgbs),
+        address(normals),
+        address(t_starts),
+        address(t_ends),
+        address(offsets),
+        n_rays,
+        *(address(tensor) for tensor in out),
+        *target(sigmas),
+    )
+    return out
+
+
+@torch.library.custom_op("dsd_fast::composite", mutates_args=())
+def _composite_op(
+    sigmas: Tensor,
+    rgbs: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = _composite_fwd(sigmas, rgbs, None, t_starts, t_ends, ray_indices, n_rays)
+    return out.color, out.opacity, out.depth, out.weights
+
+
+@_composite_op.register_fake
+def _(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays):
+    out = _empty_outputs(sigmas, n_rays)
+    return out.color, out.opacity, out.depth, out.weights
+
+
+@torch.library.custom_op("dsd_fast::composite_full", mutates_args=())
+def _composite_full_op(
+    sigmas: Tensor,
+    rgbs: Tensor,
+    normals: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(_composite_fwd(sigmas, rgbs, normals, t_starts, t_ends, ray_indices, n_rays))
+
+
+@_composite_full_op.register_fake
+def _(sigmas, rgbs, normals, t_starts, t_ends, ray_indices, n_rays):
+    return tuple(_empty_outputs(sigmas, n_rays))
+
+
+@torch.library.custom_op("dsd_fast::composite_bwd", mutates_args=())
+def _composite_bwd_op(
+    grad_color: Tensor | None,
+    grad_opacity: Tensor | None,
+    grad_depth: Tensor | None,
+    grad_z_variance: Tensor | None,
+    grad_normal: Tensor | None,
+    grad_weights: Tensor | None,
+    sigmas: Tensor,
+    rgbs: Tensor,
+    normals: Tensor | None,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+    opacity: Tensor,
+    depth: Tensor,
+    z_variance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (sigmas, rgbs, normals) for both operators; normals [0, 3] without normals.
+
+    Weights and transmittances are computed again rather than kept. An absent gradient is zero.
+    """
+    offsets = _ray_offsets(ray_indices, n_rays)
+    grads = (grad_color, grad_opacity, grad_depth, grad_z_variance, grad_normal, grad_weights)
+    grads = [None if grad is None else grad.contiguous() for grad in grads]
+    grad_sigmas, grad_rgbs = torch.empty_like(sigmas), torch.empty_like(rgbs)
+    grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
+    extension().composite_bwd(
+        address(sigmas),
+        address(rgbs),
+        address(normals),
+        address(t_starts),
+        address(t_ends),
+        address(offsets),
+        n_rays,
+        address(opacity),
+        address(depth),
+        address(z_variance),
+        *(address(grad) for grad in grads),
+        address(grad_sigmas),
+        address(grad_rgbs),
+        address(grad_normals),
+        *target(sigmas),
+    )
+    return grad_sigmas, grad_rgbs, grad_normals
+
+
+@_composite_bwd_op.register_fake
+def _(
+    grad_color,
+    grad_opacity,
+    grad_depth,
+    grad_z_variance,
+    grad_normal,
+    grad_weights,
+    sigmas,
+    rgbs,
+    normals,
+    t_starts,
+    t_ends,
+    ray_indices,
+    n_rays,
+    opacity,
+    depth,
+    z_variance,
+):
+    grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
+    return torch.empty_like(sigmas), torch.empty_like(rgbs), grad_normals
+
+
+def _save_composite(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays = inputs
+    _, opacity, depth, _ = output
+    ctx.save_for_backward(sigmas, rgbs, t_starts, t_ends, ray_indices, opacity, depth)
+    ctx.n_rays = n_rays
+    ctx.set_materialize_grads(False)
+
+
+def _composite_backward(ctx, grad_color, grad_opacity, grad_depth, grad_weights):
+    sigmas, rgbs, t_starts, t_ends, ray_indices, opacity, depth = ctx.saved_tensors
+    grad_sigmas, grad_rgbs, _ = _composite_bwd_op(
+        grad_color,
+        grad_opacity,
+        grad_depth,
+        None,
+        None,
+        grad_weights,
+        sigmas,
+        rgbs,
+        None,
+        t_starts,
+        t_ends,
+        ray_indices,
+        ctx.n_rays,
+        opacity,
+        depth,
+        None,
+    )
+    return grad_sigmas, grad_rgbs, None, None, None, None
+
+
+def _save_composite_full(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    *tensors, n_rays = inputs
+    out = Composited(*output)
+    ctx.save_for_backward(*tensors, out.opacity, out.depth, out.z_variance)
+    ctx.n_rays = n_rays
+    ctx.set_materialize_grads(False)
+
+
+def _composite_full_backward(ctx, *grads):
+    *inputs, opacity, depth, z_variance = ctx.saved_tensors
+    grad_values = _composite_bwd_op(*grads, *inputs, ctx.n_rays, opacity, depth, z_variance)
+    return *grad_values, None, None, None, None
+
+
+_composite_op.register_autograd(_composite_backward, setup_context=_save_composite)
+_composite_full_op.register_autograd(_composite_full_backward, setup_context=_save_composite_full)
 
 
 def _ray_sums(values: Tensor, ray_indices: Tensor, n_rays: int) -> Tensor:
@@ -31,7 +419,8 @@ def _optical_depth_before(thickness: Tensor, ray_indices: Tensor, n_rays: int) -
     Sums within a ray only (a padded [R, K] table): one cumulative sum over all rays, minus its
     value at the ray's start, would lose digits and carry an infinity into every later ray.
     """
-    offsets = ray_offsets(ray_indices, n_rays)
+    _check_ray_indices(ray_indices, n_rays)
+    offsets = _ray_offsets(ray_indices, n_rays)
     place = torch.arange(thickness.shape[0], device=thickness.device) - offsets[ray_indices]
     longest = int((offsets[1:] - offsets[:-1]).max()) if thickness.numel() else 0
     table = thickness.new_zeros(n_rays, longest + 1)
@@ -39,22 +428,16 @@ def _optical_depth_before(thickness: Tensor, ray_indices: Tensor, n_rays: int) -
     return table.cumsum(1)[ray_indices, place]
 
 
-def _weights(
+def _transmittance_alpha(
     sigmas: Tensor, t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor, n_rays: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(transmittance before, alpha, weight) of each sample."""
+) -> tuple[Tensor, Tensor]:
+    """(transmittance in front of each sample, its alpha), [S] each."""
     thickness = sigmas * (t_ends - t_starts)
     before = _optical_depth_before(thickness, ray_indices, n_rays)
-    transmittance, alpha = torch.exp(-before), -torch.expm1(-thickness)
-    return transmittance, alpha, transmittance * alpha
+    return torch.exp(-before), -torch.expm1(-thickness)
 
 
-def ray_offsets(ray_indices: Tensor, n_rays: int) -> Tensor:
-    """Where each ray's samples begin in the packed arrays, int64 [R + 1]; the last entry is S."""
-    bounds = torch.arange(n_rays + 1, device=ray_indices.device)
-    return torch.searchsorted(ray_indices, bounds)
-
-
+@torch.no_grad()
 def visibility_reference(
     sigmas: Tensor,
     t_starts: Tensor,
@@ -64,9 +447,29 @@ def visibility_reference(
     alpha_threshold: float | Tensor,
     transmittance_threshold: float = 1e-4,
 ) -> Tensor:
-    """`visibility` in pure torch."""
-    transmittance, alpha, _ = _weights(sigmas, t_starts, t_ends, ray_indices, n_rays)
+    """`visibility` in pure torch, any floating dtype and device."""
+    transmittance, alpha = _transmittance_alpha(sigmas, t_starts, t_ends, ray_indices, n_rays)
     return (transmittance >= transmittance_threshold) & (alpha >= alpha_threshold)
+
+
+def composite_reference(
+    sigmas: Tensor,
+    rgbs: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor,
+    n_rays: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`composite` in pure torch, any floating dtype and device, differentiable by autograd."""
+    transmittance, alpha = _transmittance_alpha(sigmas, t_starts, t_ends, ray_indices, n_rays)
+    weights = (transmittance * alpha)[:, None]
+    middle = 0.5 * (t_starts + t_ends)[:, None]
+    return (
+        _ray_sums(weights * rgbs, ray_indices, n_rays),
+        _ray_sums(weights, ray_indices, n_rays),
+        _ray_sums(weights * middle, ray_indices, n_rays),
+        weights[:, 0],
+    )
 
 
 def composite_full_reference(
@@ -78,43 +481,18 @@ def composite_full_reference(
     ray_indices: Tensor,
     n_rays: int,
 ) -> Composited:
-    """`composite_full` in pure torch, differentiable by autograd."""
-    weights = _weights(sigmas, t_starts, t_ends, ray_indices, n_rays)[2][:, None]
+    """`composite_full` in pure torch, any floating dtype and device, differentiable by autograd."""
+    color, opacity, depth, weights = composite_reference(
+        sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays
+    )
     middle = 0.5 * (t_starts + t_ends)[:, None]
-    opacity = _ray_sums(weights, ray_indices, n_rays)
-    depth = _ray_sums(weights * middle, ray_indices, n_rays)
-    share = weights / opacity.clamp(min=MIN_OPACITY)[ray_indices]
+    share = weights[:, None] / opacity.clamp(min=MIN_OPACITY)[ray_indices]
     mean = _ray_sums(share * middle, ray_indices, n_rays)
-    z_variance = _ray_sums(share * (middle - mean[ray_indices]) ** 2, ray_indices, n_rays)
     return Composited(
-        color=_ray_sums(weights * rgbs, ray_indices, n_rays),
+        color=color,
         opacity=opacity,
         depth=depth,
-        z_variance=z_variance,
-        normal=_ray_sums(weights * normals, ray_indices, n_rays),
-        weights=weights[:, 0],
+        z_variance=_ray_sums(share * (middle - mean[ray_indices]) ** 2, ray_indices, n_rays),
+        normal=_ray_sums(weights[:, None] * normals, ray_indices, n_rays),
+        weights=weights,
     )
-
-
-def composite_reference(
-    sigmas: Tensor,
-    rgbs: Tensor,
-    t_starts: Tensor,
-    t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`composite` in pure torch, differentiable by autograd."""
-    weights = _weights(sigmas, t_starts, t_ends, ray_indices, n_rays)[2][:, None]
-    middle = 0.5 * (t_starts + t_ends)[:, None]
-    return (
-        _ray_sums(weights * rgbs, ray_indices, n_rays),
-        _ray_sums(weights, ray_indices, n_rays),
-        _ray_sums(weights * middle, ray_indices, n_rays),
-        weights[:, 0],
-    )
-
-
-visibility = visibility_reference
-composite = composite_reference
-composite_full = composite_full_reference

@@ -6,13 +6,133 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast.ops._check import check_tensor
+
 # A ray's lattice ends here: float32 counts whole steps exactly up to 2^24.
 MAX_STEPS = 1 << 24
+
+# A cell's flat index must fit 32 bits.
+MAX_CELLS = 1024
 
 # The reference looks at rays x steps points at once; this bounds its memory.
 _REFERENCE_POINTS = 1 << 21
 
 
+def march(
+    origins: Tensor,
+    dirs: Tensor,
+    occupancy: Tensor,
+    aabb: Sequence[float],
+    step: float,
+    jitter: Tensor | None = None,
+    near: float = 0.0,
+    far: float = 1e10,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples at a constant step along rays, in the occupied cells of a grid.
+
+    Ray r carries the lattice t_k = near + (k + jitter[r])·step, k = 0, 1, ...; interval
+    [t_k, t_k+1) is a sample where its middle lies in an occupied cell and before `far`. These are
+    the samples that nerfacc's occupancy estimator takes with a fixed step. The reference and the
+    compiled backends decide by the same roundings and give the same samples.
+
+    Rays that miss the box, stand still or are not finite have no samples. A lattice ends after
+    2^24 steps, where float32 no longer counts.
+
+    Args:
+        origins: float32 [R, 3], contiguous, as all tensors here; inside the box or outside.
+        dirs: float32 [R, 3], of any length; t is measured in it.
+        occupancy: bool [G, G, G] indexed by x, y, z, with G at most 1024.
+        aabb: the box, (x, y, z) of its low and then of its high corner, six numbers.
+        step: distance in t between samples.
+        jitter: float32 [R] in [0, 1), shifts each ray's lattice by that share of a step.
+        near: t of the first lattice point.
+        far: middles of samples are before it.
+
+    Returns:
+        (ray_indices int64 [S], t_starts float32 [S], t_ends float32 [S]), sorted by ray, then by t.
+        Nothing here is differentiable. On CUDA the number of samples costs one synchronisation.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: another shape or device, not contiguous, or numbers without a meaning.
+
+    Example:
+        >>> origins = torch.tensor([[0.0, 0.0, -3.0]])
+        >>> dirs = torch.tensor([[0.0, 0.0, 1.0]])
+        >>> ball = torch.ones(8, 8, 8, dtype=torch.bool)
+        >>> march(origins, dirs, ball, (-1, -1, -1, 1, 1, 1), step=0.5)[1]
+        tensor([2.0000, 2.5000, 3.0000, 3.5000])
+    """
+    aabb = [float(bound) for bound in aabb]
+    check_tensor("march", "origins", origins, torch.float32, ("R", 3))
+    device, n_rays = origins.device, origins.shape[0]
+    check_tensor("march", "dirs", dirs, torch.float32, (n_rays, 3), device)
+    check_tensor("march", "occupancy", occupancy, torch.bool, ("G", "G", "G"), device)
+    n_cells = occupancy.shape[0]
+    if occupancy.shape != (n_cells,) * 3 or not 1 <= n_cells <= MAX_CELLS:
+        raise ValueError(
+            f"march: occupancy must have shape [G, G, G] with 1 <= G <= {MAX_CELLS}, "
+            f"got {list(occupancy.shape)}"
+        )
+    if jitter is not None:
+        check_tensor("march", "jitter", jitter, torch.float32, (n_rays,), device)
+    finite = all(math.isfinite(bound) for bound in aabb)
+    if len(aabb) != 6 or not finite or any(lo >= hi for lo, hi in zip(aabb[:3], aabb[3:])):
+        raise ValueError(
+            f"march: aabb must be six finite numbers, a low corner below a high one, got {aabb}"
+        )
+    if not (math.isfinite(step) and step > 0):
+        raise ValueError(f"march: step must be finite and above 0, got {step}")
+    if not (math.isfinite(near) and near < far):
+        raise ValueError(f"march: near must be finite and below far, got near {near}, far {far}")
+    if use_reference():
+        return march_reference(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    jitter = None if jitter is None else jitter.detach()
+    return _march_op(origins.detach(), dirs.detach(), occupancy, aabb, step, jitter, near, far)
+
+
+@torch.library.custom_op("dsd_fast::march", mutates_args=())
+def _march_op(
+    origins: Tensor,
+    dirs: Tensor,
+    occupancy: Tensor,
+    aabb: Sequence[float],
+    step: float,
+    jitter: Tensor | None,
+    near: float,
+    far: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_rays = origins.shape[0]
+    rays = (address(origins), address(dirs), address(jitter), address(occupancy), n_rays)
+    grid = (occupancy.shape[0], list(aabb), step, near, far)
+    counts = origins.new_empty(n_rays, dtype=torch.int64)
+    extension().march_count(*rays, *grid, address(counts), *target(origins))
+    ends = counts.cumsum(0)
+    n_samples = int(ends[-1]) if n_rays else 0
+    ray_indices = origins.new_empty(n_samples, dtype=torch.int64)
+    t_starts, t_ends = origins.new_empty(n_samples), origins.new_empty(n_samples)
+    offsets = ends - counts
+    extension().march_write(
+        *rays,
+        *grid,
+        address(offsets),
+        address(ray_indices),
+        address(t_starts),
+        address(t_ends),
+        *target(origins),
+    )
+    return ray_indices, t_starts, t_ends
+
+
+@_march_op.register_fake
+def _(origins, dirs, occupancy, aabb, step, jitter, near, far):
+    n_samples = torch.library.get_ctx().new_dynamic_size()
+    t_starts = origins.new_empty(n_samples)
+    return origins.new_empty(n_samples, dtype=torch.int64), t_starts, torch.empty_like(t_starts)
+
+
+@torch.no_grad()
 def march_reference(
     origins: Tensor,
     dirs: Tensor,
@@ -77,6 +197,3 @@ def _interval(start: Tensor, k: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 def _cells_per_unit(aabb: Sequence[float], n_cells: int) -> list[float]:
     """Grid cells per unit of length along each axis."""
     return [n_cells / (high - low) for low, high in zip(aabb[:3], aabb[3:])]
-
-
-march = march_reference
