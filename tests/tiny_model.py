@@ -1,4 +1,8 @@
-"""A complete Stable Diffusion folder with random weights, small enough for tests."""
+"""Models with random weights, small enough for tests.
+
+`build_tiny_model` writes a complete Stable Diffusion folder; `toy_model` is a model in memory whose
+UNet is one convolution, for tests of what surrounds it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,17 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from dsd_fast.diffusion import DiffusionModel
+from dsd_fast.diffusion.noise_schedule import alphas_cumprod
+
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -64,10 +78,7 @@ def build_tiny_model(
     _vae(vae).save_pretrained(folder / "vae")
     config = {
         "_class_name": "DDIMScheduler",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
+        **SCHEDULER,
         "prediction_type": prediction_type,
         **(scheduler or {}),
     }
@@ -84,6 +95,39 @@ def build_tiny_model(
         },
     )
     return folder
+
+
+class ToyUNet(nn.Module):
+    """A noise predictor that depends on latents, level and text, and counts its calls."""
+
+    def __init__(self, text_width: int = 3, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3, generator=generator) / 6)
+        self.project = nn.Parameter(torch.randn(text_width, 4, generator=generator))
+        self.rows: list[int] = []
+
+    def forward(
+        self, latents: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool
+    ) -> tuple[Tensor]:
+        assert t.shape == (latents.shape[0],) == (encoder_hidden_states.shape[0],)
+        self.rows.append(latents.shape[0])
+        text = torch.tanh(encoder_hidden_states @ self.project).mean(1)[:, :, None, None]
+        level = (t.to(latents.dtype) / 1000)[:, None, None, None]
+        smooth = nn.functional.conv2d(latents, self.weight, padding=1)
+        return (torch.tanh(smooth + text) * (0.5 + level),)
+
+
+def toy_model(latent_size: int = 6, **kwargs: object) -> DiffusionModel:
+    """A DiffusionModel around ToyUNet, without VAE or text encoder; `model.unet.rows` counts."""
+    return DiffusionModel(
+        ToyUNet(),
+        nn.Identity(),
+        None,
+        alphas_cumprod=alphas_cumprod(SCHEDULER),
+        latent_size=latent_size,
+        **kwargs,
+    )
 
 
 def _vae(kind: str) -> torch.nn.Module:

@@ -56,7 +56,8 @@ def inspect_folder(path: Path) -> PipelineFolder:
     if not path.is_dir():
         what = "a file, not a folder" if path.exists() else "nothing"
         raise FileNotFoundError(
-            f"model folder {path}: expected a diffusers StableDiffusionPipeline folder, found {what}"
+            f"model folder {path}: expected a diffusers StableDiffusionPipeline folder, "
+            f"found {what}"
         )
     _require(path, "model_index.json", "it is the mark of a diffusers pipeline folder")
     configs = {}

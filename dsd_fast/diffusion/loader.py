@@ -26,7 +26,8 @@ _HUB_FILES = [
     "model_index.json",
     "tokenizer/*",
     "scheduler/*.json",
-    *(f"{piece}/*.{ext}" for piece in ("unet", "vae", "text_encoder") for ext in ("json", "safetensors")),
+    *(f"{piece}/*.json" for piece in ("unet", "vae", "text_encoder")),
+    *(f"{piece}/*.safetensors" for piece in ("unet", "vae", "text_encoder")),
 ]
 _HUB_IGNORED = ["*.fp16.*", "*non_ema*"]
 
@@ -68,10 +69,9 @@ def load_model(
             cls, folder.path / piece, variant=folder.variants[piece], torch_dtype=piece_dtype
         )
 
-    # Convolutions of channels-last weights need no layout change around each tensor-core kernel.
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    unet = read("unet", dtype).to(device, memory_format=layout)
-    vae = read("vae", vae_dtype).to(device, memory_format=layout)
+    # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
+    unet = read("unet", dtype).to(device, memory_format=torch.channels_last)
+    vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
     vae_config = folder.configs["vae"]
     return DiffusionModel(
         unet,

@@ -117,8 +117,8 @@ class ClipText:
             count = len(tokenizer(prompt, verbose=False)["input_ids"])
             if count > limit:
                 raise ValueError(
-                    f"the prompt has {count} tokens, the model reads {limit} (two of them mark "
-                    f"start and end): {prompt!r}; shorten it"
+                    f"the prompt has {count} tokens, the model reads {limit} (view suffix and the "
+                    f"two end marks included); shorten it: {prompt[:60]!r}"
                 )
         tokens = tokenizer(
             list(prompts), padding="max_length", max_length=limit, return_tensors="pt"
@@ -135,7 +135,7 @@ class ClipText:
         with quiet():
             from transformers import CLIPTextModel, CLIPTokenizer
 
-        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
         encoder = load_component(CLIPTextModel, self.folder / "text_encoder", variant=self.variant)
         encoder = encoder.to(self.device, torch.float32).eval().requires_grad_(False)
         return tokenizer, encoder

@@ -11,7 +11,7 @@ from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
 
 LAST_LEVEL = NUM_TRAIN_TIMESTEPS - 1
 
-# t_delta exceeds t by up to this share of (t - min), the "t-plus" of asynchronous score distillation.
+# t_delta exceeds t by up to this share of (t - min): "t-plus" of asynchronous score distillation.
 _T_PLUS_RATIO = 0.1
 
 

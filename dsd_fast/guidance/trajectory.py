@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def simulate(
     """
     z = noise
     grid = ode_grid(n_ddim_steps)
-    for level, lower in zip(grid, grid[1:]):
+    for level, lower in pairwise(grid):
         t, t_next = t_delta.clamp_min(level), t_delta.clamp_min(lower)
         moving = t > t_next
         if not moving.any():
