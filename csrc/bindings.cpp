@@ -24,7 +24,8 @@ namespace py = pybind11;
 using Address = std::uintptr_t;
 
 namespace dsd::cuda {
-void set_device(int device);
+int set_device(int device);
+void restore_device(int device);
 int runtime_version();
 }  // namespace dsd::cuda
 
@@ -52,7 +53,11 @@ void launch(const Target& target, const Cpu& cpu, const Cuda& cuda) {
         return;
     }
 #if defined(DSD_WITH_CUDA)
-    dsd::cuda::set_device(target.device);
+    // Put back afterwards, whatever happens: torch believes in its own current device.
+    struct Restore {
+        int device;
+        ~Restore() { dsd::cuda::restore_device(device); }
+    } restore{dsd::cuda::set_device(target.device)};
     cuda(pointer<void>(target.stream));
 #else
     (void)cuda;
@@ -166,8 +171,10 @@ dsd::MarchParams march_params(Address origins, Address dirs, Address jitter, Add
         params.low[a] = static_cast<float>(aabb[a]);
         params.high[a] = static_cast<float>(aabb[a + 3]);
         params.cells_per_unit[a] = static_cast<float>(n_cells / (aabb[a + 3] - aabb[a]));
+        params.cell_size[a] = static_cast<float>((aabb[a + 3] - aabb[a]) / n_cells);
     }
     params.step = static_cast<float>(step);
+    params.steps_per_unit = static_cast<float>(1.0 / step);
     params.near = static_cast<float>(near);
     params.far = static_cast<float>(far);
     return params;

@@ -19,9 +19,16 @@ void check(cudaError_t status, const char* what) {
     throw std::runtime_error(message);
 }
 
-void set_device(int device) {
+// Makes `device` current and returns the one that was.
+int set_device(int device) {
+    int previous = 0;
+    check(cudaGetDevice(&previous), "cudaGetDevice");
     check(cudaSetDevice(device), "cudaSetDevice");
+    return previous;
 }
+
+// Runs in a destructor: an error here has shown itself in the launch already.
+void restore_device(int device) { (void)cudaSetDevice(device); }
 
 int runtime_version() {
     int version = 0;
