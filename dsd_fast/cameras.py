@@ -24,7 +24,7 @@ class CameraConfig:
     # Height of the training images in pixels; one number, or one per resolution stage.
     height: int | tuple[int, ...] = (128, 512)
     # Views per training step; one number, or one per resolution stage.
-    batch_size: int | tuple[int, ...] = (1, 1)
+    batch_size: int | tuple[int, ...] = 1
     # Steps at which the next resolution stage begins.
     resolution_milestones: tuple[int, ...] = (5000,)
     # Elevation of training cameras in degrees (lowest, highest).

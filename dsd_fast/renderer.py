@@ -189,7 +189,8 @@ class Renderer(nn.Module):
     ) -> _Samples:
         """The samples that are worth shading."""
         cfg = self.cfg
-        rays_o, rays_d = cameras.rays_o.reshape(-1, 3), cameras.rays_d.reshape(-1, 3)
+        rays_o = cameras.rays_o.reshape(-1, 3).contiguous()
+        rays_d = cameras.rays_d.reshape(-1, 3).contiguous()
         jitter = None
         if training and cfg.randomized:
             jitter = torch.rand(len(rays_o), generator=generator).to(rays_o)

@@ -1,0 +1,108 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsd_fast import losses
+from dsd_fast.losses import LossConfig, regularizers
+from dsd_fast.renderer import RenderOutput
+
+
+def _output(n_samples: int = 300, opacity_scale: float = 1.0) -> RenderOutput:
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape):
+        return torch.rand(*shape, dtype=torch.float64, generator=generator)
+
+    image = (2, 9, 11)
+    opacity = rand(*image, 1) * opacity_scale
+    return RenderOutput(
+        rgb=rand(*image, 3),
+        opacity=opacity,
+        depth=rand(*image, 1),
+        normal=rand(*image, 3) * opacity,
+        z_variance=rand(*image, 1) * (opacity > 0.5),
+        rgb_fg=rand(*image, 3),
+        weights=rand(n_samples),
+        normals=F.normalize(rand(n_samples, 3) - 0.5, dim=-1),
+        dirs=F.normalize(rand(n_samples, 3) - 0.5, dim=-1),
+        ray_indices=torch.arange(n_samples) % 198,
+        n_samples=n_samples,
+    )
+
+
+def test_values_against_plain_loops():
+    output = _output()
+    orient = 0.0
+    for weight, normal, direction in zip(output.weights, output.normals, output.dirs):
+        orient += float(weight) * max(0.0, float(normal @ direction)) ** 2
+    opacities = output.opacity.flatten().tolist()
+    orient /= sum(o > 0 for o in opacities)
+    sparsity = sum(math.sqrt(o * o + 0.01) for o in opacities) / len(opacities)
+    clamped = [min(max(o, 1e-3), 1 - 1e-3) for o in opacities]
+    opaque = sum(-(o * math.log(o) + (1 - o) * math.log(1 - o)) for o in clamped) / len(clamped)
+    variances = [z for z, o in zip(output.z_variance.flatten().tolist(), opacities) if o > 0.5]
+    assert float(losses.orientation(output)) == pytest.approx(orient)
+    assert float(losses.sparsity(output)) == pytest.approx(sparsity)
+    assert float(losses.opaqueness(output)) == pytest.approx(opaque)
+    assert float(losses.depth_variance(output)) == pytest.approx(sum(variances) / len(variances))
+
+
+def test_convexity_against_cross_products():
+    output = _output()
+    small = F.interpolate(output.normal.permute(0, 3, 1, 2), (8, 8), mode="bilinear")
+    n = small.permute(0, 2, 3, 1)
+    total = 0.0
+    for b in range(2):
+        for i in range(8):
+            for j in range(7):
+                total += float(torch.linalg.cross(n[b, i, j], n[b, i, j + 1])[2]) / (2 * 56)
+                total += float(torch.linalg.cross(n[b, j + 1, i], n[b, j, i])[2]) / (2 * 56)
+    assert float(losses.convexity(output)) == pytest.approx(-total)
+
+
+def test_convexity_prefers_a_sphere_over_a_bowl():
+    """From the front, camera on +x: normals of a sphere point right (+y) on the right side."""
+    rows, columns = torch.meshgrid(
+        torch.linspace(0.7, -0.7, 8), torch.linspace(-0.7, 0.7, 8), indexing="ij"
+    )
+    depth = (1 - rows**2 - columns**2).clamp(min=0).sqrt()
+    sphere = torch.stack([depth, columns, rows], -1)[None]
+    bowl = torch.stack([depth, -columns, -rows], -1)[None]
+    values = [
+        float(losses.convexity(dataclasses.replace(_output(), normal=(n + 1) / 2)))
+        for n in (sphere, bowl)
+    ]
+    assert values[0] < values[1]
+
+
+def test_official_weights():
+    weights = {name: w for name, (_, w) in regularizers(_output(), LossConfig(), 0).items()}
+    assert weights == {
+        "orient": 0.1, "sparsity": 0.15, "opaque": 0.1, "z_variance": 1.0, "convex": 1.0,
+    }  # fmt: skip
+    late = regularizers(_output(), LossConfig(), 3000)
+    assert "sparsity" not in late and late["convex"][1] == 1.0
+
+
+@pytest.mark.parametrize("n_samples, opacity_scale", [(0, 0.0), (300, 0.0), (300, 0.4)])
+def test_nothing_opaque_is_finite(n_samples, opacity_scale):
+    output = _output(n_samples, opacity_scale)
+    for field in ("opacity", "z_variance", "normal", "normals"):
+        getattr(output, field).requires_grad_()
+    terms = regularizers(output, LossConfig(), 0)
+    sum(value * weight for value, weight in terms.values()).backward()
+    assert float(terms["z_variance"][0]) == 0.0
+    assert all(value.isfinite() for value, _ in terms.values())
+    for field in ("opacity", "z_variance", "normal", "normals"):
+        assert getattr(output, field).grad.isfinite().all()
+
+
+def test_orientation_does_not_push_the_weights():
+    output = _output()
+    output.weights.requires_grad_()
+    output.normals.requires_grad_()
+    losses.orientation(output).backward()
+    assert output.weights.grad is None and output.normals.grad.any()

@@ -1,0 +1,81 @@
+"""The grid's policy: which cells are visited when. (Its kernels: test_occupancy.py.)"""
+
+import pytest
+import torch
+
+from dsd_fast.field import Field, FieldConfig, GridConfig
+from dsd_fast.occupancy import OccupancyConfig, OccupancyGrid
+
+STEP_SIZE = 1.732 * 4 / 512
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _grid(**changes) -> OccupancyGrid:
+    return OccupancyGrid(OccupancyConfig(**changes), radius=2.0, step_size=STEP_SIZE)
+
+
+def test_initial_blob_occupies_the_known_cells(device):
+    grid = _grid().to(device)
+    field = Field(FieldConfig(grid=GridConfig(log2_table_size=12)), _generator()).to(device)
+    assert grid.update(0, field.density, _generator())
+    assert float(grid.occs.mean()) == pytest.approx(3.3e-4, rel=0.1)
+    assert int(grid.binary.sum()) == pytest.approx(670, rel=0.1)
+    assert grid.alpha_threshold() == float(grid.occs.mean())
+    assert grid.binary[15, 15, 15] and not grid.binary[0, 0, 0]
+
+
+def test_only_every_sixteenth_step_updates():
+    grid = _grid(resolution=4)
+    steps = [step for step in range(40) if grid.update(step, lambda p: p[:, 0], _generator())]
+    assert steps == [0, 16, 32]
+
+
+def test_points_lie_in_their_cells_in_x_major_order():
+    grid = _grid(resolution=4)
+    seen = []
+
+    def density(points):
+        seen.append(points)
+        return points[:, 0] + 10
+
+    grid.update(0, density, _generator())
+    (points,) = seen
+    cells = ((points + 2.0) / 1.0).floor().long()
+    assert torch.equal((cells * torch.tensor([16, 4, 1])).sum(-1), torch.arange(64))
+    torch.testing.assert_close(grid.occs, (points[:, 0] + 10) * STEP_SIZE)
+
+
+def test_threshold_is_capped():
+    grid = _grid(resolution=4)
+    grid.update(0, lambda p: torch.full((len(p),), 1e3), _generator())
+    assert grid.alpha_threshold() == 0.01
+    assert grid.binary.all()
+
+
+def test_after_warmup_a_part_is_visited_and_empty_cells_fade():
+    grid = _grid(resolution=8)
+    grid.update(0, lambda p: torch.where(p[:, 0] > 0, 5.0, 0.0), _generator())
+    before, n_occupied = grid.occs.clone(), int(grid.binary.sum())
+    assert n_occupied == 256
+    counts = []
+
+    def empty(points):
+        counts.append(len(points))
+        return torch.zeros(len(points))
+
+    grid.update(256, empty, _generator())
+    # A quarter of the cells at random, and as many of the occupied ones.
+    assert counts == [128 + 128]
+    ratio = grid.occs[before > 0] / before[before > 0]
+    torch.testing.assert_close(ratio.unique(), torch.tensor([0.95, 1.0]))
+
+
+def test_resumes_from_its_state():
+    first, second = _grid(resolution=4), _grid(resolution=4)
+    first.update(0, lambda p: p[:, 2].exp(), _generator())
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.binary, second.binary)
+    assert first.alpha_threshold() == second.alpha_threshold()
