@@ -234,9 +234,7 @@ class DSDGuidance:
         t, t_delta = self.levels(latents.shape[0], step, generator)
         return self.at_levels(latents, elevation_deg, azimuth_deg, t, t_delta)
 
-    def levels(
-        self, n_items: int, step: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t and t_delta of a step, int64 [B] on the CPU."""
         low, high = self.min_percent(step), self.max_percent(step)
         if self.cfg.t_anneal:
@@ -327,9 +325,10 @@ class DSDGuidance:
         predict: _GuidedUNet,
     ) -> Tensor:
         """eps_o: the trajectory's own noise prediction at t_delta, [B,C,h,w]."""
+        noise = _per_item(self.noise, x)
         if self.cfg.trajectory == "exact":
             z = simulate(
-                _per_item(self.noise, x),
+                noise,
                 t_delta,
                 predict,
                 self.model.alphas_cumprod,
@@ -429,8 +428,10 @@ def _linked_gradient(
 
 
 def _per_item(noise: Tensor, latents: Tensor) -> Tensor:
-    if noise.ndim != 4 or noise.shape[0] not in (1, latents.shape[0]) or (
-        noise.shape[1:] != latents.shape[1:]
+    if (
+        noise.ndim != 4
+        or noise.shape[0] not in (1, latents.shape[0])
+        or (noise.shape[1:] != latents.shape[1:])
     ):
         raise ValueError(
             f"expected seed noise {[1, *latents.shape[1:]]} for latents {list(latents.shape)}, "

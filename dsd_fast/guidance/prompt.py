@@ -132,9 +132,7 @@ def combine(
     rows_per_item = 2 if weights is None else 4
     n_items = eps.shape[0] // rows_per_item
     if eps.ndim != 4 or n_items * rows_per_item != eps.shape[0]:
-        raise ValueError(
-            f"combine: expected eps [{rows_per_item}B,C,h,w], got {tuple(eps.shape)}"
-        )
+        raise ValueError(f"combine: expected eps [{rows_per_item}B,C,h,w], got {tuple(eps.shape)}")
     if weights is not None and weights.shape != (n_items, 2):
         raise ValueError(
             f"combine: expected weights [{n_items},2] for {eps.shape[0]} rows, "

@@ -1,0 +1,299 @@
+"""Trajectories and the guidance object, on a toy predictor; numbers of the official code are in
+test_guidance_parity.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_model import build_tiny_model, toy_model
+from torch import Tensor
+
+from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
+from dsd_fast.guidance import (
+    DSDGuidance,
+    GuidanceConfig,
+    GuidanceOutput,
+    PromptEmbeddings,
+    dsd_gradient,
+    seed_noise,
+)
+from dsd_fast.guidance.trajectory import ViewBins, simulate
+
+MODES = pytest.mark.parametrize("perp_neg", [True, False], ids=["perp-neg", "plain"])
+TRAJECTORIES = pytest.mark.parametrize("trajectory", ["exact", "cached"])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def make_guidance(
+    model: DiffusionModel | None = None, seed: int = 0, max_steps: int = 100, **settings: object
+) -> DSDGuidance:
+    model = model or toy_model()
+    size = model.latent_size
+    prompts = PromptEmbeddings(randn(4, 5, 3, seed=5), randn(1, 5, 3, seed=6).expand(4, -1, -1))
+    noise = seed_noise(generator(seed), (1, 4, size, size))
+    return DSDGuidance(GuidanceConfig(**settings), model, prompts, noise, max_steps)
+
+
+def at(
+    guidance: DSDGuidance, azimuth: float, t: int, t_delta: int, elevation: float = 10.0
+) -> GuidanceOutput:
+    latents = randn(1, 4, 6, 6, seed=9)
+    return guidance.at_levels(latents, elevation, azimuth, t, t_delta)
+
+
+class TestTrajectory:
+    def test_closed_form(self) -> None:
+        """A constant noise prediction fixes the clean image, and with it every state."""
+        abar = toy_model().alphas_cumprod.double()
+        noise, eps = randn(3, 4, 5, 5).double(), randn(3, 4, 5, 5, seed=1).double()
+        t_delta = torch.tensor([999, 640, 320])
+        z = simulate(noise, t_delta, lambda z, t, scale: eps, abar, 10, 7.5)
+        clean = (noise - (1 - abar[999]).sqrt() * eps) / abar[999].sqrt()
+        level = abar[t_delta].view(-1, 1, 1, 1)
+        expected = level.sqrt() * clean + (1 - level).sqrt() * eps
+        torch.testing.assert_close(z, expected)
+        assert torch.equal(z[0], noise[0])
+
+    @TRAJECTORIES
+    def test_a_seed_is_a_trajectory(self, trajectory: str) -> None:
+        outputs = [
+            at(make_guidance(seed=seed, trajectory=trajectory), 30, 500, 510) for seed in (1, 1, 2)
+        ]
+        assert torch.equal(outputs[0].grad, outputs[1].grad)
+        assert (outputs[0].grad - outputs[2].grad).norm() > 0.1 * outputs[0].grad.norm()
+
+    @MODES
+    def test_bins(self, perp_neg: bool) -> None:
+        bins = ViewBins(24, perp_neg)
+        azimuth = torch.tensor([0.0, 7.4, -7.6, 90, 180, -180, 359, 20])
+        elevation = torch.tensor([0.0] * 7 + [80])
+        expected = [0, 0, 1, 12, 23, 23, 0, 24] if perp_neg else [1, 1, 1, 0, 2, 2, 1, 3]
+        assert bins.index(elevation, azimuth) == expected
+        for index in range(25 if perp_neg else 4):
+            camera = torch.tensor([bins.camera(index)])
+            assert bins.index(camera[:, 0], camera[:, 1]) == [index]
+
+
+class TestCache:
+    @pytest.mark.parametrize("azimuth", [-80.0, 10.0, 170.0])
+    def test_plain_mode_is_exact(self, azimuth: float) -> None:
+        exact, cached = (
+            make_guidance(use_perp_neg=False, trajectory=kind) for kind in ("exact", "cached")
+        )
+        for t, t_delta in ((980, 985), (899, 899), (700, 720), (320, 320), (990, 999)):
+            torch.testing.assert_close(
+                at(cached, azimuth, t, t_delta).grad, at(exact, azimuth, t, t_delta).grad
+            )
+
+    def test_perp_neg_is_exact_at_the_middle_of_a_bin(self) -> None:
+        exact, cached = make_guidance(), make_guidance(trajectory="cached", azimuth_bins=12)
+        for azimuth in (7.5, -52.5, 142.5):
+            torch.testing.assert_close(
+                at(cached, azimuth, 400, 430).grad, at(exact, azimuth, 400, 430).grad
+            )
+
+    def test_more_bins_come_closer(self) -> None:
+        exact = at(make_guidance(), 80, 500, 510).grad
+
+        def distance(n_bins: int) -> float:
+            cached = make_guidance(trajectory="cached", azimuth_bins=n_bins)
+            return float((at(cached, 80, 500, 510).grad - exact).norm())
+
+        # Bin centres 45 and 80.5 degrees.
+        assert distance(180) < distance(2) / 4
+
+    @MODES
+    def test_rebuilt_after_resume(self, perp_neg: bool) -> None:
+        """Whatever filled the cache before, a step gives the same bits."""
+        straight = make_guidance(trajectory="cached", use_perp_neg=perp_neg)
+        history = [(10.0, 950), (170, 800), (-100, 640), (12, 500), (95, 350), (80, 420)]
+        for azimuth, t in history:
+            before = at(straight, azimuth, t, t + 5)
+        resumed = make_guidance(seed=3, trajectory="cached", use_perp_neg=perp_neg)
+        at(resumed, 80, 420, 425)
+        resumed.load_state_dict(straight.state_dict())
+        after = at(resumed, *history[-1], history[-1][1] + 5)
+        assert torch.equal(before.grad, after.grad)
+        assert torch.equal(before.latents_noisy, after.latents_noisy)
+
+    def test_calls(self) -> None:
+        guidance = make_guidance(trajectory="cached")
+        rows = guidance.model.unet.rows
+        at(guidance, 30, 750, 760)
+        assert rows == [4, 4, 4, 4, 8]  # three levels, eps_o, the pair
+        rows.clear()
+        at(guidance, -31, 700, 710)
+        assert rows == [4, 8]
+        rows.clear()
+        at(guidance, 30, 690, 690)
+        assert rows == [4, 4, 4]  # one more level; equal levels share a batch
+
+
+class TestGuidance:
+    def test_calls_of_exact(self) -> None:
+        guidance = make_guidance()
+        at(guidance, 30, 320, 320)
+        assert guidance.model.unet.rows == [4] * 9
+        guidance.model.unet.rows.clear()
+        at(guidance, 30, 898, 950)
+        assert guidance.model.unet.rows == [4, 4, 8]
+
+    @MODES
+    @TRAJECTORIES
+    def test_batch_is_its_items(self, perp_neg: bool, trajectory: str) -> None:
+        guidance = make_guidance(use_perp_neg=perp_neg, trajectory=trajectory)
+        latents = randn(3, 4, 6, 6, seed=4)
+        elevation, azimuth = torch.tensor([0.0, 70, 30]), torch.tensor([100.0, 0, -20])
+        # A different number of ODE steps each, none for the second.
+        t, t_delta = torch.tensor([400, 990, 700]), torch.tensor([410, 999, 700])
+        together = guidance.at_levels(latents, elevation, azimuth, t, t_delta)
+        alone = [
+            guidance.at_levels(latents[i : i + 1], elevation[i], azimuth[i], t[i], t_delta[i])
+            for i in range(3)
+        ]
+        torch.testing.assert_close(together.grad, torch.cat([one.grad for one in alone]))
+        torch.testing.assert_close(together.loss, sum(one.loss for one in alone) / 3)
+
+    def test_loss(self) -> None:
+        guidance = make_guidance()
+        latents = randn(2, 4, 6, 6).requires_grad_()
+        output = guidance.at_levels(latents, torch.zeros(2), torch.zeros(2), 600, 610)
+        output.loss.backward()
+        assert torch.equal(latents.grad, output.grad / 2)
+        expected = 0.5 * (latents - output.target).square().sum() / 2
+        torch.testing.assert_close(output.loss, expected)
+        torch.testing.assert_close(output.grad_norm, (latents - output.target).norm())
+        assert bool(output.finite) and not output.target.requires_grad
+
+    @pytest.mark.parametrize("perp_neg", [True, False])
+    def test_public_function_is_the_same_code(self, perp_neg: bool) -> None:
+        guidance = make_guidance(use_perp_neg=perp_neg)
+        latents = randn(1, 4, 6, 6)
+        predict = guidance._predictor(torch.tensor([10.0]), torch.tensor([50.0]))
+        for weighting in ("sds", "ddim"):
+            guidance.cfg.weighting = weighting
+            grad = dsd_gradient(
+                latents,
+                noise=guidance.noise,
+                t=620,
+                t_delta=torch.tensor([640]),
+                predict=predict,
+                alphas_cumprod=guidance.model.alphas_cumprod,
+                weighting=weighting,
+            )
+            ours = guidance.at_levels(latents, 10.0, 50.0, 620, 640).grad
+            torch.testing.assert_close(ours, grad)
+
+    def test_ddim_weight(self) -> None:
+        official, ddim = (at(make_guidance(weighting=w), 0, 500, 520) for w in ("sds", "ddim"))
+        abar = toy_model().alphas_cumprod[500]
+        ratio = ((1 - abar) / abar).sqrt() / (1 - abar)
+        torch.testing.assert_close(ddim.grad, official.grad * ratio)
+
+    def test_levels(self) -> None:
+        annealed = make_guidance(max_steps=10000)
+        t, t_delta = annealed.levels(2, 1000, generator())
+        assert t.tolist() == [771, 771] and bool((t_delta >= t).all())
+        assert t_delta[0] != t_delta[1]
+        random = make_guidance(t_anneal=False)
+        t, _ = random.levels(64, 0, generator())
+        assert t.unique().numel() > 32 and int(t.min()) >= 320 and int(t.max()) <= 980
+        falling = make_guidance(t_anneal=False, max_step_percent=(0, 0.98, 0.33, 50))
+        assert int(falling.levels(64, 50, generator())[0].max()) <= 330
+        both = make_guidance(min_step_percent=(0, 0.5, 0.4, 100), max_steps=100)
+        assert both.levels(1, 100, generator())[0].tolist() == [400]
+
+    def test_same_generator_same_step(self) -> None:
+        guidance, latents = make_guidance(t_anneal=False), randn(1, 4, 6, 6)
+        a, b, c = (
+            guidance.from_latents(latents, 0.0, 20.0, 5, generator(seed)) for seed in (1, 1, 2)
+        )
+        assert torch.equal(a.grad, b.grad) and int(a.t) == int(b.t) != int(c.t)
+
+    def test_latents_of_another_size(self) -> None:
+        guidance = make_guidance()
+        latents = randn(1, 4, 12, 9).requires_grad_()
+        output = guidance.from_latents(latents, 0.0, 0.0, 3, generator())
+        output.loss.backward()
+        assert output.latents.shape == (1, 4, 6, 6) and latents.grad.abs().sum() > 0
+
+    def test_not_a_number_is_reported(self) -> None:
+        guidance = make_guidance()
+        latents = randn(1, 4, 6, 6)
+        latents[0, 0, 0, 0] = float("nan")
+        output = guidance.at_levels(latents, 0.0, 0.0, 500, 510)
+        assert not bool(output.finite)
+        # Nothing of it stays: the next step is as if it had not been.
+        assert bool(at(guidance, 0, 500, 510).finite)
+
+    def test_real_model(self, tmp_path) -> None:
+        """Folder, prompt, rendering of another size, and the gradient back to its pixels."""
+        model = load_model(build_tiny_model(tmp_path))
+        prompts = embed_views(model, "an armchair")
+        noise = seed_noise(generator(), (1, 4, 8, 8))
+        guidance = DSDGuidance(GuidanceConfig(trajectory="cached"), model, prompts, noise, 10)
+        rgb = torch.rand(2, 21, 13, 3, generator=generator()).requires_grad_()
+        angles = torch.tensor([10.0, 20.0]), torch.tensor([-40.0, 130.0])
+        first = guidance(rgb, *angles, 4, generator(7))
+        first.loss.backward()
+        assert rgb.grad.isfinite().all() and rgb.grad.abs().sum() > 0
+        again = guidance(rgb, *angles, 4, generator(7))
+        assert torch.equal(first.grad, again.grad)
+
+
+class TestErrors:
+    def test_inputs(self) -> None:
+        guidance = make_guidance()
+        with pytest.raises(ValueError, match=r"rgb \[B,H,W,3\].*\(1, 3, 8, 8\)"):
+            guidance(torch.zeros(1, 3, 8, 8), 0.0, 0.0, 0, generator())
+        with pytest.raises(ValueError, match="B > 0"):
+            guidance(torch.zeros(0, 8, 8, 3), 0.0, 0.0, 0, generator())
+        with pytest.raises(ValueError, match=r"latents \[B,4,h,w\].*\(1, 3, 6, 6\)"):
+            guidance.from_latents(torch.zeros(1, 3, 6, 6), 0.0, 0.0, 0, generator())
+        latents = torch.zeros(2, 4, 6, 6)
+        with pytest.raises(ValueError, match=r"2 elevations.*got 1 and 2"):
+            guidance.at_levels(latents, 0.0, torch.zeros(2), 500, 510)
+        with pytest.raises(ValueError, match=r"t_delta: expected levels from 0 to 999.*1000"):
+            guidance.at_levels(latents, torch.zeros(2), torch.zeros(2), 500, 1000)
+        with pytest.raises(ValueError, match=r"t: expected one integer or 2.*\(3,\)"):
+            guidance.at_levels(
+                latents, torch.zeros(2), torch.zeros(2), torch.tensor([1, 2, 3]), 500
+            )
+        with pytest.raises(ValueError, match=r"seed noise \[1, 4, 6, 6\].*\[1, 4, 5, 5\]"):
+            guidance.load_state_dict({"noise": torch.zeros(1, 4, 5, 5)})
+
+    def test_function(self) -> None:
+        common = {
+            "t": 500,
+            "t_delta": 510,
+            "predict": lambda z, t, scale: z,
+            "alphas_cumprod": toy_model().alphas_cumprod,
+        }
+        with pytest.raises(ValueError, match="seed noise"):
+            dsd_gradient(torch.zeros(2, 4, 6, 6), noise=torch.zeros(1, 4, 5, 5), **common)
+        with pytest.raises(ValueError, match="weighting"):
+            zeros = torch.zeros(1, 4, 6, 6)
+            dsd_gradient(zeros, noise=zeros, weighting="sdi", **common)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"trajectory": "fast"}, "guidance.trajectory.*exact, cached.*'fast'"),
+            ({"weighting": "sdi"}, "guidance.weighting"),
+            ({"delta_min": 1000}, "guidance.delta_min"),
+            ({"azimuth_bins": 0}, "azimuth_bins"),
+            ({"n_ddim_steps": 0}, "n_ddim_steps"),
+            ({"min_step_percent": (1, 2)}, "schedule"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_settings(self, settings: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_guidance(**settings)
