@@ -1,0 +1,197 @@
+"""From a command line to a configuration.
+
+Settings come from three layers, each winning over the one before: a preset (or an official
+configuration file, or the config.json of a run, or the checkpoint that is resumed), overrides in
+the official ``a.b.c=value`` form, and flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dsd_fast import checkpoint, official
+from dsd_fast.config import (
+    PRESETS,
+    ConfigError,
+    TrainConfig,
+    from_dict,
+    leaves,
+    preset,
+    resolve_device,
+)
+from dsd_fast.outputs import RunFolder
+
+log = logging.getLogger(__name__)
+
+# A resumed run is the same run: what names it cannot change.
+_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag")
+
+
+@dataclass
+class Command:
+    """Make a 3D object from a prompt and a seed."""
+
+    # Every setting of the run.
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    # Take the settings from an official YAML file (overrides a.b.c=value may follow), or from the
+    # config.json of a run.
+    config: Path | None = None
+    # Continue a run: "auto" finds it by prompt, seed and output; or a run folder or a checkpoint.
+    resume: str | None = None
+    # Replace a run of the same prompt and seed.
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked command: what to run, where, and from which checkpoint."""
+
+    config: TrainConfig
+    folder: RunFolder
+    # The checkpoint to continue from, as read.
+    state: dict | None
+    overwrite: bool
+
+
+def parse(argv: Sequence[str]) -> Job:
+    """The job of a command line. ConfigError or CheckpointError for what cannot be done.
+
+    Unknown flags and --help end in SystemExit, as with any command.
+    """
+    flags, overrides = _split_overrides(argv)
+    early = _early_flags(flags)
+    command = _parse_flags(flags, _starting_values(early, overrides))
+    cfg = command.train
+    folder = RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, cfg.seed)
+    if command.resume is None:
+        cfg.validate()
+        return Job(cfg, folder, None, command.overwrite)
+    if command.overwrite or command.config is not None:
+        raise ConfigError("--resume continues a run as it is: drop --overwrite and --config")
+
+    if command.resume == "auto":
+        cfg.validate()
+        path = _newest_checkpoint(folder)
+        if path is None:
+            log.info("--resume auto: no checkpoint in %s, starting from the beginning", folder.path)
+            return Job(cfg, folder, None, overwrite=False)
+    else:
+        path, folder = _find_checkpoint(Path(command.resume), folder)
+    state = checkpoint.load(path)
+    saved = from_dict(TrainConfig, state["config"])
+    saved.device = early.device
+    cfg = _parse_flags(flags, dataclasses.replace(saved)).train
+    _compare(saved, cfg)
+    cfg.validate()
+    return Job(cfg, folder, state, overwrite=False)
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and ``a.b.c=value`` overrides, told apart.
+
+    A token that follows a flag is that flag's value, whatever it looks like: --prompt "a=b".
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    previous = ""
+    for token in argv:
+        is_value = previous.startswith("--") and "=" not in previous
+        if official.is_override(token) and not is_value:
+            overrides.append(token)
+        else:
+            flags.append(token)
+        previous = token
+    return flags, overrides
+
+
+def _early_flags(flags: list[str]) -> argparse.Namespace:
+    """The flags that decide the starting values. Wrong values are left for the full parse."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("preset", "config", "device", "resume"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--max-steps", "--max_steps")
+    try:
+        early, _ = parser.parse_known_args(flags)
+    except argparse.ArgumentError:
+        early = argparse.Namespace(preset=None, config=None, device=None, resume=None, max_steps="")
+    early.device = early.device or "auto"
+    return early
+
+
+def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainConfig:
+    if early.config is not None and early.preset is not None:
+        raise ConfigError("--config and --preset both give all settings: pass one of them")
+    if early.config is None:
+        if overrides:
+            raise ConfigError(
+                f"{overrides[0]}: overrides in this form change an official configuration file, "
+                "pass it with --config; every setting is a flag as well, see --help"
+            )
+        steps = early.max_steps or ""
+        return preset(
+            early.preset if early.preset in PRESETS else "embedded",
+            int(steps) if steps.isdigit() and int(steps) > 0 else None,
+            resolve_device(early.device).type == "cpu",
+        )
+    path = Path(early.config)
+    if path.suffix != ".json":
+        return official.load(path, overrides)
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: pass flags to change the settings of {path}")
+    try:
+        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not a JSON file: {error}") from error
+
+
+def _parse_flags(flags: list[str], starting_values: TrainConfig) -> Command:
+    return tyro.cli(
+        Command,
+        prog="python -m dsd_fast.train",
+        args=flags,
+        default=Command(train=starting_values),
+    )
+
+
+def _newest_checkpoint(folder: RunFolder) -> Path | None:
+    steps = checkpoint.list_steps(folder.checkpoints)
+    return steps[-1][1] if steps else None
+
+
+def _find_checkpoint(path: Path, named: RunFolder) -> tuple[Path, RunFolder]:
+    """The checkpoint that --resume PATH means, and the run folder it belongs to."""
+    if path.is_file():
+        in_run = path.parent.name == "checkpoints"
+        return path, RunFolder(path.parent.parent) if in_run else named
+    if not path.is_dir():
+        raise checkpoint.CheckpointError(f"--resume {path}: there is no such file or folder")
+    folder = RunFolder(path.parent if path.name == "checkpoints" else path)
+    newest = _newest_checkpoint(folder)
+    if newest is None:
+        raise checkpoint.CheckpointError(f"--resume {path}: no checkpoint in {folder.checkpoints}")
+    return newest, folder
+
+
+def _compare(saved: TrainConfig, cfg: TrainConfig) -> None:
+    """Refuse flags that make a resumed run another one; mention the others that change it."""
+    before, now = leaves(saved), leaves(cfg)
+    for name, value in now.items():
+        if before[name] == value:
+            continue
+        if name in _FIXED_ON_RESUME:
+            raise ConfigError(
+                f"a resumed run keeps its {name} ({before[name]!r}), got {value!r}: "
+                "start a new run instead"
+            )
+        log.info("resuming with %s = %s instead of %s", name, value, before[name])

@@ -1,0 +1,402 @@
+"""The configuration of a run: one tree of dataclasses, three presets, and its JSON form.
+
+A comment above a field is that flag's help. The classes live with the code that reads them; here
+they are put together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import torch
+
+from dsd_fast.background import BackgroundConfig
+from dsd_fast.cameras import CameraConfig
+from dsd_fast.field import FieldConfig, GridConfig
+from dsd_fast.guidance import GuidanceConfig
+from dsd_fast.losses import LossConfig
+from dsd_fast.material import MaterialConfig
+from dsd_fast.mesh import MeshConfig
+from dsd_fast.renderer import RendererConfig
+
+T = TypeVar("T")
+
+PRESETS = ("embedded", "dsd", "dsd-low-res")
+STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
+
+# Steps of the embedded preset where --max-steps does not say.
+EMBEDDED_STEPS_GPU = 1000
+EMBEDDED_STEPS_CPU = 300
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, does not fit, or cannot work."""
+
+
+@dataclass
+class PromptConfig:
+    # The negative prompt, for every view.
+    negative: str = ""
+    # "front view of ..." instead of "..., front view".
+    prefix: bool = False
+    # Tell the model which side is seen; False uses the bare prompt for every view.
+    view_dependent: bool = True
+    # A prompt of its own for the front view.
+    front: str | None = None
+    # A prompt of its own for the side views.
+    side: str | None = None
+    # A prompt of its own for the back view.
+    back: str | None = None
+    # A prompt of its own for the view from above.
+    overhead: str | None = None
+
+    def overrides(self) -> dict[str, str]:
+        """View name -> prompt, for the views that have one of their own."""
+        prompts = {view: getattr(self, view) for view in ("side", "front", "back", "overhead")}
+        return {view: prompt for view, prompt in prompts.items() if prompt is not None}
+
+
+@dataclass
+class DiffusionConfig:
+    # Precision of the UNet; "auto" is float16 on CUDA and float32 on the CPU.
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    # How the UNet is run: CUDA graphs, plain calls, or graphs where they work.
+    engine: Literal["auto", "eager", "graph"] = "auto"
+
+
+@dataclass
+class OptimizerConfig:
+    # Learning rate of the field: hash grid and networks.
+    geometry_lr: float = 0.01
+    # Learning rate of the background network.
+    background_lr: float = 0.001
+    # Adam's decay rates.
+    betas: tuple[float, float] = (0.9, 0.99)
+    # Adam's epsilon.
+    eps: float = 1e-15
+
+
+@dataclass
+class TrainerConfig:
+    # Steps between lines of metrics.jsonl; each line waits for the device once.
+    log_every: int = 10
+    # Steps between preview images; 0 makes none.
+    preview_every: int = 500
+    # Steps between checkpoints; there is always one at the end and on Ctrl-C.
+    checkpoint_every: int = 500
+    # Checkpoints kept, the newest ones.
+    keep_checkpoints: int = 2
+    # Stop after this many steps in a row whose gradients were not finite.
+    max_bad_steps: int = 50
+    # Warn when the mean opacity stays under this ...
+    min_opacity: float = 0.005
+    # ... for this many steps.
+    min_opacity_steps: int = 200
+    # End this session after so many steps of the run, as Ctrl-C would: for training in pieces.
+    stop_at: int | None = None
+    # Show progress.
+    progress: bool = True
+
+
+@dataclass
+class PictureConfig:
+    # Views in a preview image.
+    preview_views: int = 4
+    # Height and width of a view in a preview image.
+    preview_size: int = 128
+    # Views in the final contact sheet.
+    sheet_views: int = 8
+    # Make the turntable video (views and size: --cameras.n-test-views, --cameras.eval-height).
+    turntable: bool = True
+    # Frames per second of the video.
+    fps: int = 30
+    # Make the mesh.
+    mesh: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides what a run does."""
+
+    # What to make, for example "an armchair".
+    prompt: str = ""
+    # Random seed: other seeds give other objects.
+    seed: int = 0
+    # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, or a hub id.
+    model: str = "embedded"
+    # Starting values: "embedded" suits the model that ships with the package, "dsd" and
+    # "dsd-low-res" are the official ones for Stable Diffusion.
+    preset: Literal["embedded", "dsd", "dsd-low-res"] = "embedded"
+    # Length of the run; the schedules of the embedded preset scale with it.
+    max_steps: int = 10000
+    # "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
+    device: str = "auto"
+    # Folder under which run folders are made.
+    output: Path = Path("outputs")
+    # Folder inside --output that holds the runs.
+    name: str = "diverse-score-distillation"
+    # Name of the run folder in place of the prompt.
+    tag: str = ""
+
+    text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+    guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    cameras: CameraConfig = dataclasses.field(default_factory=CameraConfig)
+    field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
+    material: MaterialConfig = dataclasses.field(default_factory=MaterialConfig)
+    background: BackgroundConfig = dataclasses.field(default_factory=BackgroundConfig)
+    renderer: RendererConfig = dataclasses.field(default_factory=RendererConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    pictures: PictureConfig = dataclasses.field(default_factory=PictureConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def validate(self) -> None:
+        """Raise ConfigError for values that cannot work, before anything is loaded."""
+        if not self.prompt.strip():
+            raise ConfigError('the prompt is empty: pass --prompt "an armchair"')
+        for name, value in (
+            ("max_steps", self.max_steps),
+            ("trainer.log_every", self.trainer.log_every),
+            ("trainer.checkpoint_every", self.trainer.checkpoint_every),
+            ("trainer.keep_checkpoints", self.trainer.keep_checkpoints),
+            ("trainer.max_bad_steps", self.trainer.max_bad_steps),
+            ("cameras.n_test_views", self.cameras.n_test_views),
+            ("pictures.preview_views", self.pictures.preview_views),
+            ("pictures.sheet_views", self.pictures.sheet_views),
+            ("mesh.resolution", self.mesh.resolution),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.field.radius != self.renderer.radius:
+            raise ConfigError(
+                f"field.radius is {self.field.radius} and renderer.radius is "
+                f"{self.renderer.radius}: pass both, they describe one box"
+            )
+
+
+def preset(name: str, max_steps: int | None = None, on_cpu: bool = False) -> TrainConfig:
+    """The configuration of a preset, for a run of ``max_steps`` (None: the preset's own length)."""
+    if name == "embedded":
+        return _embedded(max_steps, on_cpu)
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    cfg = TrainConfig(model=STABLE_DIFFUSION, preset=name)
+    if name == "dsd-low-res":
+        cfg.max_steps = 5000
+        cfg.cameras.width = cfg.cameras.height = (128, 128)
+    cfg.max_steps = max_steps or cfg.max_steps
+    return cfg
+
+
+def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
+    """Settings for the small prior that ships with the package.
+
+    Everything that is indexed by the step is a share of the run's length, so that a run of any
+    length goes through all of its phases. On a CPU renderings are smaller and the run shorter.
+    """
+    steps = max_steps or (EMBEDDED_STEPS_CPU if on_cpu else EMBEDDED_STEPS_GPU)
+
+    def at(share: float) -> int:
+        return max(round(share * steps), 1)
+
+    size = (48, 64) if on_cpu else (64, 128)
+    eval_size = 128 if on_cpu else 256
+    return TrainConfig(
+        model="embedded",
+        preset="embedded",
+        max_steps=steps,
+        guidance=GuidanceConfig(trajectory="cached"),
+        loss=LossConfig(
+            lambda_sparsity=(0, 0.15, 0.0, at(0.3)),
+            lambda_convex=(0, 1.0, 1.0, at(0.5)),
+        ),
+        cameras=CameraConfig(
+            width=size,
+            height=size,
+            resolution_milestones=(at(0.5),),
+            eval_height=eval_size,
+            eval_width=eval_size,
+        ),
+        field=FieldConfig(
+            grid=GridConfig(
+                n_levels=12,
+                log2_table_size=16,
+                base_resolution=16,
+                per_level_scale=(512 / 16) ** (1 / 11),  # the finest level has 512 cells
+                start_level=6,
+                start_step=at(0.1),
+                update_steps=at(0.08),
+            )
+        ),
+        material=MaterialConfig(ambient_only_steps=at(0.1)),
+        renderer=RendererConfig(num_samples_per_ray=256 if on_cpu else 512),
+        trainer=TrainerConfig(
+            log_every=min(10, at(0.02)), preview_every=at(0.2), checkpoint_every=at(0.25)
+        ),
+        mesh=MeshConfig(resolution=128 if on_cpu else 192),
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name asks for; ConfigError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f'--device takes "auto", "cpu", "cuda" or "cuda:N", got {name!r}'
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: only cpu and cuda are supported")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"--device {name}: this PyTorch ({torch.__version__}) sees no CUDA GPU. "
+                "`python -m dsd_fast.info` says what was found; --device cpu works everywhere."
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0"
+            )
+    return device
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """A dataclass tree as nested dictionaries of JSON values."""
+    return dataclasses.asdict(config, dict_factory=_json_dict)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """The dataclass tree that `to_dict` made; absent fields take their defaults.
+
+    Raises ConfigError for a name that does not exist (with the nearest one) and for a value of the
+    wrong type.
+    """
+    types_of = _field_types(cls)
+    arguments = {}
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else name
+        if name not in types_of:
+            raise ConfigError(f"{path}: there is no such setting{nearest(name, types_of)}")
+        arguments[name] = _coerce(types_of[name], value, path)
+    return cls(**arguments)
+
+
+def set_value(config: object, path: str, value: Any) -> None:
+    """Set one value of a dataclass tree by its dotted path, with the checks of `from_dict`."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    setattr(config, name, _coerce(_field_types(type(config))[name], value, path))
+
+
+def leaves(config: object, where: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every leaf of a dataclass tree."""
+    found: dict[str, Any] = {}
+    for spec in dataclasses.fields(config):
+        value, path = getattr(config, spec.name), f"{where}{spec.name}"
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{path}.")
+        else:
+            found[path] = value
+    return found
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """The end of an error message: "; did you mean ...?", or nothing when nothing is near."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _json_dict(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in items}
+
+
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {spec.name: hints[spec.name] for spec in dataclasses.fields(cls)}
+
+
+class _Mismatch(Exception):
+    """A value that is not of the wanted type."""
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """``value`` (as JSON or YAML gives it) as the annotated type ``kind``."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a group of settings, got {value!r}")
+        return from_dict(kind, value, where)
+    try:
+        return _convert(kind, value)
+    except _Mismatch:
+        raise ConfigError(f"{where}: expected {_describe(kind)}, got {value!r}") from None
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (Union, types.UnionType):
+        for option in typing.get_args(kind):
+            try:
+                return _convert(option, value)
+            except _Mismatch:
+                continue
+        raise _Mismatch
+    if origin is Literal:
+        matches = value in typing.get_args(kind)
+    elif origin is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)):
+            raise _Mismatch
+        if len(items) == 2 and items[1] is Ellipsis:
+            return tuple(_convert(items[0], item) for item in value)
+        if len(items) != len(value):
+            raise _Mismatch
+        return tuple(_convert(option, item) for option, item in zip(items, value))
+    elif kind is Path:
+        return Path(_convert(str, value))
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        raise _Mismatch
+    elif kind is int:
+        matches = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        matches = isinstance(value, kind)
+    if not matches:
+        raise _Mismatch
+    return value
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    arguments = typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is Literal:
+        return " or ".join(repr(option) for option in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of {_describe(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} ({', '.join(_describe(a) for a in arguments)})"
+    if kind is types.NoneType:
+        return "nothing"
+    return {
+        str: "a text",
+        Path: "a path",
+        float: "a number",
+        int: "an integer",
+        bool: "true or false",
+    }[kind]

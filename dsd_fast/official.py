@@ -1,0 +1,394 @@
+"""The official configuration files and their dotted overrides, read as a `TrainConfig`.
+
+Every key has one of three fates, written down in `KEYS`: it sets something here, it must have the
+one value that this code implements, or it is ignored for a stated reason. Any other key is an
+error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsd_fast.config import ConfigError, TrainConfig, nearest, preset, set_value
+
+log = logging.getLogger(__name__)
+
+# OmegaConf's mark of a value that the user must give.
+MISSING = "???"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The key sets these settings, after `convert`."""
+
+    paths: tuple[str, ...]
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Only:
+    """The key may be given, with one of these values."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """The key has no effect here; the reason is logged."""
+
+    reason: str
+
+
+def _sets(path: str) -> Sets:
+    return Sets((path,))
+
+
+def _density_bias(value: Any) -> Any:
+    return float(value) if isinstance(value, (int, float)) else value
+
+
+def _precision(value: Any) -> str:
+    names = {"16-mixed": "auto", "bf16-mixed": "bfloat16", "32": "float32", "32-true": "float32"}
+    if str(value) not in names:
+        raise ConfigError(f"trainer.precision: expected one of {', '.join(names)}, got {value!r}")
+    return names[str(value)]
+
+
+def _group(official: str, ours: str, names: str) -> dict[str, Sets]:
+    """Keys that have the same name on both sides."""
+    return {f"{official}.{name}": _sets(f"{ours}.{name}") for name in names.split()}
+
+
+_LOGGER = Ignored("metrics go to metrics.jsonl, there is no other logger")
+
+KEYS: dict[str, Sets | Only | Ignored] = {
+    "name": _sets("name"),
+    "tag": _sets("tag"),
+    "exp_root_dir": _sets("output"),
+    "use_timestamp": Only((False,)),
+    "seed": _sets("seed"),
+    # Data
+    "data_type": Only(("random-camera-datamodule",)),
+    **_group(
+        "data",
+        "cameras",
+        "width height batch_size resolution_milestones elevation_range azimuth_range "
+        "camera_distance_range fovy_range camera_perturb center_perturb up_perturb "
+        "light_distance_range light_position_perturb light_sample_strategy batch_uniform_azimuth "
+        "progressive_until eval_height eval_width eval_elevation_deg eval_camera_distance "
+        "eval_fovy_deg n_test_views",
+    ),
+    "data.eval_batch_size": Ignored("evaluation renders one view at a time"),
+    "data.n_val_views": _sets("pictures.preview_views"),
+    "data.rays_d_normalize": Only((True,)),
+    # Geometry
+    "system_type": Only(("dsd-system",)),
+    "system.geometry_type": Only(("implicit-volume",)),
+    "system.geometry.radius": _sets("field.radius"),
+    "system.geometry.density_bias": Sets(("field.density_bias",), _density_bias),
+    **_group(
+        "system.geometry",
+        "field",
+        "normal_type density_activation density_blob_scale density_blob_std "
+        "finite_difference_normal_eps",
+    ),
+    "system.geometry.n_feature_dims": Only((3,)),
+    "system.geometry.pos_encoding_config.otype": Only(("ProgressiveBandHashGrid",)),
+    "system.geometry.pos_encoding_config.n_features_per_level": _sets("field.grid.n_features"),
+    "system.geometry.pos_encoding_config.log2_hashmap_size": _sets("field.grid.log2_table_size"),
+    **_group(
+        "system.geometry.pos_encoding_config",
+        "field.grid",
+        "n_levels base_resolution per_level_scale start_level start_step update_steps",
+    ),
+    "system.geometry.mlp_network_config.n_neurons": _sets("field.n_neurons"),
+    "system.geometry.mlp_network_config.n_hidden_layers": _sets("field.n_hidden_layers"),
+    "system.geometry.mlp_network_config.otype": Only(("VanillaMLP",)),
+    "system.geometry.mlp_network_config.activation": Ignored("the networks always use ReLU"),
+    "system.geometry.mlp_network_config.output_activation": Only(("none",)),
+    # Material, background, renderer
+    "system.material_type": Only(("diffuse-with-point-light-material",)),
+    "system.material.albedo_activation": Only(("sigmoid",)),
+    **_group(
+        "system.material",
+        "material",
+        "ambient_light_color diffuse_light_color ambient_only_steps diffuse_prob textureless_prob "
+        "soft_shading",
+    ),
+    "system.material.ambient_only_on_test": _sets("material.ambient_only_on_test"),
+    "system.background_type": Only(("neural-environment-map-background",)),
+    "system.background.color_activation": Only(("sigmoid",)),
+    **_group("system.background", "background", "random_aug random_aug_prob eval_color"),
+    "system.renderer_type": Only(("nerf-volume-renderer",)),
+    "system.renderer.estimator": Only(("occgrid",)),
+    "system.renderer.return_comp_normal": Only((True,)),
+    **_group(
+        "system.renderer",
+        "renderer",
+        "radius num_samples_per_ray eval_chunk_size randomized near_plane far_plane grid_prune "
+        "prune_alpha_threshold",
+    ),
+    # Prompt and guidance
+    "system.prompt_processor_type": Only(("stable-diffusion-prompt-processor",)),
+    "system.prompt_processor.pretrained_model_name_or_path": _sets("model"),
+    "system.prompt_processor.prompt": _sets("prompt"),
+    "system.prompt_processor.negative_prompt": _sets("text.negative"),
+    "system.prompt_processor.prompt_front": _sets("text.front"),
+    "system.prompt_processor.prompt_side": _sets("text.side"),
+    "system.prompt_processor.prompt_back": _sets("text.back"),
+    "system.prompt_processor.prompt_overhead": _sets("text.overhead"),
+    "system.prompt_processor.view_dependent_prompt_front": _sets("text.prefix"),
+    "system.prompt_processor.use_perp_neg": _sets("guidance.use_perp_neg"),
+    "system.prompt_processor.use_cache": Ignored("embeddings take seconds and are made each run"),
+    "system.prompt_processor.spawn": Ignored("the text encoder is released after use"),
+    "system.guidance_type": Only(("stable-diffusion-dsd-guidance",)),
+    "system.guidance.pretrained_model_name_or_path": _sets("model"),
+    "system.guidance.view_dependent_prompting": _sets("text.view_dependent"),
+    **_group(
+        "system.guidance",
+        "guidance",
+        "guidance_scale min_step_percent max_step_percent n_ddim_steps t_anneal sqrt_anneal "
+        "delta_min",
+    ),
+    "system.guidance.trainer_max_steps": Ignored(
+        "the annealing always spans trainer.max_steps, so that the two cannot disagree"
+    ),
+    "system.guidance.half_precision_weights": Sets(
+        ("diffusion.dtype",), lambda value: "auto" if value else "float32"
+    ),
+    **{
+        f"system.guidance.{name}": Ignored("the official guidance never reads it either")
+        for name in ("weighting_strategy", "grad_clip", "use_img_loss", "var_red", "max_items_eval")
+    },
+    **{
+        f"system.guidance.{name}": Ignored("the UNet runs through --diffusion.engine")
+        for name in (
+            "enable_memory_efficient_attention",
+            "enable_sequential_cpu_offload",
+            "enable_attention_slicing",
+            "enable_channels_last_format",
+            "token_merging",
+        )
+    },
+    # Loss and optimizer
+    **_group(
+        "system.loss",
+        "loss",
+        "lambda_dsd lambda_orient lambda_sparsity lambda_opaque lambda_convex lambda_z_variance",
+    ),
+    "system.optimizer.name": Only(("Adam",)),
+    "system.optimizer.args.lr": Ignored("both parameter groups have a rate of their own"),
+    "system.optimizer.args.betas": _sets("optimizer.betas"),
+    "system.optimizer.args.eps": _sets("optimizer.eps"),
+    "system.optimizer.params.geometry.lr": _sets("optimizer.geometry_lr"),
+    "system.optimizer.params.background.lr": _sets("optimizer.background_lr"),
+    "system.loggers.wandb.enable": _LOGGER,
+    "system.loggers.wandb.project": _LOGGER,
+    "system.loggers.wandb.name": _LOGGER,
+    # Trainer
+    "trainer.max_steps": _sets("max_steps"),
+    "trainer.log_every_n_steps": _sets("trainer.log_every"),
+    "trainer.num_sanity_val_steps": Ignored("there is no validation before the first step"),
+    "trainer.val_check_interval": _sets("trainer.preview_every"),
+    "trainer.enable_progress_bar": _sets("trainer.progress"),
+    "trainer.precision": Sets(("diffusion.dtype",), _precision),
+    "checkpoint.save_last": Only((True,)),
+    "checkpoint.save_top_k": Ignored("--trainer.keep-checkpoints says how many are kept"),
+    "checkpoint.every_n_train_steps": _sets("trainer.checkpoint_every"),
+}
+
+# Keys whose values are text, whatever they look like in YAML.
+_TEXT_KEYS = {"name", "tag"} | {
+    f"system.prompt_processor.{name}"
+    for name in (
+        "prompt",
+        "negative_prompt",
+        "prompt_front",
+        "prompt_side",
+        "prompt_back",
+        "prompt_overhead",
+    )
+}
+
+
+def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """The configuration of an official YAML file with ``a.b.c=value`` overrides applied.
+
+    A prompt left at ``???`` stays empty, for --prompt to fill. Raises ConfigError for a file that
+    cannot be read, an unknown key, or a value that this code does not implement.
+    """
+    tree = _read(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    values = _flatten(tree)
+    for key in values:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: {key} is not a known setting{nearest(key, KEYS)}")
+    resolver = _Resolver(values)
+    cfg = preset("dsd")
+    source: dict[str, tuple[str, Any]] = {}
+    for key, raw in values.items():
+        if raw == MISSING:
+            continue
+        rule = KEYS[key]
+        if isinstance(rule, Ignored):
+            log.info("%s: %s is ignored: %s", path.name, key, rule.reason)
+            continue
+        value = resolver(raw, key)
+        if value == MISSING:  # A value made from one that is still to come, as the tag is.
+            continue
+        if isinstance(rule, Only):
+            if value not in rule.values:
+                expected = " or ".join(repr(option) for option in rule.values)
+                raise ConfigError(f"{key}: only {expected} is implemented here, got {value!r}")
+            continue
+        for target in rule.paths:
+            _set(cfg, target, rule.convert(value), key, source)
+    if cfg.trainer.checkpoint_every >= cfg.max_steps:
+        # The official files save at the very end only; a crash then loses everything.
+        cfg.trainer.checkpoint_every = TrainConfig().trainer.checkpoint_every
+        log.info("checkpoints are written every %d steps", cfg.trainer.checkpoint_every)
+    return cfg
+
+
+def is_override(token: str) -> bool:
+    """Whether a command-line token has the form ``a.b.c=value`` (or ``seed=1``)."""
+    return re.match(r"[A-Za-z_]\w*(\.\w+)*=", token) is not None
+
+
+def _set(cfg: TrainConfig, target: str, value: Any, key: str, source: dict) -> None:
+    if target in source and source[target][1] != value:
+        other, other_value = source[target]
+        raise ConfigError(f"{other} = {other_value!r} and {key} = {value!r} must agree")
+    source[target] = (key, value)
+    try:
+        set_value(cfg, target, value)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as OmegaConf reads it: 1e-15 is a number there, and a text in plain YAML 1.1."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
+        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str) -> Any:
+    # SafeLoader with another table of implicit types: as safe as its parent.
+    return yaml.load(text, Loader=_Loader)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no settings")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, _, text = override.partition("=")
+    value: Any = text
+    # "yes", "1984" and "a: b" are prompts; only quotes around one are taken off.
+    if key not in _TEXT_KEYS or text[:1] in ("'", '"'):
+        try:
+            value = _parse(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override}: {error}") from error
+    *parents, name = key.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override}: {parent} holds a value, not a group")
+        tree = below
+    tree[name] = value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# The functions of the official files. Text stays text: a prompt may look like YAML.
+_TEXT_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "rmspace": lambda text, replacement: text.replace(" ", replacement),
+    "basename": lambda path: Path(path).name,
+}
+_NUMBER_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "idiv": lambda a, b: a // b,
+    "not": lambda value: not value,
+    "gt0": lambda value: value > 0,
+    "tuple2": lambda value: [float(value), float(value)],
+}
+
+
+class _Resolver:
+    """``${a.b}`` and ``${function:argument,...}`` inside values, as OmegaConf with the official
+    functions resolves them."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def __call__(self, value: Any, key: str, depth: int = 0) -> Any:
+        if depth > 20:
+            raise ConfigError(f"{key}: the references go in a circle")
+        if isinstance(value, list):
+            return [self(item, key, depth) for item in value]
+        # The innermost ${...}; what it gives may complete an outer one.
+        while isinstance(value, str) and (match := re.search(r"\$\{([^${}]*)\}", value)):
+            part = self._evaluate(match[1], key, depth)
+            if part == MISSING:
+                return MISSING
+            whole = match[0] == value
+            value = part if whole else value[: match.start()] + str(part) + value[match.end() :]
+        return value
+
+    def _evaluate(self, expression: str, key: str, depth: int) -> Any:
+        name, colon, arguments = expression.partition(":")
+        if not colon:
+            if name not in self.values:
+                raise ConfigError(f"{key}: there is no {name} to refer to{nearest(name, KEYS)}")
+            return self(self.values[name], name, depth + 1)
+        try:
+            if name in _TEXT_FUNCTIONS:
+                # The last comma separates: the text itself may hold commas.
+                parts = arguments.rsplit(",", 1) if name == "rmspace" else [arguments]
+                return _TEXT_FUNCTIONS[name](*parts)
+            if name in _NUMBER_FUNCTIONS:
+                return _NUMBER_FUNCTIONS[name](*map(_parse, arguments.split(",")))
+        except (TypeError, ZeroDivisionError, yaml.YAMLError) as error:
+            raise ConfigError(f"{key}: cannot evaluate ${{{expression}}}: {error}") from error
+        known = [*_TEXT_FUNCTIONS, *_NUMBER_FUNCTIONS]
+        raise ConfigError(f"{key}: unknown function {name!r}{nearest(name, known)}")

@@ -1,0 +1,109 @@
+"""Adam with a loss scale, which leaves out steps that are not finite, without asking the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.config import OptimizerConfig
+from dsd_fast.scene import Scene
+
+# The loss scale of mixed-precision training: where it starts, and the good steps before it doubles.
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL = 2000
+
+
+class Optimizer:
+    """Adam over the field and the background of a scene.
+
+    On CUDA the VAE's backward pass runs in float16, so the loss is scaled: the scale starts at
+    2^16, doubles after 2000 good steps in a row and halves at a step whose gradients are not
+    finite. Such a step changes no parameter, with or without a scale. The decision is taken on the
+    device: nothing here waits for it.
+
+    `skipped` and `bad_run` are 0-dim int64 tensors on the device: steps left out so far, and how
+    many of them at the end were in a row.
+    """
+
+    def __init__(self, scene: Scene, cfg: OptimizerConfig, device: torch.device) -> None:
+        self._parameters = dict(scene.named_parameters())
+        self._adam = torch.optim.Adam(
+            [
+                {"params": list(scene.field.parameters()), "lr": cfg.geometry_lr},
+                {"params": list(scene.background.parameters()), "lr": cfg.background_lr},
+            ],
+            betas=cfg.betas,
+            eps=cfg.eps,
+            fused=True,
+        )
+        self._scaling = device.type == "cuda"
+        self.scale = torch.tensor(INITIAL_SCALE if self._scaling else 1.0, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_run = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(self, loss: Tensor, ok: Tensor) -> Tensor:
+        """Back-propagate ``loss`` and update the parameters if every gradient is finite.
+
+        ``ok`` (0-dim bool on the device) vetoes the update when False. Returns the norm of all
+        gradients, 0-dim.
+        """
+        self._adam.zero_grad(set_to_none=True)
+        (loss * self.scale).backward()
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        finite = norm.isfinite() & ok
+        # The fused kernel divides by the scale and does nothing where found_inf is 1.
+        self._adam.grad_scale = self.scale
+        self._adam.found_inf = (~finite).float()
+        self._adam.step()
+        norm = norm / self.scale
+        self._count(finite)
+        return norm
+
+    def _count(self, finite: Tensor) -> None:
+        bad = ~finite
+        self.skipped += bad
+        self.bad_run = torch.where(bad, self.bad_run + 1, 0)
+        if not self._scaling:
+            return
+        self._good_steps = torch.where(finite, self._good_steps + 1, 0)
+        grow = self._good_steps == GROWTH_INTERVAL
+        self.scale = torch.where(grow, self.scale * 2, torch.where(bad, self.scale / 2, self.scale))
+        self._good_steps = torch.where(grow, 0, self._good_steps)
+
+    def state_dict(self) -> dict:
+        """Adam's moments by parameter name, the scale and the counters."""
+        adam = {
+            name: self._adam.state[parameter]
+            for name, parameter in self._parameters.items()
+            if parameter in self._adam.state
+        }
+        counters = {
+            "scale": self.scale,
+            "good_steps": self._good_steps,
+            "skipped": self.skipped,
+            "bad_run": self.bad_run,
+        }
+        return {"adam": adam, "counters": counters}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken. CheckpointError for moments that do not fit."""
+        for name, moments in state["adam"].items():
+            parameter = self._parameters.get(name)
+            if parameter is None or moments["exp_avg"].shape != parameter.shape:
+                raise CheckpointError(
+                    f"the checkpoint's optimizer state does not fit this configuration at {name}"
+                )
+            self._adam.state[parameter] = {
+                key: value.to(parameter.device) for key, value in moments.items()
+            }
+        counters, device = state["counters"], self.scale.device
+        if self._scaling:
+            # A run that began on the CPU has the scale 1 and begins to look for its own.
+            saved = counters["scale"].item()
+            self.scale = torch.tensor(saved if saved > 1.0 else INITIAL_SCALE, device=device)
+        self._good_steps = counters["good_steps"].to(device)
+        self.skipped = counters["skipped"].to(device)
+        self.bad_run = counters["bad_run"].to(device)

@@ -1,0 +1,42 @@
+"""The state of a run: what must survive a stop, for the run to go on as if there had been none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsd_fast.config import TrainConfig, to_dict
+from dsd_fast.guidance import DSDGuidance
+from dsd_fast.optimizer import Optimizer
+from dsd_fast.rng import RngStreams
+from dsd_fast.scene import Scene
+
+
+@dataclass
+class TrainState:
+    """The parts of a run that change or that chance made; `step` counts finished steps."""
+
+    scene: Scene
+    optimizer: Optimizer
+    guidance: DSDGuidance
+    rng: RngStreams
+    step: int = 0
+
+    def to_tree(self, cfg: TrainConfig) -> dict:
+        """The checkpoint of this moment, with the configuration that explains it."""
+        return {
+            "step": self.step,
+            "config": to_dict(cfg),
+            "model_hash": self.guidance.model.model_hash,
+            "scene": self.scene.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guidance": self.guidance.state_dict(),
+            "rng": self.rng.state_dict(),
+        }
+
+    def restore(self, tree: dict) -> None:
+        """Take over a checkpoint. CheckpointError when it does not fit the configuration."""
+        self.scene.load_checkpoint(tree["scene"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self.guidance.load_state_dict(tree["guidance"])
+        self.rng.load_state_dict(tree["rng"])
+        self.step = tree["step"]
