@@ -17,7 +17,7 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from zipfile import ZIP_STORED, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,7 @@ TEXTURE_SIZE = 256  # longest side of a stored texture
 GREY = (0.7, 0.7, 0.7)  # for materials that the MTL does not define
 INVISIBLE = 0.02  # parts with a smaller opacity are dropped
 
+MAGIC = b"DSDPACK1"
 POSITION_LEVELS = 65535  # positions are stored as uint16 over [-RADIUS, RADIUS]
 UV_STEP = 1.0 / 4096  # step of stored texture coordinates: 1/16 texel of 256
 WILD_TILES = 128  # a triangle that spans more tiles than this has broken texture coordinates
@@ -534,19 +535,20 @@ def _encode_texture(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _pack_one(entry: Entry) -> tuple[dict, bytes, list[bytes]]:
-    """Index record, geometry stream and encoded textures of one catalogue entry."""
+def _pack_one(entry: Entry) -> tuple[dict, list[bytes]]:
+    """Index record and streams of one catalogue entry: geometry, then each texture."""
     model = load_model(entry)
+    streams = [encode_geometry(model), *(_encode_texture(image) for image in model.textures)]
     record = {
         "id": model.id,
         "vertices": len(model.positions),
         "triangles": len(model.triangles),
-        "textures": len(model.textures),
+        "bytes": [len(stream) for stream in streams],
         "parts": [[p.first, p.count, *(round(c, 4) for c in p.colour), round(p.opacity, 4),
                    p.texture] for p in model.parts],
         "main": [model.main.part, round(model.main.share, 4), round(model.main.luma, 4)],
     }
-    return record, encode_geometry(model), [_encode_texture(image) for image in model.textures]
+    return record, streams
 
 
 def write_pack(
@@ -555,35 +557,44 @@ def write_pack(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Load, quantise and write all entries into one zip of compressed streams.
+    """Load, quantise and write all entries into one file.
 
-    ``progress`` is called with (done, total) after each model.
+    The file is MAGIC, the length of the index (uint64, little-endian), the index (JSON records)
+    and the streams of each model in turn, whose lengths its record holds. ``progress`` is called
+    with (done, total) after each model.
     """
     records = []
-    with (
-        multiprocessing.get_context("spawn").Pool(workers) as pool,
-        ZipFile(path, "w", ZIP_STORED) as archive,
-    ):
-        for number, (record, geometry, textures) in enumerate(pool.imap(_pack_one, entries)):
+    blobs = []
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for record, streams in pool.imap(_pack_one, entries):
             records.append(record)
-            archive.writestr(f"{number:04d}.xz", geometry)
-            for index, texture in enumerate(textures):
-                archive.writestr(f"{number:04d}.{index}", texture)
+            blobs += streams
             if progress:
-                progress(number + 1, len(entries))
-        archive.writestr("index.json", json.dumps(records, separators=(",", ":")))
+                progress(len(records), len(entries))
+    index = json.dumps(records, separators=(",", ":")).encode()
+    with path.open("wb") as file:
+        file.write(MAGIC + len(index).to_bytes(8, "little") + index)
+        file.writelines(blobs)
 
 
 class Pack:
     """Read access to a pack file; ``len(pack)`` models, ``pack.load(i)`` gives one.
 
-    The file is opened at each load, so a Pack may be shared with child processes.
+    The file is opened at each load, so a Pack may be sent to child processes. Raises ValueError
+    when the file is no pack.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        with ZipFile(self.path) as archive:
-            self.records: list[dict] = json.loads(archive.read("index.json"))
+        with self.path.open("rb") as file:
+            magic = file.read(len(MAGIC))
+            if magic != MAGIC:
+                raise ValueError(f"{self.path}: expected a model pack ({MAGIC!r}), got {magic!r}")
+            size = int.from_bytes(file.read(8), "little")
+            self.records: list[dict] = json.loads(file.read(size))
+            start = file.tell()
+        ends = start + np.cumsum([sum(record["bytes"]) for record in self.records])
+        self._starts = [start, *ends.tolist()]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -596,7 +607,6 @@ class Pack:
         return self.records[number]["triangles"]
 
     def main(self, number: int) -> MainPart:
-        """The main part of a model, and whether it is opaque: see Part.opacity."""
         return MainPart(*self.records[number]["main"])
 
     def parts(self, number: int) -> tuple[Part, ...]:
@@ -608,9 +618,9 @@ class Pack:
     def load(self, number: int) -> Model:
         """Decode one model."""
         record = self.records[number]
-        with ZipFile(self.path) as archive:
-            geometry = archive.read(f"{number:04d}.xz")
-            encoded = [archive.read(f"{number:04d}.{k}") for k in range(record["textures"])]
+        with self.path.open("rb") as file:
+            file.seek(self._starts[number])
+            geometry, *encoded = [file.read(size) for size in record["bytes"]]
         positions, uvs, triangles = decode_geometry(
             geometry, record["vertices"], record["triangles"], bool(encoded))
         textures = tuple(np.array(Image.open(io.BytesIO(data)).convert("RGBA"))

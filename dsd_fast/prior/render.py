@@ -477,13 +477,13 @@ class _Job:
     device_index: int
 
 
-_worker: tuple[_Job, Renderer, np.ndarray] | None = None
+_job: _Job | None = None
+_renderer: Renderer | None = None
 
 
 def _start_worker(job: _Job) -> None:
-    global _worker  # a pool's worker keeps its context between tasks
-    images = np.lib.format.open_memmap(job.images, mode="r+")
-    _worker = job, Renderer(job.device_index), images
+    global _job  # set once in each child of the pool
+    _job = job
 
 
 def _model_views(pack: Pack, number: int, n: int, seed: int) -> Views:
@@ -493,13 +493,17 @@ def _model_views(pack: Pack, number: int, n: int, seed: int) -> Views:
     return sample_views(n, recolourable, np.random.default_rng([seed, number]))
 
 
-def _render_model(number: int) -> tuple[int, str]:
-    assert _worker is not None, "the pool was started without _start_worker"
-    job, renderer, images = _worker
-    n = job.views_per_model
-    views = _model_views(job.pack, number, n, job.seed)
-    renderer.render(job.pack.load(number), views, images[number * n:(number + 1) * n])
-    return number, renderer.name
+def _render_model(number: int) -> str:
+    """Render one model in a child of the pool; returns the name of its GL renderer."""
+    global _renderer  # a child keeps its context between tasks
+    assert _job is not None, "the pool was started without _start_worker"
+    # Made here rather than at the child's start, where an error would make the pool start another.
+    _renderer = _renderer or Renderer(_job.device_index)
+    n = _job.views_per_model
+    images = np.lib.format.open_memmap(_job.images, mode="r+")
+    _renderer.render(_job.pack.load(number), _model_views(_job.pack, number, n, _job.seed),
+                     images[number * n:(number + 1) * n])
+    return _renderer.name
 
 
 def render_views(
@@ -534,7 +538,7 @@ def render_views(
     heavy_first = sorted(range(len(pack)), key=pack.n_triangles, reverse=True)
     pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, (job,))
     with pool:
-        for done, (_, name) in enumerate(pool.imap_unordered(_render_model, heavy_first), 1):
+        for done, name in enumerate(pool.imap_unordered(_render_model, heavy_first), 1):
             if progress:
                 progress(done, len(pack), name)
     return out_dir
