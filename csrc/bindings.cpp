@@ -182,20 +182,24 @@ dsd::MarchParams march_params(Address origins, Address dirs, Address jitter, Add
 
 void march_count(Address origins, Address dirs, Address jitter, Address occupancy, int64_t n_rays,
                  int n_cells, const std::array<double, 6>& aabb, double step, double near,
-                 double far, Address counts, int device, Address stream, int n_threads) {
+                 double far, Address counts, Address firsts, int device, Address stream,
+                 int n_threads) {
     auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
                                far);
     params.counts = pointer<int64_t>(counts);
+    params.firsts = pointer<int>(firsts);
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::march_count(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::march_count(params, stream)));
 }
 
 void march_write(Address origins, Address dirs, Address jitter, Address occupancy, int64_t n_rays,
                  int n_cells, const std::array<double, 6>& aabb, double step, double near,
-                 double far, Address offsets, Address ray_indices, Address t_starts, Address t_ends,
-                 int device, Address stream, int n_threads) {
+                 double far, Address counts, Address firsts, Address offsets, Address ray_indices,
+                 Address t_starts, Address t_ends, int device, Address stream, int n_threads) {
     auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
                                far);
+    params.counts = pointer<int64_t>(counts);
+    params.firsts = pointer<int>(firsts);
     params.offsets = pointer<const int64_t>(offsets);
     params.ray_indices = pointer<int64_t>(ray_indices);
     params.t_starts = pointer<float>(t_starts);

@@ -25,12 +25,17 @@ struct MarchParams {
     float low[3];
     float high[3];
     float cells_per_unit[3];
+    float cell_size[3];
     float step;
+    float steps_per_unit;
     float near;
     float far;
-    int64_t* counts;         // [n_rays], written by march_count
-    const int64_t* offsets;  // [n_rays], where each ray's samples begin; read by march_write
-    int64_t* ray_indices;    // [S], written by march_write, as are
+    // Written by march_count, read by march_write.
+    int64_t* counts;  // [n_rays] samples of each ray
+    int* firsts;      // [n_rays] lattice index of the first one
+    // Read and written by march_write.
+    const int64_t* offsets;  // [n_rays] where each ray's samples begin
+    int64_t* ray_indices;    // [S]
     float* t_starts;         // [S]
     float* t_ends;           // [S]
 };
@@ -65,8 +70,13 @@ DSD_HD float lattice(const MarchParams& p, float start, int k) {
     return add(start, mul(static_cast<float>(k), p.step));
 }
 
-DSD_HD int clamp_step(float k) {
-    return static_cast<int>(fminf(fmaxf(k, 0.0f), static_cast<float>(kMaxMarchSteps)));
+// As comparisons, for baseline x86 calls a library for fminf, fmaxf and floorf.
+DSD_HD float smaller(float a, float b) { return a < b ? a : b; }
+DSD_HD float larger(float a, float b) { return a > b ? a : b; }
+
+// Rounds down to an index within the lattice; NaN gives 0.
+DSD_HD int step_index(float k) {
+    return static_cast<int>(smaller(larger(k, 0.0f), static_cast<float>(kMaxMarchSteps)));
 }
 
 // The walk of a ray from the box's entry to its exit; a ray that is not finite has an empty one.
@@ -83,12 +93,12 @@ DSD_HD Walk begin_walk(const MarchParams& p, int64_t ray) {
         if (d == 0.0f) continue;  // whether the ray is inside along this axis, cell_at decides
         moving = true;
         const float t_low = (p.low[a] - o) / d, t_high = (p.high[a] - o) / d;
-        entry = fmaxf(entry, fminf(t_low, t_high));
-        exit = fminf(exit, fmaxf(t_low, t_high));
+        entry = larger(entry, smaller(t_low, t_high));
+        exit = smaller(exit, larger(t_low, t_high));
     }
     // Two steps of room at both ends: rounding here must not decide which samples exist.
-    w.k = clamp_step(floorf((entry - w.start) / p.step - 2.0f));
-    w.last = finite && moving ? clamp_step(ceilf((exit - w.start) / p.step + 2.0f)) : 0;
+    w.k = step_index((entry - w.start) / p.step - 2.0f);
+    w.last = finite && moving ? step_index((exit - w.start) / p.step + 3.0f) : 0;
     return w;
 }
 
@@ -115,11 +125,11 @@ DSD_HD int end_in_cell(const MarchParams& p, const Walk& w, const Cell& cell) {
     float exit = p.far;
     for (int a = 0; a < 3; ++a) {
         if (w.dir[a] == 0.0f) continue;
-        const float share = static_cast<float>(cell.i[a] + (w.dir[a] > 0.0f)) / p.n_cells;
-        const float side = p.low[a] + share * (p.high[a] - p.low[a]);
-        exit = fminf(exit, (side - w.origin[a]) * w.inverse_dir[a]);
+        const int ahead = cell.i[a] + (w.dir[a] > 0.0f);
+        const float side = p.low[a] + static_cast<float>(ahead) * p.cell_size[a];
+        exit = smaller(exit, (side - w.origin[a]) * w.inverse_dir[a]);
     }
-    int guess = clamp_step(floorf((exit - w.start) / p.step - 0.5f));
+    int guess = step_index((exit - w.start) * p.steps_per_unit - 0.5f);
     if (guess >= w.last) guess = w.last - 1;
     for (int back = 1; guess > w.k && cell_at(p, w, guess).flat != cell.flat; back *= 2) {
         guess -= back;
@@ -140,15 +150,24 @@ DSD_HD bool next_run(const MarchParams& p, Walk& w, int& begin, int& end) {
 
 DSD_HD void count_ray(const MarchParams& p, int64_t ray) {
     int64_t count = 0;
-    Walk walk = begin_walk(p, ray);
-    for (int begin, end; next_run(p, walk, begin, end);) count += end - begin;
-    p.counts[ray] = count;
-}
-
-DSD_HD void write_ray(const MarchParams& p, int64_t ray) {
-    int64_t out = p.offsets[ray];
+    int first = 0;
     Walk walk = begin_walk(p, ray);
     for (int begin, end; next_run(p, walk, begin, end);) {
+        if (count == 0) first = begin;
+        count += end - begin;
+    }
+    p.counts[ray] = count;
+    p.firsts[ray] = first;
+}
+
+// Walks again, but only from the first sample to the last.
+DSD_HD void write_ray(const MarchParams& p, int64_t ray) {
+    int64_t out = p.offsets[ray];
+    const int64_t out_end = out + p.counts[ray];
+    if (out == out_end) return;
+    Walk walk = begin_walk(p, ray);
+    walk.k = p.firsts[ray];
+    for (int begin, end; out < out_end && next_run(p, walk, begin, end);) {
         for (int k = begin; k < end; ++k, ++out) {
             p.ray_indices[out] = ray;
             p.t_starts[out] = lattice(p, walk.start, k);

@@ -107,7 +107,9 @@ def _march_op(
     rays = (address(origins), address(dirs), address(jitter), address(occupancy), n_rays)
     grid = (occupancy.shape[0], list(aabb), step, near, far)
     counts = origins.new_empty(n_rays, dtype=torch.int64)
-    extension().march_count(*rays, *grid, address(counts), *target(origins))
+    firsts = origins.new_empty(n_rays, dtype=torch.int32)
+    found = (address(counts), address(firsts))
+    extension().march_count(*rays, *grid, *found, *target(origins))
     ends = counts.cumsum(0)
     n_samples = int(ends[-1]) if n_rays else 0
     ray_indices = origins.new_empty(n_samples, dtype=torch.int64)
@@ -116,6 +118,7 @@ def _march_op(
     extension().march_write(
         *rays,
         *grid,
+        *found,
         address(offsets),
         address(ray_indices),
         address(t_starts),
