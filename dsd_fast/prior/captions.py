@@ -105,7 +105,7 @@ def own_colour(noun: Noun) -> str:
 
 
 def with_article(words: str, noun: str) -> str:
-    """``words`` (which end in ``noun``) with "a" or "an" where the noun takes one."""
+    """`words` (which end in `noun`) with "a" or "an" where the noun takes one."""
     if noun in NO_ARTICLE:
         return words
     return ("an " if words[0] in "aeiou" else "a ") + words
@@ -115,7 +115,7 @@ def caption(noun: Noun, view: int, colour: int, rng: np.random.Generator) -> str
     """A caption that is true of one render.
 
     view: index into VIEWS. colour: index into COLOURS when the object was repainted, else -1.
-    Deterministic from the state of ``rng``, of which it always draws five numbers.
+    Deterministic from the state of `rng`, of which it always draws five numbers.
     """
     name_draw, synonym_draw, colour_draw, prefix_draw, suffix_draw = rng.random(5)
     name = noun.group if name_draw < GROUP_SHARE else noun.noun
@@ -136,7 +136,7 @@ def caption(noun: Noun, view: int, colour: int, rng: np.random.Generator) -> str
 def caption_set(
     rows: Iterable[tuple[Noun, int, int]], variants: int, rng: np.random.Generator
 ) -> tuple[list[str], np.ndarray]:
-    """``variants`` captions for each (noun, view, colour): the distinct texts and [N, variants].
+    """`variants` captions for each (noun, view, colour): the distinct texts and [N, variants].
 
     The second value holds int32 indices into the first, so that each text is encoded once.
     """

@@ -1,16 +1,17 @@
 """The catalogue of the embedded prior's 3D models: which file is which noun, and whom to credit.
 
-The models are the Sweet Home 3D furniture libraries of Debian's package ``sweethome3d-furniture``
-(1.8-1): five ``.sh3f`` files, each a zip of OBJ models with a ``PluginFurnitureCatalog.properties``.
-``nouns.tsv`` beside this file adds what the properties do not say: the noun of each model, the
+The models are the Sweet Home 3D furniture libraries of Debian's package `sweethome3d-furniture`
+1.8-1: five `.sh3f` files, each a zip of OBJ models and a `PluginFurnitureCatalog.properties`.
+`nouns.tsv` beside this file adds what the properties do not say: the noun of each model, the
 azimuth of its front, its main colour, and why some models are left out.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
-import subprocess
+import tarfile
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -23,7 +24,7 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class Noun:
-    """One row of ``nouns.tsv``: what is known about a model without its files."""
+    """One row of `nouns.tsv`: what is known about a model without its files."""
 
     id: str  # "Library#model", unique
     noun: str  # fine noun: "armchair"
@@ -83,16 +84,20 @@ def noun_by_id() -> dict[str, Noun]:
 
 
 def unpack(source: Path, folder: Path) -> list[Path]:
-    """The ``.sh3f`` files of ``source``: a ``.deb`` (unpacked into ``folder``) or a folder.
+    """The `.sh3f` files of `source`: a `.deb` (unpacked into `folder`) or a folder.
 
-    Raises FileNotFoundError when ``source`` holds none.
+    Raises FileNotFoundError when `source` holds none, ValueError when it is no Debian package.
     """
-    if source.suffix == ".deb":
-        if not source.is_file():
-            raise FileNotFoundError(f"{source} does not exist; `apt-get download "
-                                    "sweethome3d-furniture` fetches it on Debian")
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["dpkg-deb", "-x", str(source), str(folder)], check=True)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; on Debian, `apt-get download "
+                                "sweethome3d-furniture` fetches the package")
+    if source.is_file():
+        with tarfile.open(fileobj=_deb_data(source)) as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.name.endswith(".sh3f") else None
+                if file:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / PurePosixPath(member.name).name).write_bytes(file.read())
         source = folder
     found = sorted(source.rglob("*.sh3f"))
     if not found:
@@ -101,8 +106,21 @@ def unpack(source: Path, folder: Path) -> list[Path]:
     return found
 
 
+def _deb_data(path: Path) -> io.BytesIO:
+    """The data.tar.* member of a Debian package, which is an `ar` archive (see deb(5))."""
+    with path.open("rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            raise ValueError(f"{path}: expected a folder or a Debian package (an ar archive)")
+        while header := file.read(60):
+            size = int(header[48:58])
+            if header[:16].strip().startswith(b"data.tar"):
+                return io.BytesIO(file.read(size))
+            file.seek(size + size % 2, 1)  # members start at even offsets
+    raise ValueError(f"{path}: a Debian package without a data.tar member")
+
+
 def parse_properties(text: str) -> dict[int, dict[str, str]]:
-    """Java properties ``key#number=value`` as {number: {key: value}}; other lines are skipped."""
+    """Java properties `key#number=value` as {number: {key: value}}; other lines are skipped."""
     items: dict[int, dict[str, str]] = {}
     for line in text.splitlines():
         match = re.match(r"\s*(\w+)#(\d+)\s*=\s*(.*?)\s*$", line)
@@ -113,9 +131,9 @@ def parse_properties(text: str) -> dict[int, dict[str, str]]:
 
 
 def load(archives: list[Path], table: dict[str, Noun] | None = None) -> list[Entry]:
-    """The usable models of ``archives``, in the order of the table.
+    """The usable models of `archives`, in the order of the table.
 
-    ``table`` defaults to the committed one. Models that the table excludes or does not name are
+    `table` defaults to the committed one. Models that the table excludes or does not name are
     left out. Raises FileNotFoundError for a model whose OBJ is missing from its archive.
     """
     table = noun_by_id() if table is None else table

@@ -2,10 +2,10 @@
 
 Axes: the source has y up and its front on +z; ours are those of the cameras, z up and the front
 on +x, so (X, Y, Z) = (z, x, y). Every model is centred on its bounding box and scaled to a
-bounding sphere of radius ``RADIUS``.
+bounding sphere of radius `RADIUS`.
 
-Colours follow what the libraries' own icons show: a material's texture replaces its ``Kd``, and
-``Kd`` is used as an sRGB colour as it stands.
+Colours follow what the libraries' own icons show: a material's texture replaces its `Kd`, and
+`Kd` is used as an sRGB colour as it stands.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _corner(token: str) -> tuple[int, int]:
 
 
 def parse_mtl(text: str) -> dict[str, Material]:
-    """Read diffuse colour, opacity (``d``) and diffuse texture of each material."""
+    """Read diffuse colour, opacity (`d`) and diffuse texture of each material."""
     materials: dict[str, Material] = {}
     current = Material()
     for line in text.splitlines():
@@ -354,7 +354,7 @@ def find_main_part(model: Model, n_samples: int = 60_000, size: int = 64) -> Mai
     """The part with the most visible pixels, by splatting surface samples into depth buffers.
 
     Six orthographic views (four sides, raised by 20 degrees, front from above and the top) of
-    ``size`` squared pixels; deterministic.
+    `size` squared pixels; deterministic.
     """
     rng = np.random.default_rng(0)
     corners = model.positions[model.triangles].astype(np.float64)
@@ -405,7 +405,7 @@ def crease_normals(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Split vertices so that faces are smooth across shallow edges and hard across creases.
 
-    Corners of faces that share an edge and meet at less than ``crease_deg`` are joined; each
+    Corners of faces that share an edge and meet at less than `crease_deg` are joined; each
     group's normal is the area-weighted mean of its faces'. Vertices at one place (texture seams)
     count as one.
 
@@ -476,7 +476,7 @@ def _from_planes(data: memoryview, dtype: str, rows: int, columns: int) -> tuple
 
 
 def _delta(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Zigzag-coded differences of successive rows, wrapping in ``dtype`` (unsigned)."""
+    """Zigzag-coded differences of successive rows, wrapping in `dtype` (unsigned)."""
     bits = np.dtype(dtype).itemsize * 8
     signed = np.dtype(dtype).newbyteorder("=").str.replace("u", "i")
     step = np.diff(values.astype(dtype), axis=0, prepend=np.zeros((1, values.shape[1]), dtype))
@@ -560,7 +560,7 @@ def write_pack(
     """Load, quantise and write all entries into one file.
 
     The file is MAGIC, the length of the index (uint64, little-endian), the index (JSON records)
-    and the streams of each model in turn, whose lengths its record holds. ``progress`` is called
+    and the streams of each model in turn, whose lengths its record holds. `progress` is called
     with (done, total) after each model.
     """
     records = []
@@ -578,7 +578,7 @@ def write_pack(
 
 
 class Pack:
-    """Read access to a pack file; ``len(pack)`` models, ``pack.load(i)`` gives one.
+    """Read access to a pack file; `len(pack)` models, `pack.load(i)` gives one.
 
     The file is opened at each load, so a Pack may be sent to child processes. Raises ValueError
     when the file is no pack.

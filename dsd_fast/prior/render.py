@@ -1,9 +1,9 @@
 """Headless renders of packed models (OpenGL through EGL): the training images of the prior.
 
 Each view is a straight-alpha RGBA image, so that the background can be chosen while training. The
-cameras are those of the training loop (``dsd_fast.cameras``), with most objects wholly in view.
+cameras are those of the training loop (`dsd_fast.cameras`), with most objects wholly in view.
 Works with a GPU's EGL and with Mesa's software rasteriser. Where a GPU driver's EGL is not found,
-``__EGL_VENDOR_LIBRARY_FILENAMES`` may have to name its ``10_nvidia.json``.
+`__EGL_VENDOR_LIBRARY_FILENAMES` may have to name its `10_nvidia.json`.
 """
 
 from __future__ import annotations
@@ -317,7 +317,7 @@ class Renderer:
         self.fullscreen = self.context.vertex_array(self.resolve, [])
 
     def render(self, model: Model, views: Views, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 [n, size, size, 4] images, into ``out`` when given (C-contiguous, may be mapped).
+        """uint8 [n, size, size, 4] images, into `out` when given (C-contiguous, may be mapped).
         """
         import moderngl
 
@@ -515,17 +515,17 @@ def render_views(
     device_index: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
-    """Render ``views_per_model`` random views of every model; returns ``out_dir``.
+    """Render `views_per_model` random views of every model; returns `out_dir`.
 
     Row r belongs to model r // views_per_model. Files:
 
-    - rgba.npy: uint8 [N, 256, 256, 4], straight alpha; open with ``np.load(mmap_mode="r")``
+    - rgba.npy: uint8 [N, 256, 256, 4], straight alpha; open with `np.load(mmap_mode="r")`
     - meta.npz: model, noun, view, colour int64 [N]; azimuth, elevation, distance, fovy float32
       [N] (degrees); caption int32 [N, CAPTION_VARIANTS]
     - index.json: models (ids), nouns, views, colours and captions that the indices refer to
 
-    Deterministic from ``seed`` but for the rasteriser's rounding, whatever the workers. ``progress``
-    is called with (models done, models, GL renderer name).
+    Deterministic from `seed` but for the rasteriser's rounding, whatever the workers.
+    `progress` is called with (models done, models, GL renderer name).
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
