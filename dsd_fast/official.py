@@ -251,6 +251,8 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig
             continue
         for target in rule.paths:
             _set(cfg, target, rule.convert(value), key, source)
+    if cfg.tag == cfg.prompt.replace(" ", "_"):
+        cfg.tag = ""  # The run folder is named so anyway, and a --prompt flag may still come.
     if cfg.trainer.checkpoint_every >= cfg.max_steps:
         # The official files save at the very end only; a crash then loses everything.
         cfg.trainer.checkpoint_every = TrainConfig().trainer.checkpoint_every
