@@ -41,7 +41,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "cabinet": ("cupboard",),
     "camera": ("photo camera",),
     "computer": ("desktop computer",),
-    "couch": ("sofa",),
     "deck chair": ("sun lounger",),
     "glass": ("drinking glass",),
     "lamp": ("table lamp",),
@@ -61,8 +60,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 # Words that take no article. Those of SYNONYMS that name one thing ("pair of shoes") do.
 NO_ARTICLE = frozenset({
     "bread", "butter", "clothes", "cutlery", "flowers", "food", "french fries", "glasses",
-    "headphones", "oil servers", "pliers", "roast chicken", "scissors", "shoes", "sushi",
-    "wood logs",
+    "headphones", "oil servers", "pliers", "roast chicken", "scissors", "shoes", "steak",
+    "sushi", "wood logs",
 })
 
 # Things that look alike, or have no agreed front, from all around. Their suffixes follow the
@@ -71,14 +70,14 @@ NO_FRONT = frozenset({
     "ashtray", "ball", "barrel", "basin", "basket", "bottle", "bowl", "bowl of food", "box",
     "bread", "bush", "butter", "cactus", "cake", "candle", "ceiling lamp", "chessboard", "chimney",
     "christmas tree", "clothes rack", "column", "comb", "container", "cosmetic jar", "cup",
-    "cutlery", "dart board", "doll house", "flashlight", "flowers", "food", "fountain",
+    "cutlery", "dart board", "flashlight", "flowers", "food", "foosball table", "fountain",
     "french fries", "gift box", "glass", "glasses", "hamburger", "hammer", "hammock", "hot dog",
     "house", "hydrant", "kitchen tool", "knife stand", "ladder", "lamp", "lantern", "lipstick",
     "mailbox", "marker", "milk carton", "oil servers", "pallet", "palm tree", "pan",
-    "paper towel", "parasol", "pen holder", "pitcher", "plant", "plate", "playground", "pliers",
-    "pool table", "pot", "punching bag", "radiator", "ring", "roast chicken", "rock", "rubik cube",
+    "paper towel", "parasol", "pen holder", "ping pong table", "pitcher", "plant", "plate", "playground",
+    "pliers", "pool table", "pot", "punching bag", "radiator", "ring", "roast chicken", "rock", "rubik cube",
     "salt shaker", "saw", "scissors", "screwdriver", "shovel", "skateboard", "soap dispenser",
-    "sponge", "squeezer", "stool", "street lamp", "sushi", "swimming pool", "table", "tape",
+    "sponge", "squeezer", "steak", "stool", "street lamp", "sushi", "swimming pool", "table", "tape",
     "teapot", "tennis racket", "tent", "toilet brush", "towel", "traffic cone", "trampoline",
     "trash can", "tray", "tree", "umbrella", "vase", "water heater", "wood logs", "xylophone",
 })

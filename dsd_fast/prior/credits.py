@@ -22,7 +22,7 @@ LIBRARIES = {
     "Kator Legaz": "Andrew Kator & Jennifer Legaz (2003-2008)",
     "Reallusion": "Reallusion (http://www.reallusion.com/), 2008-2016",
     "Blend Swap CC-BY": "the author named with each model, by way of https://www.blendswap.com",
-    "Blend Swap CC-0": "no attribution required; the authors are named with gratitude, by way of "
+    "Blend Swap CC-0": "the authors, with gratitude (CC0 models ask for no credit), by way of "
                        "https://www.blendswap.com",
 }
 

@@ -8,7 +8,6 @@ Works with a GPU's EGL and with Mesa's software rasteriser. Where a GPU driver's
 
 from __future__ import annotations
 
-import colorsys
 import json
 import multiprocessing
 import os
@@ -21,35 +20,17 @@ import numpy as np
 
 from dsd_fast.prior import captions
 from dsd_fast.prior.catalogue import noun_by_id
-from dsd_fast.prior.mesh import MainPart, Model, Pack, Part, crease_normals
+from dsd_fast.prior.mesh import Model, Pack, crease_normals
+from dsd_fast.prior.views import Views, is_recolourable, sample_views
 
 if TYPE_CHECKING:
     import moderngl
 
 SIZE = 256
 SUPERSAMPLING = 2
-NEAR, FAR = 0.05, 20.0
 TILES = 16  # views that are read back together
 CAPTION_VARIANTS = 8
-OVERHEAD_SHARE = 0.1
-RECOLOUR_SHARE = 0.45
-RECOLOUR_VISIBLE = 0.5  # least visible share of the part to be painted
 ALPHA_TEST = 0.5
-
-# (hue in degrees, saturation, value) ranges of the paints, in the order of captions.COLOURS.
-PAINTS: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
-    ((-6, 4), (0.78, 0.95), (0.62, 0.88)),  # red
-    ((20, 30), (0.82, 1.0), (0.88, 1.0)),  # orange
-    ((48, 56), (0.72, 0.95), (0.88, 1.0)),  # yellow
-    ((98, 145), (0.55, 0.9), (0.38, 0.68)),  # green
-    ((212, 232), (0.62, 0.9), (0.48, 0.85)),  # blue
-    ((270, 285), (0.55, 0.8), (0.42, 0.72)),  # purple
-    ((326, 344), (0.38, 0.6), (0.92, 1.0)),  # pink
-    ((18, 27), (0.58, 0.75), (0.3, 0.46)),  # brown
-    ((0, 360), (0.0, 0.1), (0.05, 0.12)),  # black
-    ((0, 360), (0.0, 0.04), (0.93, 1.0)),  # white
-    ((0, 360), (0.0, 0.04), (0.42, 0.58)),  # gray
-)
 
 VERTEX_SHADER = """
 #version 330
@@ -155,123 +136,6 @@ void main() {
     straight = vec4(sum.a > 0.0 ? sum.rgb / sum.a : vec3(0.0), sum.a);
 }
 """
-
-
-# ---- Views -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Views:
-    """Cameras, lights and paint of n renders of one model.
-
-    azimuth, elevation [n] in degrees are the nominal ones, before perturbation. position, centre,
-    up [n, 3] and fovy [n] in radians are what is rendered. key, fill [n, 4] are the unit direction
-    to the light and its strength; sky, ground [n, 3] the ambient light; gloss [n, 2] the specular
-    strength and exponent. colour [n] indexes captions.COLOURS, -1 for unpainted; paint [n, 3] is
-    its sRGB value.
-    """
-
-    azimuth: np.ndarray
-    elevation: np.ndarray
-    position: np.ndarray
-    centre: np.ndarray
-    up: np.ndarray
-    fovy: np.ndarray
-    key: np.ndarray
-    fill: np.ndarray
-    sky: np.ndarray
-    ground: np.ndarray
-    gloss: np.ndarray
-    colour: np.ndarray
-    paint: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.azimuth)
-
-    def c2w(self) -> np.ndarray:
-        """[n, 4, 4] camera-to-world: columns right, up, backward, position (dsd_fast.cameras)."""
-        backward = _unit(self.position - self.centre)
-        right = _unit(np.cross(-backward, self.up))
-        matrix = np.zeros((len(self), 4, 4))
-        matrix[:, :3, 0] = right
-        matrix[:, :3, 1] = np.cross(backward, right)
-        matrix[:, :3, 2] = backward
-        matrix[:, :3, 3] = self.position
-        matrix[:, 3, 3] = 1.0
-        return matrix
-
-    def view_projection(self) -> np.ndarray:
-        """[n, 4, 4] from world to OpenGL clip space; square images, +y up."""
-        projection = np.zeros((len(self), 4, 4))
-        focal = 1.0 / np.tan(self.fovy / 2)
-        projection[:, 0, 0] = projection[:, 1, 1] = focal
-        projection[:, 2, 2] = (FAR + NEAR) / (NEAR - FAR)
-        projection[:, 2, 3] = 2 * FAR * NEAR / (NEAR - FAR)
-        projection[:, 3, 2] = -1.0
-        return projection @ np.linalg.inv(self.c2w())
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
-def direction(azimuth_deg: np.ndarray, elevation_deg: np.ndarray) -> np.ndarray:
-    """[n, 3] unit vectors; azimuth from +x toward +y, elevation toward +z."""
-    a, e = np.radians(azimuth_deg), np.radians(elevation_deg)
-    return np.stack([np.cos(e) * np.cos(a), np.cos(e) * np.sin(a), np.sin(e)], axis=-1)
-
-
-def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
-    """Random views as the training loop will ask for them, and lights from flat to directional.
-
-    Elevation is DSD's even mix of uniform in degrees and uniform in area over [-10, 45], with
-    OVERHEAD_SHARE of the views in [60, 85]; distance U[1.5, 2], fovy U[40, 70] degrees. The
-    perturbations are gentler than DSD's, so that most objects lie wholly in view.
-    """
-    azimuth = rng.permutation((np.arange(n) + rng.random(n)) * (360.0 / max(n, 1))) - 180.0
-    u = rng.random(n)
-    low, high = np.sin(np.radians([-10.0, 45.0]))
-    by_area = np.degrees(np.arcsin(low + (high - low) * u))
-    elevation = np.where(rng.random(n) < 0.5, -10.0 + 55.0 * u, by_area)
-    overhead = rng.random(n) < OVERHEAD_SHARE
-    elevation = np.where(overhead, 60.0 + 25.0 * u, elevation)
-    distance = rng.uniform(1.5, 2.0, n)
-    wobble = rng.uniform(-0.1, 0.1, (n, 3)) * rng.random((n, 1))
-    position = distance[:, None] * direction(azimuth, elevation) + wobble
-    spread = np.where(rng.random(n) < 0.25, 0.15, 0.05)
-    centre = rng.normal(size=(n, 3)) * spread[:, None]
-    up = np.array([0.0, 0.0, 1.0]) + rng.normal(size=(n, 3)) * 0.02
-    fovy = np.radians(rng.uniform(40.0, 70.0, n))
-
-    # 0: flat, the colours as they are; 1: strongly directional.
-    contrast = rng.random(n) ** 1.3
-    key_direction = _unit(_unit(position) + rng.normal(size=(n, 3)) * 0.7 + [0.0, 0.0, 0.4])
-    fill_direction = _unit(key_direction * [-1.0, -1.0, 0.3] + rng.normal(size=(n, 3)) * 0.3)
-    tint = 1.0 + rng.normal(size=(n, 3)) * 0.02
-    ambient = (1.0 - 0.62 * contrast)[:, None] * tint
-    relief = (0.25 * contrast)[:, None]
-    key = np.concatenate([key_direction, (0.7 * contrast)[:, None]], axis=1)
-    fill = np.concatenate([fill_direction, (0.22 * contrast)[:, None]], axis=1)
-    gloss = np.stack([rng.random(n) ** 2 * 0.35, rng.uniform(12.0, 60.0, n)], axis=1)
-
-    colour = np.full(n, -1, np.int64)
-    paint = np.zeros((n, 3))
-    if recolourable:
-        for k in np.flatnonzero(rng.random(n) < RECOLOUR_SHARE):
-            colour[k] = rng.integers(len(PAINTS))
-            hue, saturation, value = (rng.uniform(*limits) for limits in PAINTS[colour[k]])
-            paint[k] = colorsys.hsv_to_rgb(hue % 360.0 / 360.0, saturation, value)
-    return Views(azimuth, elevation, position, centre, up, fovy, key, fill,
-                 ambient * (1.0 + relief), ambient * (1.0 - relief), gloss, colour, paint)
-
-
-def is_recolourable(group: str, parts: tuple[Part, ...], main: MainPart) -> bool:
-    """Whether painting the main part makes a colour word true of the whole object."""
-    return (group not in captions.NATURAL and main.share >= RECOLOUR_VISIBLE
-            and parts[main.part].opacity >= 1.0)
-
-
-# ---- OpenGL ------------------------------------------------------------------------------------
 
 
 def create_context(device_index: int = 0) -> moderngl.Context:
@@ -461,9 +325,6 @@ def _texture_array(context: moderngl.Context, textures: tuple[np.ndarray, ...]
     array.filter = moderngl.LINEAR_MIPMAP_LINEAR, moderngl.LINEAR
     array.anisotropy = 4.0
     return array
-
-
-# ---- The rendered set --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
