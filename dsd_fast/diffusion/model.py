@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion.engine import make_engine
+from dsd_fast.diffusion.upload import upload
 
 _HASH_CHUNK_BYTES = 1 << 22
 
@@ -115,7 +116,7 @@ class DiffusionModel:
             encoded = self.vae.encode(pixels)
         if hasattr(encoded, "latent_dist"):
             mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            noise = upload(torch.randn(mean.shape, generator=generator), mean.device)
             latents = mean + std * noise
         else:
             latents = encoded.latents.float()
@@ -140,7 +141,7 @@ class DiffusionModel:
         Returns:
             [R,C,h,w] float32.
         """
-        t = t.to(self.device)
+        t = upload(t, self.device)
         output = self.engine(latents.to(self.dtype), t, text.to(self.dtype)).float()
         if self.prediction_type == "epsilon":
             return output

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
+from dsd_fast.diffusion.upload import upload
 from dsd_fast.guidance.prompt import combine, expand_rows, view_embeddings
 from dsd_fast.guidance.schedule import random_timesteps, shifted_level, timestep
 from dsd_fast.guidance.trajectory import (
@@ -142,7 +143,7 @@ def dsd_gradient(
     """
     noise = _per_item(noise, latents)
     t, t_delta = _levels("t", t, latents), _levels("t_delta", t_delta, latents)
-    t_device, t_delta_device = t.to(latents.device), t_delta.to(latents.device)
+    t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
     def pair(x_delta: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         return (
@@ -335,7 +336,7 @@ class DSDGuidance:
                 self.cfg.n_ddim_steps,
                 self.cfg.guidance_scale,
             )
-            return predict(z, t_delta.to(x.device), self.cfg.guidance_scale)
+            return predict(z, upload(t_delta, x.device), self.cfg.guidance_scale)
         bins = self._bins.index(elevation, azimuth)
         cameras = torch.tensor([self._bins.camera(index) for index in bins])  # [B,2]
         states = []
@@ -349,7 +350,7 @@ class DSDGuidance:
             states.append(self._cache.state(index, level, of_bin))
         # The bin's own text rows again: eps_o continues the bin's trajectory.
         predict_bins = self._predictor(cameras[:, 0], cameras[:, 1])
-        return predict_bins(torch.cat(states), t_delta.to(x.device), self.cfg.guidance_scale)
+        return predict_bins(torch.cat(states), upload(t_delta, x.device), self.cfg.guidance_scale)
 
 
 class _GuidedUNet:
@@ -375,11 +376,11 @@ class _GuidedUNet:
         At equal levels both have the same inputs, and one batch of half the rows serves both (Q8).
         """
         if torch.equal(t, t_delta):
-            levels = self._expand(t.to(x_t.device))
+            levels = self._expand(upload(t, x_t.device))
             eps_delta = eps_t = self.model.predict_noise(self._expand(x_t), levels, self.rows)
         else:
             latents = torch.cat([self._expand(x_delta), self._expand(x_t)])
-            levels = torch.cat([self._expand(t_delta), self._expand(t)]).to(x_t.device)
+            levels = upload(torch.cat([self._expand(t_delta), self._expand(t)]), x_t.device)
             eps = self.model.predict_noise(latents, levels, torch.cat([self.rows, self.rows]))
             eps_delta, eps_t = eps.chunk(2)
         return (

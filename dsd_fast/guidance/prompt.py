@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.upload import upload
+
 SIDE, FRONT, BACK, OVERHEAD = range(4)
 
 _OVERHEAD_DEG = 60.0
@@ -155,7 +157,7 @@ def combine(
 
 
 def _angles(value: Tensor | float, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1)
+    return upload(torch.as_tensor(value, dtype=torch.float32).reshape(-1), device)
 
 
 def _wrapped(azimuth_deg: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.upload import upload
 from dsd_fast.guidance.prompt import OVERHEAD, direction
 from dsd_fast.guidance.schedule import n_nodes, ode_grid
 
@@ -28,7 +29,7 @@ def seed_noise(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 
 def signal_and_noise(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """alpha_t and sigma_t as float32 [B,1,1,1] on the device of `like`, for t [B] on the CPU."""
-    abar = alphas_cumprod.cpu()[t].to(like.device).view(-1, 1, 1, 1)
+    abar = upload(alphas_cumprod.cpu()[t], like.device).view(-1, 1, 1, 1)
     return abar.sqrt(), (1 - abar).sqrt()
 
 
@@ -68,9 +69,15 @@ def simulate(
         moving = t > t_next
         if not moving.any():
             break
-        moved = ddim_step(z, predict(z, t.to(z.device), guidance_scale), t, t_next, alphas_cumprod)
+        moved = ddim_step(
+            z, predict(z, upload(t, z.device), guidance_scale), t, t_next, alphas_cumprod
+        )
         # A step of zero length is the identity only up to rounding.
-        z = moved if moving.all() else torch.where(moving.to(z.device).view(-1, 1, 1, 1), moved, z)
+        z = (
+            moved
+            if moving.all()
+            else torch.where(upload(moving, z.device).view(-1, 1, 1, 1), moved, z)
+        )
     return z
 
 
