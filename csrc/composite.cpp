@@ -72,7 +72,7 @@ void for_rays(int64_t n_rays, int n_threads, const F& f) {
 }  // namespace
 
 void composite_fwd(const CompositeParams& p, int n_threads) {
-    if (p.normals != nullptr) {
+    if (p.z_variance != nullptr) {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray<true>(p, ray); });
     } else {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray<false>(p, ray); });
@@ -80,7 +80,7 @@ void composite_fwd(const CompositeParams& p, int n_threads) {
 }
 
 void composite_bwd(const CompositeParams& p, const CompositeGrads& g, int n_threads) {
-    if (p.normals != nullptr) {
+    if (p.z_variance != nullptr) {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray_bwd<true>(p, g, ray); });
     } else {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray_bwd<false>(p, g, ray); });

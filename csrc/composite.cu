@@ -170,7 +170,7 @@ void composite_fwd(const CompositeParams& p, void* stream) {
     if (p.n_rays == 0) return;
     const unsigned int blocks = blocks_for(p.n_rays * kWarp);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    if (p.normals != nullptr) {
+    if (p.z_variance != nullptr) {
         composite_fwd_kernel<true><<<blocks, kBlock, 0, cuda_stream>>>(p);
     } else {
         composite_fwd_kernel<false><<<blocks, kBlock, 0, cuda_stream>>>(p);
@@ -182,7 +182,7 @@ void composite_bwd(const CompositeParams& p, const CompositeGrads& g, void* stre
     if (p.n_rays == 0) return;
     const unsigned int blocks = blocks_for(p.n_rays * kWarp);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    if (p.normals != nullptr) {
+    if (p.z_variance != nullptr) {
         composite_bwd_kernel<true><<<blocks, kBlock, 0, cuda_stream>>>(p, g);
     } else {
         composite_bwd_kernel<false><<<blocks, kBlock, 0, cuda_stream>>>(p, g);

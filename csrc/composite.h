@@ -21,7 +21,7 @@ constexpr float kMinOpacity = 1e-5f;
 struct CompositeParams {
     const float* sigmas;     // [S]
     const float* rgbs;       // [S, 3]
-    const float* normals;    // [S, 3], null leaves normal and z_variance out
+    const float* normals;    // [S, 3], read if z_variance is asked for
     const float* t_starts;   // [S]
     const float* t_ends;     // [S]
     const int64_t* offsets;  // [n_rays + 1] where each ray's samples begin
@@ -30,7 +30,7 @@ struct CompositeParams {
     float* color;       // [n_rays, 3]
     float* opacity;     // [n_rays]
     float* depth;       // [n_rays]
-    float* z_variance;  // [n_rays]
+    float* z_variance;  // [n_rays], null leaves z_variance and normal out
     float* normal;      // [n_rays, 3]
     float* weights;     // [S]
 };
@@ -45,7 +45,7 @@ struct CompositeGrads {
     const float* weights;     // [S]
     float* sigmas;            // [S] out; holds transmittances between the two sweeps
     float* rgbs;              // [S, 3] out
-    float* normals;           // [S, 3] out, null as CompositeParams::normals
+    float* normals;           // [S, 3] out, if there are normals
 };
 
 struct VisibilityParams {

@@ -237,6 +237,7 @@ def _composite_fwd(
     _check_ray_indices(ray_indices, n_rays)
     offsets = _ray_offsets(ray_indices, n_rays)
     out = _empty_outputs(sigmas, n_rays)
+    asked = out if normals is not None else out._replace(z_variance=None, normal=None)
     extension().composite_fwd(
         address(sigmas),
         address(rgbs),
@@ -245,7 +246,7 @@ def _composite_fwd(
         address(t_ends),
         address(offsets),
         n_rays,
-        *(address(tensor) for tensor in out),
+        *(address(tensor) for tensor in asked),
         *target(sigmas),
     )
     return out
