@@ -67,19 +67,21 @@ NO_ARTICLE = frozenset({
 # Things that look alike, or have no agreed front, from all around. Their suffixes follow the
 # azimuth of the source like all others, which keeps the views of one model consistent.
 NO_FRONT = frozenset({
-    "ashtray", "ball", "barrel", "basin", "basket", "bottle", "bowl", "bowl of food", "box",
-    "bread", "bush", "butter", "cactus", "cake", "candle", "ceiling lamp", "chessboard", "chimney",
-    "christmas tree", "clothes rack", "column", "comb", "container", "cosmetic jar", "cup",
-    "cutlery", "dart board", "flashlight", "flowers", "food", "foosball table", "fountain",
-    "french fries", "gift box", "glass", "glasses", "hamburger", "hammer", "hammock", "hot dog",
-    "house", "hydrant", "kitchen tool", "knife stand", "ladder", "lamp", "lantern", "lipstick",
-    "mailbox", "marker", "milk carton", "oil servers", "pallet", "palm tree", "pan",
-    "paper towel", "parasol", "pen holder", "ping pong table", "pitcher", "plant", "plate", "playground",
-    "pliers", "pool table", "pot", "punching bag", "radiator", "ring", "roast chicken", "rock", "rubik cube",
-    "salt shaker", "saw", "scissors", "screwdriver", "shovel", "skateboard", "soap dispenser",
-    "sponge", "squeezer", "steak", "stool", "street lamp", "sushi", "swimming pool", "table", "tape",
-    "teapot", "tennis racket", "tent", "toilet brush", "towel", "traffic cone", "trampoline",
-    "trash can", "tray", "tree", "umbrella", "vase", "water heater", "wood logs", "xylophone",
+    "aquarium", "ashtray", "bag", "ball", "barrel", "basin", "basket", "bathtub", "bench",
+    "book", "bottle", "bowl", "bowl of food", "box", "bread", "bush", "butter", "cactus",
+    "cake", "candle", "ceiling lamp", "chessboard", "chimney", "christmas tree", "clothes",
+    "clothes rack", "column", "comb", "container", "cosmetic jar", "crib", "cup", "cutlery",
+    "dart board", "flashlight", "flowers", "folding screen", "food", "foosball table",
+    "fountain", "french fries", "gift box", "glass", "glasses", "glove", "hamburger", "hammer",
+    "hammock", "hot dog", "house", "hydrant", "key", "kitchen tool", "knife stand", "ladder",
+    "lamp", "lantern", "lipstick", "mailbox", "marker", "milk carton", "oil servers", "pallet",
+    "palm tree", "pan", "paper towel", "parasol", "pen holder", "ping pong table", "pitcher",
+    "plant", "plate", "playground", "pliers", "pool table", "pot", "punching bag", "radiator",
+    "ring", "roast chicken", "rock", "rubik cube", "salt shaker", "saw", "scissors",
+    "screwdriver", "shovel", "skateboard", "soap dispenser", "sponge", "squeezer", "stapler",
+    "steak", "stool", "street lamp", "sushi", "swimming pool", "table", "tape", "teapot",
+    "tennis racket", "tent", "toilet brush", "towel", "traffic cone", "trampoline", "trash can",
+    "tray", "tree", "umbrella", "vase", "water heater", "wood logs", "xylophone",
 })
 
 # Living and grown things keep their own colours, and no colour is named for them.
