@@ -190,6 +190,8 @@ class Renderer:
         if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(f"out: expected C-contiguous uint8 {shape}, got {out.dtype} "
                              f"{out.shape}")
+        if not len(views):
+            return out
         context = self.context
         scene = _Scene(self, model)
         blocks = context.buffer(_view_blocks(views, model.main.luma))
@@ -388,6 +390,9 @@ def render_views(
     Deterministic from `seed` but for the rasteriser's rounding, whatever the workers.
     `progress` is called with (models done, models, GL renderer name).
     """
+    if views_per_model < 1 or workers < 1:
+        raise ValueError("views_per_model and workers: expected at least 1, got "
+                         f"{views_per_model} and {workers}")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     total = len(pack) * views_per_model
