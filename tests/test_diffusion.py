@@ -315,6 +315,7 @@ class TestEngine:
             make_engine(unet, torch.device("cpu"), "fast")
 
     @cuda_only
+    @pytest.mark.filterwarnings("ignore:.*[Dd]eterministic")
     def test_graph_replays_the_forward(self, pristine: Path) -> None:
         eager = load_model(pristine, "cuda", engine="eager")
         graph = load_model(pristine, "cuda", engine="graph")

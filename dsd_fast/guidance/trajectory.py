@@ -69,15 +69,10 @@ def simulate(
         moving = t > t_next
         if not moving.any():
             break
-        moved = ddim_step(
-            z, predict(z, upload(t, z.device), guidance_scale), t, t_next, alphas_cumprod
-        )
+        eps = predict(z, upload(t, z.device), guidance_scale)
+        moved = ddim_step(z, eps, t, t_next, alphas_cumprod)
         # A step of zero length is the identity only up to rounding.
-        z = (
-            moved
-            if moving.all()
-            else torch.where(upload(moving, z.device).view(-1, 1, 1, 1), moved, z)
-        )
+        z = torch.where(upload(moving, z.device).view(-1, 1, 1, 1), moved, z)
     return z
 
 
