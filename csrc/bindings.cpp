@@ -283,6 +283,8 @@ void occupancy_threshold(Address occs, int64_t n_cells, double max_threshold, Ad
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled kernels of dsd_fast (CPU, and CUDA when built with it)";
     m.def("build_info", &build_info, "What this module was built with, as a dict.");
+    m.def("keep_freed_memory", &dsd::keep_freed_memory,
+          "Tells the C library to keep freed memory (glibc): faster training steps on the CPU.");
 
     m.def("hashgrid_fwd", &hashgrid_fwd);
     m.def("hashgrid_bwd_table", &hashgrid_bwd_table);

@@ -1,5 +1,9 @@
 #include "common.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 namespace dsd {
 
 bool cpu_has_avx2() {
@@ -8,6 +12,13 @@ bool cpu_has_avx2() {
     return found;
 #else
     return false;
+#endif
+}
+
+void keep_freed_memory() {
+#if defined(__GLIBC__)
+    mallopt(M_MMAP_THRESHOLD, 1 << 30);
+    mallopt(M_TRIM_THRESHOLD, INT32_MAX);
 #endif
 }
 

@@ -19,6 +19,12 @@
 #define DSD_HD static inline __attribute__((always_inline))
 #endif
 
+#if defined(__GNUC__)
+#define DSD_PREFETCH_WRITE(address) __builtin_prefetch(address, 1)
+#else
+#define DSD_PREFETCH_WRITE(address) (void)(address)
+#endif
+
 // Sources listed as DSD_SIMD_SOURCES in CMakeLists.txt are compiled once per instruction set, into
 // the namespace dsd::DSD_ISA each time. They use no std templates, for the reason above.
 #ifndef DSD_ISA
@@ -41,6 +47,11 @@ namespace dsd {
 
 // True where the processor runs AVX2 and FMA (asked once).
 bool cpu_has_avx2();
+
+// Makes the C library keep freed memory for the next allocation instead of handing it back to the
+// system (glibc only; elsewhere nothing happens). A training step on the CPU otherwise spends half
+// its time on first touches of the same large buffers.
+void keep_freed_memory();
 
 #if defined(__CUDACC__)
 namespace cuda {

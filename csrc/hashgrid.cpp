@@ -7,7 +7,7 @@ namespace {
 
 // Points are handled in blocks, stored component by component, so that the compiler vectorises the
 // arithmetic; only the gathers and scatters at 8 entries a point go one by one.
-constexpr int kBlock = 128;
+constexpr int kBlock = 64;
 // Points a task takes: its outputs of all levels stay in the L2 cache between levels.
 constexpr int64_t kChunk = 1024;
 
@@ -141,46 +141,65 @@ void load_column(const float* grad, int64_t stride, int n, float* out) {
 }
 
 template <int F>
-void bwd_table_level(const HashGridParams& params, int l) {
+void bwd_table_block(const HashGridParams& params, int l, int64_t begin, int n) {
     const GridLevel& level = params.levels[l];
     const int64_t width = static_cast<int64_t>(params.n_levels) * F;
+    Points points;
+    Cells cells;
+    float g[8][F][kBlock];
+    load_points(params.x + 3 * begin, n, points);
+    locate(level, points, n, cells);
     float* grad_table = params.grad_table + level.offset * F;
-    for (int64_t b = 0; b < params.n_points; b += kBlock) {
-        const int n =
-            static_cast<int>(params.n_points - b < kBlock ? params.n_points - b : kBlock);
-        Points points;
-        Cells cells;
-        float g[8][F][kBlock];
-        load_points(params.x + 3 * b, n, points);
-        locate(level, points, n, cells);
-        for (int f = 0; f < F; ++f) {
-            const int64_t at = b * width + l * F + f;
-            float gy[kBlock];
-            load_column(params.grad_y ? params.grad_y + at : nullptr, width, n, gy);
-            if (!params.grad_jac) {
-                for (int i = 0; i < n; ++i) {
-                    float corner[8];
-                    grid_corner_weights(cells.fx[i], cells.fy[i], cells.fz[i], gy[i], corner);
-                    for (int c = 0; c < 8; ++c) g[c][f][i] = corner[c];
-                }
-                continue;
-            }
-            float gj[3][kBlock];
-            for (int d = 0; d < 3; ++d) {
-                load_column(params.grad_jac + 3 * at + d, 3 * width, n, gj[d]);
-            }
+    // The scatter below waits for memory more than for anything else: ask early.
+    for (int c = 0; c < 8; ++c) {
+        for (int i = 0; i < n; ++i) {
+            DSD_PREFETCH_WRITE(grad_table + static_cast<int64_t>(cells.entry[c][i]) * F);
+        }
+    }
+    for (int f = 0; f < F; ++f) {
+        const int64_t at = begin * width + l * F + f;
+        float gy[kBlock];
+        load_column(params.grad_y ? params.grad_y + at : nullptr, width, n, gy);
+        if (!params.grad_jac) {
             for (int i = 0; i < n; ++i) {
                 float corner[8];
-                grid_corner_gradients(cells.fx[i], cells.fy[i], cells.fz[i], gy[i],
-                                      level.scale * gj[0][i], level.scale * gj[1][i],
-                                      level.scale * gj[2][i], corner);
+                grid_corner_weights(cells.fx[i], cells.fy[i], cells.fz[i], gy[i], corner);
                 for (int c = 0; c < 8; ++c) g[c][f][i] = corner[c];
             }
+            continue;
         }
+        float gj[3][kBlock];
+        for (int d = 0; d < 3; ++d) {
+            load_column(params.grad_jac + 3 * at + d, 3 * width, n, gj[d]);
+        }
+        for (int i = 0; i < n; ++i) {
+            float corner[8];
+            grid_corner_gradients(cells.fx[i], cells.fy[i], cells.fz[i], gy[i],
+                                  level.scale * gj[0][i], level.scale * gj[1][i],
+                                  level.scale * gj[2][i], corner);
+            for (int c = 0; c < 8; ++c) g[c][f][i] = corner[c];
+        }
+    }
+    // Point by point: neighbours along a ray share corners, and corner by corner each addition would
+    // wait for the one before.
+    for (int i = 0; i < n; ++i) {
         for (int c = 0; c < 8; ++c) {
-            for (int i = 0; i < n; ++i) {
-                float* entry = grad_table + static_cast<int64_t>(cells.entry[c][i]) * F;
-                for (int f = 0; f < F; ++f) entry[f] += g[c][f][i];
+            float* entry = grad_table + static_cast<int64_t>(cells.entry[c][i]) * F;
+            for (int f = 0; f < F; ++f) entry[f] += g[c][f][i];
+        }
+    }
+}
+
+// All points for the levels first, first + stride, ... Each level sees the points in their order;
+// a chunk's gradients are read from memory once and serve all levels out of the cache.
+template <int F>
+void bwd_table_levels(const HashGridParams& params, int first, int stride) {
+    for (int64_t chunk = 0; chunk < params.n_points; chunk += kChunk) {
+        const int64_t end = chunk + kChunk < params.n_points ? chunk + kChunk : params.n_points;
+        for (int l = first; l < params.n_active; l += stride) {
+            for (int64_t b = chunk; b < end; b += kBlock) {
+                const int n = static_cast<int>(end - b < kBlock ? end - b : kBlock);
+                bwd_table_block<F>(params, l, b, n);
             }
         }
     }
@@ -242,8 +261,10 @@ void hashgrid_fwd(const HashGridParams& params, int n_threads) {
 void hashgrid_bwd_table(const HashGridParams& params, int n_threads) {
     with_features(params.n_features, [&](auto features) {
         constexpr int F = decltype(features)::value;
-        parallel_for(params.n_active, n_threads,
-                     [&](int64_t l) { bwd_table_level<F>(params, static_cast<int>(l)); });
+        const int n_tasks = params.n_active < n_threads ? params.n_active : n_threads;
+        parallel_for(n_tasks, n_threads, [&](int64_t task) {
+            bwd_table_levels<F>(params, static_cast<int>(task), n_tasks);
+        });
     });
 }
 

@@ -239,13 +239,13 @@ def _check_inputs(
 def _launch(kernel: str, x: Tensor, *tensors: Tensor | None, args: _SpecArgs) -> None:
     """Runs a compiled kernel on `x` and `tensors`, in the order of csrc/bindings.cpp."""
     spec, n_active = _spec(*args[:-1]), args[-1]
-    for tensor in tensors:
-        # Entries are moved whole; torch's own allocations start at far rounder addresses.
-        if address(tensor) % (4 * spec.n_features) != 0:
-            raise ValueError(
-                f"{kernel}: tensors must start at a multiple of {4 * spec.n_features} bytes, got a "
-                "view that does not; call .clone() on it"
-            )
+    entry_bytes = 4 * spec.n_features
+    # CUDA moves entries whole. torch's own allocations start at far rounder addresses.
+    if x.is_cuda and any(address(tensor) % entry_bytes for tensor in tensors):
+        raise ValueError(
+            f"{kernel}: on CUDA tensors must start at a multiple of {entry_bytes} bytes, got a view "
+            "that does not; call .clone() on it"
+        )
     getattr(extension(), kernel)(
         *(address(tensor) for tensor in (x, *tensors)),
         x.shape[0],
