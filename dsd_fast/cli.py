@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> Job:
             log.info("--resume auto: no checkpoint in %s, starting from the beginning", folder.path)
             return Job(cfg, folder, None, overwrite=False)
     else:
-        path, folder = _find_checkpoint(Path(command.resume), folder)
+        path, folder = find_checkpoint(Path(command.resume))
     state = checkpoint.load(path)
     saved = from_dict(TrainConfig, state["config"])
     saved.device = early.device
@@ -169,17 +169,20 @@ def _newest_checkpoint(folder: RunFolder) -> Path | None:
     return steps[-1][1] if steps else None
 
 
-def _find_checkpoint(path: Path, named: RunFolder) -> tuple[Path, RunFolder]:
-    """The checkpoint that --resume PATH means, and the run folder it belongs to."""
+def find_checkpoint(path: Path) -> tuple[Path, RunFolder]:
+    """The checkpoint that a run folder or a checkpoint file means, and its run folder.
+
+    A file outside any run folder stands for itself, and its own folder takes what is written.
+    """
     if path.is_file():
         in_run = path.parent.name == "checkpoints"
-        return path, RunFolder(path.parent.parent) if in_run else named
+        return path, RunFolder(path.parent.parent if in_run else path.parent)
     if not path.is_dir():
-        raise checkpoint.CheckpointError(f"--resume {path}: there is no such file or folder")
+        raise checkpoint.CheckpointError(f"{path}: there is no such run folder or checkpoint")
     folder = RunFolder(path.parent if path.name == "checkpoints" else path)
     newest = _newest_checkpoint(folder)
     if newest is None:
-        raise checkpoint.CheckpointError(f"--resume {path}: no checkpoint in {folder.checkpoints}")
+        raise checkpoint.CheckpointError(f"{path}: there is no checkpoint in {folder.checkpoints}")
     return newest, folder
 
 

@@ -97,13 +97,13 @@ class Optimizer:
                     f"the checkpoint's optimizer state does not fit this configuration at {name}"
                 )
             self._adam.state[parameter] = {
-                key: value.to(parameter.device) for key, value in moments.items()
+                key: value.to(parameter.device, copy=True) for key, value in moments.items()
             }
         counters, device = state["counters"], self.scale.device
         if self._scaling:
             # A run that began on the CPU has the scale 1 and begins to look for its own.
             saved = counters["scale"].item()
             self.scale = torch.tensor(saved if saved > 1.0 else INITIAL_SCALE, device=device)
-        self._good_steps = counters["good_steps"].to(device)
-        self.skipped = counters["skipped"].to(device)
-        self.bad_run = counters["bad_run"].to(device)
+        self._good_steps = counters["good_steps"].to(device, copy=True)
+        self.skipped = counters["skipped"].to(device, copy=True)
+        self.bad_run = counters["bad_run"].to(device, copy=True)

@@ -20,11 +20,14 @@ PLAIN_LINE_SECONDS = 15.0
 
 def set_up_logging(verbose: bool = False) -> None:
     """Route the package's log to the console. For commands; a library leaves logging alone."""
-    handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:  # One line each, whatever its length, for log files.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("dsd_fast")
     logger.handlers = [handler]
-    logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 

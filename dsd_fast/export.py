@@ -1,0 +1,108 @@
+"""A mesh or a video from a run that has been trained: no diffusion model is loaded.
+
+python -m dsd_fast.export outputs/diverse-score-distillation/an_armchair-seed0
+python -m dsd_fast.export RUN --iso 5 --resolution 256 --output chair.glb
+python -m dsd_fast.export RUN --turntable
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dsd_fast import checkpoint, cli, pictures
+from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
+from dsd_fast.mesh import MeshError, make_mesh, write_glb
+from dsd_fast.progress import set_up_logging
+from dsd_fast.scene import Scene
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ExportCommand:
+    """Write the mesh of a trained run as GLB, with colours at the vertices."""
+
+    # A run folder (its newest checkpoint is taken) or a checkpoint file.
+    run: Annotated[Path, tyro.conf.Positional]
+    # The file to write; by default mesh.glb (or turntable.mp4) in the run folder.
+    output: Path | None = None
+    # Density of the surface: a number, or "auto"; by default what the run was configured with.
+    iso: str | None = None
+    # Grid points along the longest side of the object.
+    resolution: int | None = None
+    # Components with fewer faces than this fraction of the largest one are dropped.
+    min_component: float | None = None
+    # Decimate to this many faces (needs fast-simplification); 0 keeps all.
+    max_faces: int | None = None
+    # Render the turntable video instead of a mesh.
+    turntable: bool = False
+    # Views in the video.
+    views: int | None = None
+    # Height and width of the video's panels in pixels.
+    size: int | None = None
+    # "auto" (CUDA if there is one), "cpu" or "cuda".
+    device: str = "auto"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 no surface, 2 wrong input."""
+    set_up_logging()
+    command = tyro.cli(ExportCommand, prog="python -m dsd_fast.export", args=argv)
+    try:
+        written = export(command)
+    except (CheckpointError, ConfigError) as error:
+        log.error("%s", error)
+        return 2
+    except MeshError as error:
+        log.error("%s", error)
+        return 1
+    except OSError as error:
+        log.error("cannot write %s: %s", error.filename or "the output", error.strerror)
+        return 2
+    log.info("wrote %s", written)
+    return 0
+
+
+def export(command: ExportCommand) -> Path:
+    """Do what the command says; returns the file that was written."""
+    device = resolve_device(command.device)
+    path, folder = cli.find_checkpoint(command.run)
+    tree = checkpoint.load(path)
+    cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]
+    scene = Scene.from_checkpoint(cfg, tree["scene"]).to(device)
+    log.info("%s, seed %d, step %d of %d", cfg.prompt, cfg.seed, step, cfg.max_steps)
+    if command.turntable:
+        size = command.size
+        pictures.write_turntable(
+            scene,
+            cfg.cameras,
+            step,
+            output := command.output or folder.turntable,
+            n_views=command.views or cfg.cameras.n_test_views,
+            size=(size, size) if size else (cfg.cameras.eval_height, cfg.cameras.eval_width),
+            fps=cfg.pictures.fps,
+        )
+        return output
+    chosen = {
+        name: value
+        for name in ("iso", "resolution", "min_component", "max_faces")
+        if (value := getattr(command, name)) is not None
+    }
+    scene.field.set_step(step)
+    mesh = make_mesh(scene.field, cfg.field.radius, replace(cfg.mesh, **chosen), device)
+    output = command.output or folder.mesh
+    write_glb(mesh, output)
+    log.info("%d vertices, %d faces", len(mesh.vertices), len(mesh.faces))
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

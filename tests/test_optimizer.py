@@ -1,0 +1,105 @@
+"""Adam that leaves out what is not finite, and the loss scale."""
+
+import pytest
+import torch
+
+from dsd_fast import optimizer as module
+from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.config import OptimizerConfig, TrainConfig, preset
+from dsd_fast.field import FieldConfig, GridConfig
+from dsd_fast.optimizer import Optimizer
+from dsd_fast.scene import Scene
+
+YES, NO = torch.tensor(True), torch.tensor(False)
+
+
+def small_config() -> TrainConfig:
+    cfg = preset("dsd")
+    cfg.field = FieldConfig(grid=GridConfig(n_levels=2, log2_table_size=8, start_level=1))
+    return cfg
+
+
+@pytest.fixture
+def scene(device) -> Scene:
+    return Scene(small_config(), torch.Generator().manual_seed(0)).to(device)
+
+
+def total(scene: Scene) -> torch.Tensor:
+    return sum((p * (i + 1)).sum() for i, p in enumerate(scene.parameters()))
+
+
+def snapshot(scene: Scene) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in scene.named_parameters()}
+
+
+def unchanged(scene: Scene, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(p, before[name]) for name, p in scene.named_parameters())
+
+
+def test_first_step_moves_each_group_by_its_rate(scene, device):
+    before = snapshot(scene)
+    norm = Optimizer(scene, OptimizerConfig(), device).step(total(scene), YES.to(device))
+    squares = [(i + 1) ** 2 * p.numel() for i, p in enumerate(scene.parameters())]
+    assert norm.item() == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
+    for name, p in scene.named_parameters():
+        rate = 0.01 if name.startswith("field.") else 0.001
+        torch.testing.assert_close(before[name] - p, torch.full_like(p, rate), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["nan", "inf", "veto"])
+def test_a_step_that_is_not_finite_changes_nothing(scene, device, case):
+    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer.step(total(scene), YES.to(device))
+    before = snapshot(scene)
+    moments = {k: v.clone() for k, v in optimizer.state_dict()["adam"]["field.grid.table"].items()}
+    loss = total(scene) * {"nan": float("nan"), "inf": float("inf"), "veto": 1.0}[case]
+    optimizer.step(loss, (NO if case == "veto" else YES).to(device))
+    assert unchanged(scene, before)
+    after = optimizer.state_dict()["adam"]["field.grid.table"]
+    assert all(torch.equal(after[k], moments[k]) for k in moments)
+    assert (optimizer.skipped.item(), optimizer.bad_run.item()) == (1, 1)
+    optimizer.step(total(scene), YES.to(device))
+    assert (optimizer.skipped.item(), optimizer.bad_run.item()) == (1, 0)
+    assert not unchanged(scene, before)
+
+
+def test_loss_scale_halves_doubles_and_leaves_the_step_alone(scene, device, monkeypatch):
+    monkeypatch.setattr(module, "GROWTH_INTERVAL", 3)
+    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer._scaling = True
+    optimizer.scale = torch.tensor(2.0**16, device=device)
+    plain = Scene(small_config(), torch.Generator().manual_seed(0)).to(device)
+    reference = Optimizer(plain, OptimizerConfig(), device)
+    reference._scaling, reference.scale = False, torch.tensor(1.0, device=device)
+    scales = []
+    for ok in (YES, YES, NO, YES, YES, YES, YES):
+        norm = optimizer.step(total(scene), ok.to(device))
+        expected = reference.step(total(plain), ok.to(device))
+        torch.testing.assert_close(norm, expected)
+        scales.append(optimizer.scale.item() / 2**16)
+    assert scales == [1, 1, 0.5, 0.5, 0.5, 1, 1]
+    for p, q in zip(scene.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_state_round_trip(scene, device):
+    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    for ok in (YES, NO, YES):
+        optimizer.step(total(scene), ok.to(device))
+    other = Scene(small_config()).to(device)
+    other.load_state_dict(scene.state_dict())
+    resumed = Optimizer(other, OptimizerConfig(), device)
+    resumed.load_state_dict(optimizer.state_dict())
+    for each, its_scene in ((optimizer, scene), (resumed, other)):
+        each.step(total(its_scene).square(), YES.to(device))
+    assert unchanged(other, snapshot(scene))
+    assert resumed.skipped.item() == 1
+
+
+def test_moments_that_do_not_fit(scene, device):
+    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer.step(total(scene), YES.to(device))
+    state = optimizer.state_dict()
+    state["adam"]["field.grid.table"] = {"exp_avg": torch.zeros(3)}
+    with pytest.raises(CheckpointError, match=r"does not fit .* field\.grid\.table"):
+        optimizer.load_state_dict(state)
