@@ -33,8 +33,8 @@ def extension() -> ModuleType:
     loaded = _load()
     if isinstance(loaded, ImportError):
         raise ImportError(
-            f"dsd_fast's compiled kernels do not load: {loaded}. Build them with `pip install -e .` "
-            "in the source folder, or choose the slow pure-torch reference with DSD_BACKEND=torch."
+            f"dsd_fast's compiled kernels do not load: {loaded}. Build them with `pip install -e .`"
+            " in the source folder, or choose the slow pure-torch reference with DSD_BACKEND=torch."
         ) from loaded
     return loaded
 

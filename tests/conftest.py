@@ -1,6 +1,7 @@
 """Shared fixtures: devices, golden numbers, and memory that shows who forgot to write it."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,9 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+# cuBLAS is deterministic only with a workspace of fixed size, chosen before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 DATA = Path(__file__).parent / "data"
 
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want|| in float64, on the CPU; inf when a NaN is among them."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    assert got.shape == want.shape, f"shape {list(got.shape)}, wanted {list(want.shape)}"
+    error = ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
 
 
 @pytest.fixture(autouse=True)

@@ -1,2 +1,23 @@
-"""Operators over csrc: each has a pure-torch reference, a CPU kernel, a CUDA kernel, a
-torch.library operator (namespace ``dsd_fast``, with fake and autograd) and a test."""
+"""Operators over csrc. Each has five faces of one name: a pure-torch reference
+(``<name>_reference`` in its module), a CPU and a CUDA kernel (csrc), a torch.library operator
+(``torch.ops.dsd_fast.<name>``, with fake and, where it makes sense, autograd) and a test."""
+
+from dsd_fast.ops.composite import Composited, composite, composite_full, visibility
+from dsd_fast.ops.hashgrid import GridSpec, hashgrid, hashgrid_jacobian
+from dsd_fast.ops.march import march
+from dsd_fast.ops.occupancy import occupancy_threshold, occupancy_update
+from dsd_fast.ops.sh import spherical_harmonics
+
+__all__ = [
+    "Composited",
+    "GridSpec",
+    "composite",
+    "composite_full",
+    "hashgrid",
+    "hashgrid_jacobian",
+    "march",
+    "occupancy_threshold",
+    "occupancy_update",
+    "spherical_harmonics",
+    "visibility",
+]

@@ -232,6 +232,8 @@ def _active_levels(op: str, spec: GridSpec, n_active_levels: int | None) -> int:
 def _check_inputs(
     op: str, x: Tensor, table: Tensor, spec: GridSpec, dtype: torch.dtype | None = torch.float32
 ) -> None:
+    # Made twice: by the public functions, where torch would turn a list or a mix of devices away in
+    # words of its own, and by the operators, which torch.ops can reach directly.
     check_tensor(op, "x", x, dtype, ["N", 3])
     check_tensor(op, "table", table, x.dtype, [spec.n_params], x.device)
 
@@ -243,8 +245,8 @@ def _launch(kernel: str, x: Tensor, *tensors: Tensor | None, args: _SpecArgs) ->
     # CUDA moves entries whole. torch's own allocations start at far rounder addresses.
     if x.is_cuda and any(address(tensor) % entry_bytes for tensor in tensors):
         raise ValueError(
-            f"{kernel}: on CUDA tensors must start at a multiple of {entry_bytes} bytes, got a view "
-            "that does not; call .clone() on it"
+            f"{kernel}: on CUDA tensors must start at a multiple of {entry_bytes} bytes, got a view"
+            " that does not; call .clone() on it"
         )
     getattr(extension(), kernel)(
         *(address(tensor) for tensor in (x, *tensors)),
@@ -459,6 +461,7 @@ def hashgrid(
     if use_reference():
         return hashgrid_reference(x, table, spec, n_active_levels)
     n_active = _active_levels("hashgrid", spec, n_active_levels)
+    _check_inputs("hashgrid", x, table, spec)
     return _hashgrid_op(x, table, *_spec_args(spec, n_active))
 
 
@@ -483,4 +486,5 @@ def hashgrid_jacobian(
     if use_reference():
         return hashgrid_jacobian_reference(x, table, spec, n_active_levels)
     n_active = _active_levels("hashgrid_jacobian", spec, n_active_levels)
+    _check_inputs("hashgrid_jacobian", x, table, spec)
     return _hashgrid_jacobian_op(x, table, *_spec_args(spec, n_active))

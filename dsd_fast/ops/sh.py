@@ -29,7 +29,7 @@ def spherical_harmonics_reference(dirs: Tensor) -> Tensor:
     return torch.stack(values, dim=1)
 
 
-@torch.library.custom_op("dsd_fast::sh", mutates_args=())
+@torch.library.custom_op("dsd_fast::spherical_harmonics", mutates_args=())
 def _sh_op(dirs: Tensor) -> Tensor:
     check_tensor("spherical_harmonics", "dirs", dirs, torch.float32, ["N", 3])
     y = dirs.new_empty(dirs.shape[0], N_VALUES)
@@ -38,7 +38,7 @@ def _sh_op(dirs: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("dsd_fast::sh_bwd", mutates_args=())
+@torch.library.custom_op("dsd_fast::spherical_harmonics_bwd", mutates_args=())
 def _sh_bwd_op(dirs: Tensor, grad_y: Tensor) -> Tensor:
     n = dirs.shape[0]
     check_tensor("spherical_harmonics", "dirs", dirs, torch.float32, ["N", 3])
@@ -81,7 +81,7 @@ _sh_bwd_op.register_autograd(_backward_again, setup_context=_save)
 def spherical_harmonics(dirs: Tensor) -> Tensor:
     """Evaluates the 9 real spherical harmonics of bands 0, 1, 2.
 
-    Order and signs of tiny-cuda-nn's encoding of degree 3, as polynomials of the direction (x, y, z)
+    Order and signs of tiny-cuda-nn's encoding of degree 3, polynomials of the direction (x, y, z)
     (csrc/sh.h): 0.28209; (-0.48860 y, 0.48860 z, -0.48860 x); (1.09255 xy, -1.09255 yz,
     0.94617 z^2 - 0.31539, -1.09255 xz, 0.54627 (x^2 - y^2)).
 
@@ -99,4 +99,7 @@ def spherical_harmonics(dirs: Tensor) -> Tensor:
         >>> spherical_harmonics(torch.tensor([[0.0, 0.0, 1.0]]))[0, 2]
         tensor(0.4886)
     """
-    return spherical_harmonics_reference(dirs) if use_reference() else _sh_op(dirs)
+    if use_reference():
+        return spherical_harmonics_reference(dirs)
+    check_tensor("spherical_harmonics", "dirs", dirs, torch.float32, ["N", 3])
+    return _sh_op(dirs)

@@ -1,0 +1,208 @@
+"""The package as a whole: a lean import, clear failures, complete operators, a truthful report."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsd_fast
+from dsd_fast import _backend, info, ops
+
+ROOT = Path(__file__).parent.parent
+
+# Public operator -> the csrc files and the test that hold its kernels.
+KERNELS = {
+    "composite": "composite",
+    "composite_full": "composite",
+    "hashgrid": "hashgrid",
+    "hashgrid_jacobian": "hashgrid",
+    "march": "march",
+    "occupancy_threshold": "occupancy",
+    "occupancy_update": "occupancy",
+    "spherical_harmonics": "sh",
+    "visibility": "composite",
+}
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs `code` in a fresh interpreter, with `env` added to the environment."""
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=120,
+    )
+
+
+def test_import_is_lean() -> None:
+    """No heavy library, no CUDA context, and little time beyond torch itself."""
+    result = run_python(
+        "import sys, time, torch\n"
+        "start = time.perf_counter()\n"
+        "import dsd_fast, dsd_fast.ops, dsd_fast.encoding\n"
+        "grid = dsd_fast.HashGrid(2, 2, 6, 4, 1.5)\n"
+        "seconds = time.perf_counter() - start\n"
+        "heavy = {'diffusers', 'transformers', 'triton', 'moderngl', 'trimesh', 'skimage'}\n"
+        "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized(), seconds)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    heavy, initialized, seconds = result.stdout.rsplit(maxsplit=2)
+    assert (heavy, initialized) == ("[]", "False")
+    assert float(seconds) < 2.0
+
+
+def test_bare_import_does_not_even_load_torch() -> None:
+    result = run_python("import sys, dsd_fast; print('torch' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_version_and_lazy_names() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", dsd_fast.__version__)
+    for name in dsd_fast.__all__:
+        assert getattr(dsd_fast, name) is not None
+    assert set(dsd_fast.__all__) <= set(dir(dsd_fast))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = dsd_fast.nothing
+
+
+def test_kernels_folder_is_a_subpackage() -> None:
+    import dsd_fast.kernels
+
+    assert "Triton" in dsd_fast.kernels.__doc__
+
+
+# ---- backend ------------------------------------------------------------------------------------
+
+
+def test_missing_extension_is_an_import_error_with_its_cause() -> None:
+    result = run_python(
+        "import sys\n"
+        "sys.modules['dsd_fast._C'] = None\n"  # what Python sees when a module cannot be imported
+        "import torch\n"
+        "from dsd_fast.ops import spherical_harmonics\n"
+        "spherical_harmonics(torch.zeros(1, 3))\n"
+    )
+    assert result.returncode != 0
+    assert "ImportError: dsd_fast's compiled kernels do not load" in result.stderr
+    assert "pip install -e ." in result.stderr and "DSD_BACKEND=torch" in result.stderr
+
+
+def test_reference_works_without_the_extension() -> None:
+    result = run_python(
+        "import sys\n"
+        "sys.modules['dsd_fast._C'] = None\n"
+        "import torch\n"
+        "from dsd_fast.ops import spherical_harmonics\n"
+        "print(spherical_harmonics(torch.zeros(2, 3)).shape)\n",
+        DSD_BACKEND="torch",
+    )
+    assert result.stdout.strip() == "torch.Size([2, 9])", result.stderr
+
+
+def test_other_devices_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="compiled kernels for cpu and cuda, got a tensor on meta"):
+        _backend.target(torch.empty(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "capability, archs, fits",
+    [
+        ((8, 9), "75-real 86-real", True),  # machine code runs on later minor versions
+        ((8, 0), "75-real 86-real", False),
+        ((9, 0), "75-real 86-real", False),
+        ((12, 0), "75-real 86-real 86-virtual", True),  # PTX runs on everything newer
+        ((7, 5), "86-real 86-virtual", False),
+        ((9, 0), "90a-real", True),
+        ((10, 0), "90a-real 90a-virtual", False),
+    ],
+)
+def test_which_gpus_a_build_runs_on(capability, archs, fits) -> None:
+    assert _backend.runs_on(capability, archs) is fits
+
+
+# ---- operators ----------------------------------------------------------------------------------
+
+
+def test_every_operator_has_its_five_faces() -> None:
+    public = {name for name in ops.__all__ if not name[0].isupper()}
+    assert public == set(KERNELS)
+    for name, stem in KERNELS.items():
+        module = sys.modules[getattr(ops, name).__module__]
+        assert module.__name__ == f"dsd_fast.ops.{stem}"
+        assert callable(getattr(module, f"{name}_reference")), f"{name}: no reference"
+        for suffix in ("h", "cpp", "cu"):
+            assert (ROOT / "csrc" / f"{stem}.{suffix}").exists(), f"{name}: no csrc/{stem}.{suffix}"
+        assert hasattr(torch.ops.dsd_fast, name), f"{name}: no torch.library operator"
+        test = (ROOT / "tests" / f"test_{stem}.py").read_text()
+        assert f"{name}(" in test or f"{name}," in test, f"{name}: no test"
+        assert getattr(ops, name).__doc__, f"{name}: no doc string"
+
+
+def test_every_registered_operator_is_public_or_a_backward() -> None:
+    registered = {
+        name.removeprefix("dsd_fast::").removesuffix(".default")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("dsd_fast::")
+    }
+    forward = {name.split("_bwd")[0] for name in registered}
+    assert forward <= set(KERNELS), forward - set(KERNELS)
+
+
+def test_bindings_are_the_only_python_in_csrc_and_torch_is_nowhere() -> None:
+    for path in (ROOT / "csrc").iterdir():
+        text = path.read_text()
+        assert "#include <torch" not in text and "#include <ATen" not in text, path.name
+        assert ("pybind11" in text) == (path.name == "bindings.cpp"), path.name
+
+
+# ---- setup and info -----------------------------------------------------------------------------
+
+
+def test_cuda_architecture_lists(monkeypatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    scope: dict = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), scope)
+    archs = scope["cmake_archs"]
+    assert archs("8.6;8.9") == "86-real;89-real"
+    assert archs("7.5 12.0+PTX") == "75-real;120-real;120-virtual"
+    assert archs("90a, 100") == "90a-real;100-real"
+    with pytest.raises(SystemExit, match="cannot read the CUDA architecture 'Ampere'"):
+        archs("Ampere")
+
+
+def test_build_info_is_complete() -> None:
+    built = _backend.extension().build_info()
+    assert set(built) == {"cpu_isa", "sanitize", "compiler", "cuda", "cuda_archs"}
+    assert (built["cuda"] is None) == (built["cuda_archs"] == "")
+
+
+def test_info_survives_a_broken_probe(monkeypatch) -> None:
+    def broken() -> str:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(info, "_torch", broken)
+    findings = dict(info.report())
+    assert findings["torch"] == "cannot tell: RuntimeError: no luck"
+    assert findings["dsd_fast"].startswith(dsd_fast.__version__)
+
+
+def test_info_without_extension_or_optional_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(info.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(info, "PRIOR", Path("nowhere"))
+    findings = dict(info.report())
+    assert findings["diffusers"].startswith("missing: ")
+    assert findings["embedded prior"].startswith("missing (nowhere)")
+
+
+def test_info_command() -> None:
+    result = run_python("import runpy; runpy.run_module('dsd_fast.info', run_name='__main__')")
+    assert result.returncode == 0, result.stderr
+    for name in ("python", "torch", "CPU kernels", "CUDA kernels", "driver", "GPU", "triton"):
+        assert re.search(rf"^{name} +\S", result.stdout, re.MULTILINE), name
