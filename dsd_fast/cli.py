@@ -49,6 +49,8 @@ class Command:
     resume: str | None = None
     # Replace a run of the same prompt and seed.
     overwrite: bool = False
+    # End this session when the run has done so many steps, for training in pieces.
+    stop_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Job:
     # The checkpoint to continue from, as read.
     state: dict | None
     overwrite: bool
+    stop_at: int | None
 
 
 def parse(argv: Sequence[str]) -> Job:
@@ -74,7 +77,7 @@ def parse(argv: Sequence[str]) -> Job:
     folder = RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, cfg.seed)
     if command.resume is None:
         cfg.validate()
-        return Job(cfg, folder, None, command.overwrite)
+        return Job(cfg, folder, None, command.overwrite, command.stop_at)
     if command.overwrite or command.config is not None:
         raise ConfigError("--resume continues a run as it is: drop --overwrite and --config")
 
@@ -83,7 +86,7 @@ def parse(argv: Sequence[str]) -> Job:
         path = _newest_checkpoint(folder)
         if path is None:
             log.info("--resume auto: no checkpoint in %s, starting from the beginning", folder.path)
-            return Job(cfg, folder, None, overwrite=False)
+            return Job(cfg, folder, None, False, command.stop_at)
     else:
         path, folder = find_checkpoint(Path(command.resume))
     state = checkpoint.load(path)
@@ -92,19 +95,23 @@ def parse(argv: Sequence[str]) -> Job:
     cfg = _parse_flags(flags, dataclasses.replace(saved)).train
     _compare(saved, cfg)
     cfg.validate()
-    return Job(cfg, folder, state, overwrite=False)
+    return Job(cfg, folder, state, False, command.stop_at)
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Flags with their values, and ``a.b.c=value`` overrides, told apart.
 
-    A token that follows a flag is that flag's value, whatever it looks like: --prompt "a=b".
+    A token that follows a flag is that flag's value, whatever it looks like (--prompt "a=b"),
+    unless the flag is a switch.
     """
+    switches = {name for name, value in leaves(TrainConfig()).items() if isinstance(value, bool)}
+    switches.add("overwrite")
     flags: list[str] = []
     overrides: list[str] = []
     previous = ""
     for token in argv:
-        is_value = previous.startswith("--") and "=" not in previous
+        name = previous[2:].replace("-", "_") if previous.startswith("--") else ""
+        is_value = name and "=" not in name and name.replace("no_", "") not in switches
         if official.is_override(token) and not is_value:
             overrides.append(token)
         else:

@@ -25,6 +25,7 @@ from dsd_fast.losses import LossConfig
 from dsd_fast.material import MaterialConfig
 from dsd_fast.mesh import MeshConfig
 from dsd_fast.renderer import RendererConfig
+from dsd_fast.schedules import Schedule
 
 T = TypeVar("T")
 
@@ -99,8 +100,6 @@ class TrainerConfig:
     min_opacity: float = 0.005
     # ... for this many steps.
     min_opacity_steps: int = 200
-    # End this session after so many steps of the run, as Ctrl-C would: for training in pieces.
-    stop_at: int | None = None
     # Show progress.
     progress: bool = True
 
@@ -176,6 +175,15 @@ class TrainConfig:
         ):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        schedules = leaves(self.loss, "loss.") | {
+            "guidance.min_step_percent": self.guidance.min_step_percent,
+            "guidance.max_step_percent": self.guidance.max_step_percent,
+        }
+        for name, value in schedules.items():
+            try:
+                Schedule.parse(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{name}: {error}") from error
         if self.field.radius != self.renderer.radius:
             raise ConfigError(
                 f"field.radius is {self.field.radius} and renderer.radius is "

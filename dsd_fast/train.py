@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     try:
         job = cli.parse(sys.argv[1:] if argv is None else argv)
-        train(job.config, job.folder, job.state, overwrite=job.overwrite)
+        train(job.config, job.folder, job.state, overwrite=job.overwrite, stop_at=job.stop_at)
     except (ConfigError, OutputError, CheckpointError) as error:
         log.error("%s", error)
         return 2
@@ -72,10 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(
-    cfg: TrainConfig, run: RunFolder, resume: dict | None = None, *, overwrite: bool = False
+    cfg: TrainConfig,
+    run: RunFolder,
+    resume: dict | None = None,
+    *,
+    overwrite: bool = False,
+    stop_at: int | None = None,
 ) -> None:
     """Run a configuration in a run folder, from the start or from a loaded checkpoint ``resume``.
 
+    ``stop_at`` ends the session early, when so many steps are done; the state is saved.
     Raises ConfigError, OutputError or CheckpointError before any work; after that TrainingError or
     Interrupted, with the state saved.
     """
@@ -105,7 +111,7 @@ def train(
         versions.collect(device) | {"model": str(model.path), "model_sha256": model.model_hash}
     )
 
-    fit(cfg, run, state, cameras, device)
+    fit(cfg, run, state, cameras, device, stop_at)
     if state.step < cfg.max_steps:
         log.info("stopped at step %d as asked; --resume auto continues", state.step)
         return
@@ -120,13 +126,14 @@ def fit(
     state: TrainState,
     cameras: RandomCameras,
     device: torch.device,
+    stop_at: int | None = None,
 ) -> None:
     """The training loop: from ``state.step`` to the end, a stop that was asked for, or Ctrl-C."""
     scene, optimizer, guidance, rng = state.scene, state.optimizer, state.guidance, state.rng
     settings = cfg.trainer
     dsd_weight = Schedule.parse(cfg.loss.lambda_dsd)
     watch = _Watch(cfg, state.step)
-    first_step, last_step = state.step, min(cfg.max_steps, settings.stop_at or cfg.max_steps)
+    first_step, last_step = state.step, min(cfg.max_steps, stop_at or cfg.max_steps)
 
     with Interruption() as stop, Reporter(first_step, cfg.max_steps, settings.progress) as report:
         try:
@@ -147,7 +154,7 @@ def fit(
                 gradient_norm = optimizer.step(loss, guided.finite)
                 state.step = done = step + 1
 
-                if done % settings.log_every == 0 or done == last_step:
+                if done % settings.log_every == 0 or done == cfg.max_steps:
                     values = _to_host(
                         {
                             "loss": loss,
