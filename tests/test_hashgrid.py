@@ -6,9 +6,9 @@ from conftest import relative_error
 from torch import Tensor
 
 import dsd_fast
-from dsd_fast.ops import hashgrid as hg
 from dsd_fast.ops.hashgrid import (
     GridSpec,
+    _spec_args,
     hashgrid,
     hashgrid_jacobian,
     hashgrid_jacobian_reference,
@@ -249,15 +249,15 @@ def test_opcheck(device) -> None:
     x, table = make_inputs(SMALL, 9, device)
     x, table = x[6:].contiguous().requires_grad_(), table.requires_grad_()
     grad_y, grad_jac = cotangents(SMALL, 3, x)
-    args = hg._spec_args(SMALL, 4)
+    args, operators = _spec_args(SMALL, 4), torch.ops.dsd_fast
     # The table gradient's atomics on CUDA are compared with the usual tolerances.
     for op, tensors in (
-        (hg._hashgrid_op, (x, table)),
-        (hg._hashgrid_jacobian_op, (x, table)),
-        (hg._bwd_table_op, (x.detach(), grad_y, grad_jac)),
-        (hg._bwd_input_op, (x.detach(), table.detach(), grad_y, None)),
+        (operators.hashgrid, (x, table)),
+        (operators.hashgrid_jacobian, (x, table)),
+        (operators.hashgrid_bwd_table, (x.detach(), grad_y, grad_jac)),
+        (operators.hashgrid_bwd_input, (x.detach(), table.detach(), grad_y, None)),
     ):
-        torch.library.opcheck(op, (*tensors, *args))
+        torch.library.opcheck(op.default, (*tensors, *args))
 
 
 def test_module(device) -> None:

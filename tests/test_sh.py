@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import relative_error
 
-from dsd_fast.ops import sh
 from dsd_fast.ops.sh import spherical_harmonics, spherical_harmonics_reference
 
 FACES = [
@@ -62,8 +61,9 @@ def test_no_directions(device) -> None:
 
 def test_opcheck(device) -> None:
     dirs = directions(5, device)
-    torch.library.opcheck(sh._sh_op, (dirs.requires_grad_(),))
-    torch.library.opcheck(sh._sh_bwd_op, (dirs.detach(), torch.ones(5, 9, device=device)))
+    operators, ones = torch.ops.dsd_fast, torch.ones(5, 9, device=device)
+    torch.library.opcheck(operators.spherical_harmonics.default, (dirs.requires_grad_(),))
+    torch.library.opcheck(operators.spherical_harmonics_bwd.default, (dirs.detach(), ones))
 
 
 def test_second_derivative_is_refused() -> None:
