@@ -23,7 +23,8 @@ from dsd_fast.mesh import MeshError, make_mesh, write_glb
 from dsd_fast.progress import set_up_logging
 from dsd_fast.scene import Scene
 
-log = logging.getLogger(__name__)
+# Not __name__, which is "__main__" when this module is the command.
+log = logging.getLogger("dsd_fast.export")
 
 
 @dataclass

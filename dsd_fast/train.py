@@ -34,7 +34,8 @@ from dsd_fast.scene import Scene
 from dsd_fast.schedules import Schedule
 from dsd_fast.state import TrainState
 
-log = logging.getLogger(__name__)
+# Not __name__, which is "__main__" when this module is the command.
+log = logging.getLogger("dsd_fast.train")
 
 # Pictures, video and mesh of a run, with room to spare.
 OUTPUT_BYTES = 64 * 2**20
@@ -205,6 +206,7 @@ def finish(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
         write_mesh(scene, cfg, step, run)
     size = (cfg.cameras.eval_height, cfg.cameras.eval_width)
     if cfg.pictures.turntable:
+        log.info("rendering a turntable of %d views", cfg.cameras.n_test_views)
         pictures.write_turntable(
             scene,
             cfg.cameras,
