@@ -6,7 +6,7 @@ Environment:
                     choice); unset: every consumer card since Turing and PTX of the newest.
     DSD_SANITIZE    sanitizers for the CPU backend, e.g. "address,undefined".
     CUDA_HOME       the CUDA toolkit to use; else nvcc on PATH, else the nvidia-cuda-nvcc wheel.
-    DSD_BUILD_DIR   keep CMake's build tree here, for fast rebuilds.
+    MAX_JOBS        compile at most so many files at once.
 """
 
 import os
@@ -107,59 +107,77 @@ class CMakeBuild(build_ext):
     """Configures and builds the CMake project, with _C placed where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(os.environ.get("DSD_BUILD_DIR") or self.build_temp).resolve()
-        build_dir.mkdir(parents=True, exist_ok=True)
-        options = {
-            "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-            "DSD_SANITIZE": os.environ.get("DSD_SANITIZE", ""),
-        }
-        env = dict(os.environ)
-        nvcc = None if wants_cuda() is False else find_nvcc()
-        if nvcc is not None:
-            options["DSD_CUDA"] = "ON"
-            options["CMAKE_CUDA_COMPILER"] = nvcc
-            archs = env.get("DSD_CUDA_ARCHS") or env.get("TORCH_CUDA_ARCH_LIST")
-            options["DSD_CUDA_ARCHS"] = cmake_archs(archs) if archs else ""
-            # The wheels keep the static runtime in lib, where nvcc does not look by itself.
-            lib = nvcc.resolve().parent.parent / "lib"
-            env["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(lib), env.get("LIBRARY_PATH")]))
-        elif wants_cuda():
-            raise SystemExit(
-                "dsd_fast: DSD_CUDA=1, but no nvcc was found. Set CUDA_HOME, put nvcc on PATH, or "
-                "pip install " + " ".join(f'"{wheel}"' for wheel in NVCC_WHEELS)
-            )
-        else:
-            options["DSD_CUDA"] = "OFF"
-            driver = driver_version()
-            reason = f"; the NVIDIA driver here is {driver}, the nvcc wheels need" if driver else ""
-            print(
-                "dsd_fast: no nvcc found, building the CPU backend only"
-                + (f"{reason} {NVCC_WHEELS_DRIVER}: set CUDA_HOME to a toolkit" if driver else "")
-            )
+        options, env = cmake_options(target.parent)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         definitions = [f"-D{key}={value}" for key, value in options.items()]
+
+        # CMake's cache keeps paths of tools, which an isolated build takes with it when it ends.
+        build_dir = Path(self.build_temp).resolve()
+        tools = [shutil.which("cmake") or "", shutil.which("ninja") or ""]
+        made_with, wanted = build_dir / "made_with.txt", "\n".join([*tools, *definitions])
+        if not made_with.exists() or made_with.read_text() != wanted:
+            shutil.rmtree(build_dir, ignore_errors=True)
+            build_dir.mkdir(parents=True)
+            made_with.write_text(wanted)
+
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        for command in (
-            ["cmake", "-S", str(ROOT), "-B", str(build_dir), *generator, *definitions],
-            ["cmake", "--build", str(build_dir), "--config", "Release", "--parallel", jobs],
-        ):
-            try:
-                subprocess.run(command, check=True, env=env)
-            except FileNotFoundError:
-                raise SystemExit("dsd_fast: cmake was not found: pip install cmake ninja") from None
-            except subprocess.CalledProcessError as error:
-                raise SystemExit(
-                    f"dsd_fast: {' '.join(command[:2])} failed with status {error.returncode}; the "
-                    "compiler's words are above. A C++17 compiler is needed (GCC 9+, Clang 10+, "
-                    "MSVC 2019+; nvcc may accept only older ones: set CUDAHOSTCXX). DSD_CUDA=0 "
-                    "builds without CUDA."
-                ) from None
+        run(["cmake", "-S", str(ROOT), "-B", str(build_dir), *generator, *definitions], env)
+        run(["cmake", "--build", str(build_dir), "--config", "Release", "--parallel", jobs], env)
+
+
+def cmake_options(output: Path) -> tuple[dict[str, object], dict[str, str]]:
+    """(CMake definitions, environment) for a build that puts the module into `output`."""
+    import pybind11
+
+    options: dict[str, object] = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "DSD_SANITIZE": os.environ.get("DSD_SANITIZE", ""),
+        "DSD_CUDA": "OFF",
+    }
+    env = dict(os.environ)
+    nvcc = None if wants_cuda() is False else find_nvcc()
+    if nvcc is not None:
+        archs = env.get("DSD_CUDA_ARCHS") or env.get("TORCH_CUDA_ARCH_LIST")
+        options["DSD_CUDA"] = "ON"
+        options["DSD_CUDA_ARCHS"] = cmake_archs(archs) if archs else ""
+        options["CMAKE_CUDA_COMPILER"] = nvcc
+        # The wheels keep the static runtime in lib, where nvcc does not look by itself.
+        lib = nvcc.resolve().parent.parent / "lib"
+        env["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(lib), env.get("LIBRARY_PATH")]))
+    elif wants_cuda():
+        raise SystemExit(
+            "dsd_fast: DSD_CUDA=1, but no nvcc was found. Set CUDA_HOME, put nvcc on PATH, or "
+            "pip install " + " ".join(f'"{wheel}"' for wheel in NVCC_WHEELS)
+        )
+    else:
+        print("dsd_fast: no nvcc wanted or found, building the CPU backend only")
+        driver = driver_version()
+        if wants_cuda() is None and driver is not None and driver < NVCC_WHEELS_DRIVER:
+            print(
+                f"dsd_fast: the NVIDIA driver {driver} is too old for the nvcc wheels, which need "
+                f"{NVCC_WHEELS_DRIVER}; for the CUDA backend update it, or set CUDA_HOME to a "
+                "CUDA 12 toolkit"
+            )
+    return options, env
+
+
+def run(command: list[str], env: dict[str, str]) -> None:
+    """Runs a build step; its failure ends the build with a way out."""
+    try:
+        subprocess.run(command, check=True, env=env)
+    except FileNotFoundError:
+        raise SystemExit("dsd_fast: cmake was not found: pip install cmake ninja") from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"dsd_fast: {' '.join(command[:2])} failed with status {error.returncode}; the "
+            "compiler's words are above. A C++17 compiler is needed (GCC 9+, Clang 10+, MSVC "
+            "2019+; nvcc may accept only older ones: set CUDAHOSTCXX). DSD_CUDA=0 builds without "
+            "CUDA."
+        ) from None
 
 
 # The hooks that ask for build requirements run egg_info; a direct build must never reach out to
@@ -169,6 +187,7 @@ build_requirements = nvcc_requirements() if "egg_info" in sys.argv else []
 setup(
     packages=[*find_packages(include=["dsd_fast", "dsd_fast.*"]), "dsd_fast.kernels"],
     package_dir={"dsd_fast.kernels": "kernels"},
+    include_package_data=False,
     package_data={"dsd_fast": ["assets/**/*", "py.typed"]},
     ext_modules=[Extension("dsd_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,5 +1,8 @@
 #include "common.h"
 
+#include <cstdlib>
+#include <cstring>
+
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
@@ -8,7 +11,11 @@ namespace dsd {
 
 bool cpu_has_avx2() {
 #if defined(DSD_WITH_AVX2)
-    static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const bool found = [] {
+        const char* isa = std::getenv("DSD_CPU_ISA");
+        const bool refused = isa != nullptr && std::strcmp(isa, "baseline") == 0;
+        return !refused && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    }();
     return found;
 #else
     return false;

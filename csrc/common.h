@@ -45,7 +45,7 @@
 
 namespace dsd {
 
-// True where the processor runs AVX2 and FMA (asked once).
+// True where the processor runs AVX2 and FMA and DSD_CPU_ISA is not "baseline" (asked once).
 bool cpu_has_avx2();
 
 // Makes the C library keep freed memory for the next allocation instead of handing it back to the

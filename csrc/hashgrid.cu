@@ -3,11 +3,32 @@
 namespace dsd::cuda {
 namespace {
 
-// Consecutive features of an entry, moved with one load or store.
+// One table entry, moved with one load or store.
 template <int F>
-struct alignas(F * sizeof(float)) Entry {
-    float v[F];
+struct EntryOf;
+template <>
+struct EntryOf<2> {
+    using type = float2;
 };
+template <>
+struct EntryOf<4> {
+    using type = float4;
+};
+template <int F>
+using Entry = typename EntryOf<F>::type;
+
+__device__ __forceinline__ float2 make_entry(const float (&v)[2]) {
+    return make_float2(v[0], v[1]);
+}
+__device__ __forceinline__ float4 make_entry(const float (&v)[4]) {
+    return make_float4(v[0], v[1], v[2], v[3]);
+}
+__device__ __forceinline__ void split_entry(float2 entry, int c, float (&v)[2][8]) {
+    v[0][c] = entry.x, v[1][c] = entry.y;
+}
+__device__ __forceinline__ void split_entry(float4 entry, int c, float (&v)[4][8]) {
+    v[0][c] = entry.x, v[1][c] = entry.y, v[2][c] = entry.z, v[3][c] = entry.w;
+}
 
 struct Cell {
     float fx, fy, fz;
@@ -36,14 +57,8 @@ template <int F>
 __device__ __forceinline__ void gather(const float* __restrict__ table, const GridLevel& level,
                                        const Cell& cell, float (&v)[F][8]) {
     const auto* entries = reinterpret_cast<const Entry<F>*>(table) + level.offset;
-    Entry<F> corner[8];
 #pragma unroll
-    for (int c = 0; c < 8; ++c) corner[c] = entries[cell.entry[c]];
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-#pragma unroll
-        for (int f = 0; f < F; ++f) v[f][c] = corner[c].v[f];
-    }
+    for (int c = 0; c < 8; ++c) split_entry(__ldg(entries + cell.entry[c]), c, v);
 }
 
 // grad[0..F) += g[0..F). GPUs of compute capability 9 and up add pairs with one instruction.
@@ -70,7 +85,7 @@ __global__ void __launch_bounds__(kBlock) hashgrid_fwd_kernel(
     if (point >= params.n_points) return;
     const int l = static_cast<int>(blockIdx.y);
     const int64_t at = (point * params.n_levels + l) * F;
-    Entry<F> y = {};
+    float y[F] = {};
     float jac[F][3] = {};
     if (l < params.n_active) {
         const GridLevel& level = params.levels[l];
@@ -80,14 +95,14 @@ __global__ void __launch_bounds__(kBlock) hashgrid_fwd_kernel(
 #pragma unroll
         for (int f = 0; f < F; ++f) {
             if (kJacobian) {
-                y.v[f] = grid_value_jacobian(v[f], cell.fx, cell.fy, cell.fz, level.scale,
-                                             jac[f][0], jac[f][1], jac[f][2]);
+                y[f] = grid_value_jacobian(v[f], cell.fx, cell.fy, cell.fz, level.scale,
+                                           jac[f][0], jac[f][1], jac[f][2]);
             } else {
-                y.v[f] = grid_value(v[f], cell.fx, cell.fy, cell.fz);
+                y[f] = grid_value(v[f], cell.fx, cell.fy, cell.fz);
             }
         }
     }
-    *reinterpret_cast<Entry<F>*>(params.y + at) = y;
+    *reinterpret_cast<Entry<F>*>(params.y + at) = make_entry(y);
     if (kJacobian) {
         // 3 F floats from 3 at: aligned to 8 bytes for even F.
         auto* out = reinterpret_cast<float2*>(params.jac + 3 * at);

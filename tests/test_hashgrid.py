@@ -1,11 +1,16 @@
 """Hash grid: fixtures of tiny-cuda-nn, reference against kernels, finite differences, errors."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import relative_error
 from torch import Tensor
 
 import dsd_fast
+from dsd_fast._backend import extension
 from dsd_fast.ops.hashgrid import (
     GridSpec,
     _spec_args,
@@ -221,6 +226,30 @@ def test_cpu_results_do_not_depend_on_threads() -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.skipif("avx2" not in extension().build_info()["cpu_isa"], reason="no AVX2 here")
+def test_baseline_code_agrees_with_avx2(tmp_path) -> None:
+    """The code for processors without AVX2, in a process that is told to have none."""
+    code = f"""
+import torch
+from dsd_fast._backend import extension
+from dsd_fast.ops import GridSpec, hashgrid_jacobian
+assert extension().build_info()["cpu_isa"] == "baseline"
+x, table, grad_y, grad_jac = torch.load({str(tmp_path / "in.pt")!r})
+outputs = hashgrid_jacobian(x.requires_grad_(), table.requires_grad_(), {SMALL!r})
+grads = torch.autograd.grad(outputs, (x, table), (grad_y, grad_jac))
+torch.save([v.detach() for v in (*outputs, *grads)], {str(tmp_path / "out.pt")!r})
+"""
+    x, table = make_inputs(SMALL, 333, torch.device("cpu"))
+    grads = cotangents(SMALL, 333, x)
+    torch.save((x, table, *grads), tmp_path / "in.pt")
+    env = {**os.environ, "DSD_CPU_ISA": "baseline"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)
+    outputs = hashgrid_jacobian(x.requires_grad_(), table.requires_grad_(), SMALL)
+    here = (*outputs, *torch.autograd.grad(outputs, (x, table), grads))
+    for got, want in zip(torch.load(tmp_path / "out.pt"), here):
+        assert relative_error(got, want) <= 1e-6
 
 
 def test_no_points(device) -> None:
