@@ -94,7 +94,7 @@ def test_nothing_opaque_is_finite(n_samples, opacity_scale):
         getattr(output, field).requires_grad_()
     terms = regularizers(output, LossConfig(), 0)
     sum(value * weight for value, weight in terms.values()).backward()
-    assert float(terms["z_variance"][0]) == 0.0
+    assert terms["z_variance"][0].item() == 0.0
     assert all(value.isfinite() for value, _ in terms.values())
     for field in ("opacity", "z_variance", "normal", "normals"):
         assert getattr(output, field).grad.isfinite().all()
