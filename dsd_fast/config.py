@@ -33,8 +33,8 @@ PRESETS = ("embedded", "dsd", "dsd-low-res")
 STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 
 # Steps of the embedded preset where --max-steps does not say.
-EMBEDDED_STEPS_GPU = 1000
-EMBEDDED_STEPS_CPU = 300
+EMBEDDED_STEPS_GPU = 1500
+EMBEDDED_STEPS_CPU = 600
 
 
 class ConfigError(ValueError):
@@ -233,19 +233,26 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
             resolution_milestones=(at(0.5),),
             eval_height=eval_size,
             eval_width=eval_size,
+            # The prior's latents have 32 pixels a side: cameras keep the object large and whole.
+            camera_distance_range=(1.5, 1.8),
+            fovy_range=(42, 58),
+            camera_perturb=0.05,
+            center_perturb=0.05,
+            eval_camera_distance=1.8,
+            eval_fovy_deg=50,
         ),
         field=FieldConfig(
             grid=GridConfig(
                 n_levels=12,
                 log2_table_size=16,
                 base_resolution=16,
-                per_level_scale=(512 / 16) ** (1 / 11),  # the finest level has 512 cells
+                per_level_scale=((128 if on_cpu else 256) / 16) ** (1 / 11),  # cells of the finest
                 start_level=6,
                 start_step=at(0.1),
                 update_steps=at(0.08),
             )
         ),
-        material=MaterialConfig(ambient_only_steps=at(0.1)),
+        material=MaterialConfig(ambient_only_steps=at(0.1), ambient_only_on_test=True),
         renderer=RendererConfig(num_samples_per_ray=256 if on_cpu else 512),
         trainer=TrainerConfig(
             log_every=min(10, at(0.02)), preview_every=at(0.2), checkpoint_every=at(0.25)

@@ -1,0 +1,147 @@
+"""`python -m dsd_fast.prior`: remake or replace the embedded prior, from 3D models to a diffusers folder.
+
+    python -m dsd_fast.prior pack --source sweethome3d-furniture_1.8-1_all.deb --out models.pack
+    python -m dsd_fast.prior render --pack models.pack --out views --views-per-model 200
+    torchrun --nproc-per-node gpu -m dsd_fast.prior train-vae --views views --out state
+    torchrun --nproc-per-node gpu -m dsd_fast.prior train-unet --views views --vae state --out state
+    python -m dsd_fast.prior export --state state --out dsd_fast/assets/prior
+    torchrun --nproc-per-node gpu -m dsd_fast.prior train-unet --views views --vae dsd_fast/assets/prior \\
+        --resume dsd_fast/assets/prior --out state   # another piece of training
+    python -m dsd_fast.prior evaluate --views views --out report
+    python -m dsd_fast.prior sheet --out report
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import catalogue, mesh
+
+
+@dataclass
+class PackConfig:
+    """From the furniture libraries to one compact file of models."""
+
+    # The .deb package, or a folder with the .sh3f libraries (anywhere below it).
+    source: Path
+    # File to write.
+    out: Path
+    # Processes.
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+
+@dataclass
+class RenderConfig:
+    """From packed models to views."""
+
+    # Packed models.
+    pack: Path
+    # Folder to write: 256 KiB a view.
+    out: Path
+    # Views of each model.
+    views_per_model: int = 144
+    # Processes, each with an EGL context.
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    # EGL device.
+    device_index: int = 0
+    # Seed of cameras, lights and paints.
+    seed: int = 0
+
+
+@dataclass
+class ExportConfig:
+    """From trained states to the folder that ships."""
+
+    # Folder with vae.safetensors, unet.safetensors, text_encoder.safetensors, tokenizer/ and scaling_factor.
+    state: Path
+    # Folder to write.
+    out: Path
+
+
+def pack(cfg: PackConfig) -> None:
+    """Load, clean and pack every usable model."""
+    with tempfile.TemporaryDirectory() as folder:
+        entries = catalogue.load(catalogue.unpack(cfg.source, Path(folder)))
+        mesh.write_pack(entries, cfg.out, cfg.workers, report("packed"))
+
+
+def render(cfg: RenderConfig) -> None:
+    """Render the views."""
+    from .render import render_views
+
+    render_views(
+        mesh.Pack(cfg.pack),
+        cfg.out,
+        cfg.views_per_model,
+        cfg.workers,
+        cfg.seed,
+        cfg.device_index,
+        report("rendered"),
+    )
+
+
+def report(verb: str) -> Callable[..., None]:
+    """A progress callback that prints now and then."""
+
+    def progress(done: int, total: int, *detail: str) -> None:
+        if done % 50 == 0 or done == total:
+            print(f"{verb} {done} of {total} models", *detail, flush=True)
+
+    return progress
+
+
+def export(cfg: ExportConfig) -> None:
+    """Write the diffusers StableDiffusionPipeline folder with its credits."""
+    from transformers import CLIPTokenizer
+
+    from . import models
+    from .credits import credits
+    from .train import load_part
+
+    tokenizer = CLIPTokenizer.from_pretrained(cfg.state / "tokenizer")
+    parts = {
+        "vae": models.build_vae(),
+        "unet": models.build_unet(),
+        "text_encoder": models.build_text_encoder(tokenizer),
+    }
+    for name, part in parts.items():
+        part.load_state_dict(load_part(cfg.state, name))
+    parts["vae"].register_to_config(
+        scaling_factor=float((cfg.state / "scaling_factor").read_text())
+    )
+    models.export_pipeline(cfg.out, tokenizer=tokenizer, **parts)
+    (cfg.out / "CREDITS.md").write_text(credits(), encoding="utf-8")
+
+
+def main() -> None:
+    import tyro
+
+    from . import evaluate, train
+
+    commands = {
+        "pack": (PackConfig, pack),
+        "render": (RenderConfig, render),
+        "train-vae": (train.VaeConfig, train.train_vae),
+        "train-unet": (train.UnetConfig, train.train_unet),
+        "export": (ExportConfig, export),
+        "evaluate": (evaluate.EvaluateConfig, evaluate.evaluate),
+        "sheet": (evaluate.EvaluateConfig, evaluate.sample_sheet),
+    }
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(__doc__)
+        raise SystemExit(f"expected one of: {', '.join(commands)}")
+    config, function = commands[sys.argv[1]]
+    result = function(
+        tyro.cli(config, args=sys.argv[2:], prog=f"python -m dsd_fast.prior {sys.argv[1]}")
+    )
+    if result is not None:
+        print(result)
+
+
+if __name__ == "__main__":
+    main()

