@@ -106,6 +106,13 @@ class Field(nn.Module):
                 f"grid.start_level: expected 1 to n_levels = {cfg.grid.n_levels}, "
                 f"got {cfg.grid.start_level}"
             )
+        if cfg.grid.update_steps < 1:
+            raise ValueError(
+                f"grid.update_steps: expected at least 1, got {cfg.grid.update_steps}; "
+                "start_level = n_levels unlocks every level at once"
+            )
+        if not cfg.radius > 0:
+            raise ValueError(f"radius: expected a positive number, got {cfg.radius}")
         self.cfg = cfg
         self.grid = HashGrid(
             cfg.grid.n_levels,
@@ -221,7 +228,7 @@ class Field(nn.Module):
         return -F.normalize(difference / eps, dim=-1, eps=1e-12)
 
     def _to_unit_cube(self, points: Tensor) -> Tensor:
-        return (points + self.cfg.radius) / (2 * self.cfg.radius)
+        return torch.add(0.5, points, alpha=0.5 / self.cfg.radius)
 
     def _bias(self, points: Tensor) -> Tensor | float:
         cfg = self.cfg

@@ -37,6 +37,9 @@ class OccupancyGrid(nn.Module):
 
     def __init__(self, cfg: OccupancyConfig, radius: float, step_size: float) -> None:
         super().__init__()
+        for name in ("resolution", "update_interval"):
+            if getattr(cfg, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(cfg, name)}")
         self.cfg = cfg
         self.radius = float(radius)
         self.step_size = float(step_size)

@@ -110,6 +110,9 @@ class Renderer(nn.Module):
 
     def __init__(self, cfg: RendererConfig, material: MaterialConfig | None = None) -> None:
         super().__init__()
+        for name in ("num_samples_per_ray", "eval_chunk_size", "radius"):
+            if not getattr(cfg, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(cfg, name)}")
         self.cfg = cfg
         self.material = material or MaterialConfig()
         # √3 as the official code rounds it.

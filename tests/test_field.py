@@ -264,6 +264,8 @@ def test_networks_follow_the_generator_and_the_grid_does_not():
         ({"density_bias": "cube"}, "density_bias: expected one of blob_magic3d"),
         ({"n_hidden_layers": 2}, "needs n_hidden_layers = 1"),
         ({"grid": GridConfig(n_levels=4, start_level=5)}, "start_level: expected 1 to"),
+        ({"grid": GridConfig(update_steps=0)}, "update_steps: expected at least 1"),
+        ({"radius": 0.0}, "radius: expected a positive"),
     ],
 )
 def test_bad_configurations(changes, message):

@@ -79,3 +79,9 @@ def test_resumes_from_its_state():
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.binary, second.binary)
     assert first.alpha_threshold() == second.alpha_threshold()
+
+
+@pytest.mark.parametrize("name", ["resolution", "update_interval"])
+def test_bad_configurations(name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        _grid(**{name: 0})

@@ -238,3 +238,9 @@ def test_step_size():
 def test_training_needs_a_generator():
     with pytest.raises(ValueError, match="generator"):
         _renderer()(Sphere(), _background(), _cameras(), 0, training=True)
+
+
+@pytest.mark.parametrize("name", ["num_samples_per_ray", "eval_chunk_size", "radius"])
+def test_bad_configurations(name):
+    with pytest.raises(ValueError, match=f"{name}: expected a positive number, got 0"):
+        _renderer(**{name: 0})
