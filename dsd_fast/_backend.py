@@ -39,6 +39,20 @@ def extension() -> ModuleType:
     return loaded
 
 
+def keep_freed_memory(device: torch.device) -> None:
+    """Make a run on the CPU keep the memory it frees, for the next step to take over.
+
+    The C library otherwise hands large buffers back, and each step spends half its time on first
+    touches of the same ones. It holds for the whole process and is not undone. Nothing happens for
+    another device, with the pure-torch reference, or where the C library is not glibc.
+
+    Raises:
+        ImportError: as `extension`.
+    """
+    if device.type == "cpu" and not use_reference():
+        extension().keep_freed_memory()
+
+
 def use_reference() -> bool:
     """True when ``DSD_BACKEND=torch`` asks for the pure-torch reference of every op.
 

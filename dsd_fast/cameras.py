@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -70,7 +70,8 @@ class CameraBatch:
     """B cameras, their lights and their rays; float32 tensors on one device.
 
     `elevation_deg`, `azimuth_deg` and `distance` are nominal: those drawn before the pose was
-    perturbed. They are what the guidance sees.
+    perturbed. They are what the guidance sees, and they stay on the CPU, where it decides by them:
+    fetching them from the device would make every step wait for it.
     """
 
     c2w: Tensor  # [B,4,4] camera-to-world, columns right, up, backward, position
@@ -79,9 +80,9 @@ class CameraBatch:
     rays_d: Tensor  # [B,H,W,3] unit ray directions
     light_positions: Tensor  # [B,3]
     camera_positions: Tensor  # [B,3]
-    elevation_deg: Tensor  # [B]
-    azimuth_deg: Tensor  # [B]
-    distance: Tensor  # [B]
+    elevation_deg: Tensor  # [B] on the CPU
+    azimuth_deg: Tensor  # [B] on the CPU
+    distance: Tensor  # [B] on the CPU
     height: int
     width: int
 
@@ -89,11 +90,10 @@ class CameraBatch:
         return self.c2w.shape[0]
 
     def to(self, device: torch.device | str) -> CameraBatch:
-        """The same cameras on another device."""
+        """The same cameras with pose, light and rays on another device."""
         moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor) and field.name != "rays_o"
+            name: getattr(self, name).to(device)
+            for name in ("c2w", "fovy", "rays_d", "light_positions", "camera_positions")
         }
         # Expanding again moves B·3 numbers instead of B·H·W·3.
         moved["rays_o"] = _expand_origins(moved["camera_positions"], self.height, self.width)
@@ -290,9 +290,9 @@ def _camera_batch(
         rays_d=rays_d,
         light_positions=light_positions.to(device),
         camera_positions=c2w[:, :3, 3],
-        elevation_deg=elevation_deg.to(device),
-        azimuth_deg=azimuth_deg.to(device),
-        distance=distance.to(device),
+        elevation_deg=elevation_deg,
+        azimuth_deg=azimuth_deg,
+        distance=distance,
         height=height,
         width=width,
     )

@@ -29,6 +29,7 @@ from dsd_fast.config import (
     resolve_device,
 )
 from dsd_fast.outputs import RunFolder
+from dsd_fast.pipes import reader_may_leave
 
 log = logging.getLogger(__name__)
 
@@ -163,12 +164,13 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
 
 
 def _parse_flags(flags: list[str], starting_values: TrainConfig) -> Command:
-    return tyro.cli(
-        Command,
-        prog="python -m dsd_fast.train",
-        args=flags,
-        default=Command(train=starting_values),
-    )
+    with reader_may_leave():
+        return tyro.cli(
+            Command,
+            prog="python -m dsd_fast.train",
+            args=flags,
+            default=Command(train=starting_values),
+        )
 
 
 def _newest_checkpoint(folder: RunFolder) -> Path | None:

@@ -17,9 +17,11 @@ from typing import Annotated
 import tyro
 
 from dsd_fast import checkpoint, cli, pictures
+from dsd_fast._backend import keep_freed_memory
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
 from dsd_fast.mesh import MeshError, make_mesh, write_glb
+from dsd_fast.pipes import reader_may_leave
 from dsd_fast.progress import set_up_logging
 from dsd_fast.scene import Scene
 
@@ -56,7 +58,8 @@ class ExportCommand:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 no surface, 2 wrong input."""
     set_up_logging()
-    command = tyro.cli(ExportCommand, prog="python -m dsd_fast.export", args=argv)
+    with reader_may_leave():
+        command = tyro.cli(ExportCommand, prog="python -m dsd_fast.export", args=argv)
     try:
         written = export(command)
     except (CheckpointError, ConfigError) as error:
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(command: ExportCommand) -> Path:
     """Do what the command says; returns the file that was written."""
     device = resolve_device(command.device)
+    keep_freed_memory(device)
     path, folder = cli.find_checkpoint(command.run)
     tree = checkpoint.load(path)
     cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import dsd_fast
+from dsd_fast.pipes import reader_may_leave
 
 PRIOR = Path(__file__).resolve().parent / "assets" / "prior"
 
@@ -143,8 +144,9 @@ def report() -> list[tuple[str, str]]:
 def main() -> None:
     lines = report()
     width = max(len(name) for name, _ in lines)
-    for name, finding in lines:
-        print(f"{name:<{width}}  {finding}")
+    with reader_may_leave():
+        for name, finding in lines:
+            print(f"{name:<{width}}  {finding}")
 
 
 if __name__ == "__main__":

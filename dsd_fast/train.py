@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast import checkpoint, cli, pictures, versions
+from dsd_fast._backend import keep_freed_memory
 from dsd_fast.cameras import RandomCameras
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
@@ -94,6 +95,7 @@ def train(
         log.info("%s is finished: nothing to do (more steps: --max-steps)", run.path)
         return
     log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, run.path)
+    keep_freed_memory(device)
 
     # Whatever can be wrong is found before the first step, and before an older run is replaced.
     with _errors_of_settings():

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import cuda_only
 
 from dsd_fast.cameras import (
     CameraConfig,
@@ -178,12 +179,26 @@ def test_turntable_closes():
     assert len(list(turntable(CameraConfig(), size=(1, 1)))) == 120
 
 
-def test_to_moves_everything(device):
-    camera = _sample(2, width=3, height=3).to(device)
-    tensors = [value for value in vars(camera).values() if isinstance(value, torch.Tensor)]
-    assert {tensor.device.type for tensor in tensors} == {device.type}
-    made_there = RandomCameras(CameraConfig(**SMALL)).sample(3, _generator(), device)
-    assert made_there.rays_d.device.type == device.type
+# What the guidance decides by, on the CPU.
+NOMINAL = {"elevation_deg", "azimuth_deg", "distance"}
+
+
+# The meta device stands in for a GPU where there is none.
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=cuda_only)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda device: _sample(2, width=3, height=3).to(device),
+        lambda device: RandomCameras(CameraConfig(**SMALL)).sample(3, _generator(), device),
+        lambda device: eval_camera(CameraConfig(), size=(3, 3), device=device),
+    ],
+    ids=["to", "sample", "eval_camera"],
+)
+def test_all_but_the_nominal_view_is_on_the_device(make, device):
+    tensors = {k: v for k, v in vars(make(device)).items() if isinstance(v, torch.Tensor)}
+    assert set(tensors) > NOMINAL
+    for name, tensor in tensors.items():
+        assert tensor.device.type == ("cpu" if name in NOMINAL else device), name
 
 
 def test_look_at_down_the_up_axis_of_the_world_is_finite_only_off_axis():

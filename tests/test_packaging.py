@@ -201,6 +201,17 @@ def test_info_without_extension_or_optional_pieces(monkeypatch) -> None:
     assert findings["embedded prior"].startswith("missing (nowhere)")
 
 
+@pytest.mark.parametrize("arguments", [["info"], ["train", "--help"], ["export", "--help"]])
+def test_a_reader_may_leave(arguments) -> None:
+    """`python -m dsd_fast.train --help | head` ends without a traceback."""
+    module, *flags = arguments
+    command = [sys.executable, "-m", f"dsd_fast.{module}", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (141, b"")
+
+
 def test_info_command() -> None:
     result = run_python("import runpy; runpy.run_module('dsd_fast.info', run_name='__main__')")
     assert result.returncode == 0, result.stderr
