@@ -66,9 +66,9 @@ class FieldConfig:
     density_activation: Literal["softplus", "exp", "trunc_exp"] = "softplus"
     # Where normals come from: the density's gradient (analytic), differences of densities
     # (finite_difference, finite_difference_laplacian), or a network of their own (pred).
-    normal_type: Literal[
-        "analytic", "finite_difference", "finite_difference_laplacian", "pred"
-    ] = "analytic"
+    normal_type: Literal["analytic", "finite_difference", "finite_difference_laplacian", "pred"] = (
+        "analytic"
+    )
     # Distance of the points of finite differences.
     finite_difference_normal_eps: float = 0.01
     # Neurons of the hidden layers.
