@@ -48,6 +48,25 @@ def at(
     return guidance.at_levels(latents, elevation, azimuth, t, t_delta)
 
 
+@TRAJECTORIES
+def test_mirrored_trajectory(trajectory: str) -> None:
+    """With the option, left and right see mirror images; officially they see the same picture."""
+    official, mirrored = (
+        make_guidance(trajectory=trajectory, mirror_trajectory=mirror) for mirror in (False, True)
+    )
+
+    def trajectory_noise(guidance: DSDGuidance, azimuth: float) -> Tensor:
+        zeros = torch.zeros(1, 4, 6, 6)
+        return guidance.at_levels(zeros, 10.0, azimuth, 500, 520).latents_noisy
+
+    left, right = (trajectory_noise(official, a) for a in (60.0, -60.0))
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+    torch.testing.assert_close(trajectory_noise(mirrored, 60.0), left, rtol=0, atol=0)
+    torch.testing.assert_close(trajectory_noise(mirrored, -60.0), left.flip(-1), rtol=0, atol=0)
+    torch.testing.assert_close(trajectory_noise(mirrored, 300.0), left.flip(-1), rtol=0, atol=0)
+    assert (left - left.flip(-1)).abs().max() > 0.1
+
+
 class TestTrajectory:
     def test_closed_form(self) -> None:
         """A constant noise prediction fixes the clean image, and with it every state."""
