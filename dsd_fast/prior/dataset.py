@@ -1,4 +1,4 @@
-"""Rendered views in GPU memory, composited over fresh backgrounds at every draw, and their captions as tokens."""
+"""Rendered views in GPU memory, over a fresh background at every draw, and their caption tokens."""
 
 from __future__ import annotations
 
@@ -11,25 +11,40 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import models
-from .captions import VIEWS
+from dsd_fast.prior import models
+from dsd_fast.prior.captions import OVERHEAD_DEG, VIEWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import CLIPTokenizer
 
-# one view in this many is never trained on
+# One view in this many is never trained on.
 HELD_OUT = 50
-# the frame's half height over the distance to the object, inverted: above it the object fills the view
+# Half a frame's height at the object is distance * tan(fovy / 2); its inverse is the zoom. Objects
+# have a radius of 0.6: above this zoom they fill most of the view.
 CLOSE_ZOOM = 0.95
+# Rows moved to the device at once: 1 GiB of pixels.
+UPLOAD_ROWS = 4096
+# Columns of CaptionTable.tokens: no view, then VIEWS in their order, then the empty caption.
+NO_VIEW, SIDE, FRONT, BACK = 0, *(1 + VIEWS.index(view) for view in ("side", "front", "back"))
+EMPTY = 1 + len(VIEWS)
+# Share of captions that name no view.
+PLAIN_SHARE = 0.1
 
 
 def composite(rgba: torch.Tensor, mirror: bool = False) -> torch.Tensor:
-    """Views uint8 [B,h,w,4] with straight alpha over random backgrounds -> [B,3,h,w] float32 in [-1,1].
+    """Views over random backgrounds.
 
-    Backgrounds are plain colours, a quarter of them greys, a quarter with a soft vertical gradient, as a training
-    loop with a learned and randomly replaced background shows them. `mirror` flips rows by a coin.
+    Backgrounds are plain colours, a quarter of them greys, a quarter with a soft vertical gradient,
+    as a training loop with a learned and randomly replaced background shows them.
+
+    Args:
+        rgba: [B,h,w,4] uint8 with straight alpha, on any device.
+        mirror: flip each image left to right by a coin.
+    Returns:
+        [B,3,h,w] float32 in [-1,1] on the device of `rgba`. Draws from torch's global generator of
+        that device.
     """
     batch, height = rgba.shape[:2]
     device = rgba.device
@@ -47,11 +62,61 @@ def composite(rgba: torch.Tensor, mirror: bool = False) -> torch.Tensor:
     return x * 2 - 1
 
 
-class Views:
-    """This process's share of the rendered views.
+META_COLUMNS = ("noun", "view", "azimuth", "elevation", "distance", "fovy", "caption")
 
-    Attributes: rgba uint8 [N,256,256,4]; noun, view int64 [N]; azimuth, elevation float32 [N] degrees; index int64
-    [N], the row in the whole set.
+
+def _open(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[str]]]:
+    """Pixels (memory-mapped), columns and index of a folder that `render_views` wrote.
+
+    Raises:
+        FileNotFoundError: the folder or one of its three files is missing.
+        ValueError: the files do not belong together.
+    """
+    names = ("rgba.npy", "meta.npz", "index.json")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: expected a folder of rendered views with rgba.npy, meta.npz and "
+            f"index.json, found no {' and no '.join(missing)}; "
+            "`python -m dsd_fast.prior render` writes one"
+        )
+    rgba = np.load(folder / "rgba.npy", mmap_mode="r")
+    with np.load(folder / "meta.npz") as file:
+        meta = {name: file[name] for name in META_COLUMNS if name in file}
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    absent = [name for name in META_COLUMNS if name not in meta]
+    absent += [name for name in ("nouns", "captions") if name not in index]
+    side = models.IMAGE_SIZE
+    if absent or rgba.shape[1:] != (side, side, 4) or rgba.dtype != np.uint8:
+        raise ValueError(
+            f"{folder}: expected views [N,{side},{side},4] uint8 with {', '.join(META_COLUMNS)}, "
+            f"nouns and captions, got {list(rgba.shape)} {rgba.dtype}"
+            + (f" without {', '.join(absent)}" if absent else "")
+            + "; render them again with `python -m dsd_fast.prior render`"
+        )
+    lengths = {name: len(column) for name, column in meta.items()}
+    if set(lengths.values()) != {len(rgba)}:
+        raise ValueError(
+            f"{folder}: rgba.npy has {len(rgba)} views, meta.npz {lengths}: the files come from "
+            "different runs; render them again with `python -m dsd_fast.prior render`"
+        )
+    return rgba, meta, index
+
+
+class Views:
+    """This process's share of the rendered views, in the memory of its device.
+
+    Attributes: `rgba` [N,256,256,4] uint8; `noun`, `view` [N] int64, indices into `noun_names` and
+    captions.VIEWS; `azimuth`, `elevation` [N] float32 in degrees; `index` [N] int64, the row in the
+    whole set; all on `device`.
+
+    Args:
+        folder: what `render_views` wrote.
+        rank, size: this process and how many share the views.
+        held_out: the one view in HELD_OUT that is never trained on, instead of all others.
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: the files do not belong together, or no view is left for this process.
     """
 
     def __init__(
@@ -62,13 +127,18 @@ class Views:
         size: int = 1,
         held_out: bool = False,
     ) -> None:
-        rgba = np.load(folder / "rgba.npy", mmap_mode="r")
-        meta = np.load(folder / "meta.npz")
+        rgba, meta, index = _open(folder)
         keep = np.flatnonzero((np.arange(len(rgba)) % HELD_OUT == 0) == held_out)[rank::size]
+        if len(keep) == 0:
+            raise ValueError(
+                f"{folder}: {len(rgba)} views leave none for process {rank} of {size}"
+                f"{' among those held out' if held_out else ''}; render more"
+            )
         self.device = device
         self.rgba = torch.empty((len(keep), *rgba.shape[1:]), dtype=torch.uint8, device=device)
-        for i in range(0, len(keep), 4096):
-            self.rgba[i : i + 4096] = torch.from_numpy(rgba[keep[i : i + 4096]]).to(device)
+        for i in range(0, len(keep), UPLOAD_ROWS):
+            part = keep[i : i + UPLOAD_ROWS]
+            self.rgba[i : i + UPLOAD_ROWS] = torch.from_numpy(rgba[part]).to(device)
 
         def column(name: str, dtype: torch.dtype) -> torch.Tensor:
             return torch.from_numpy(meta[name][keep]).to(device, dtype)
@@ -78,7 +148,7 @@ class Views:
         self.view = column("view", torch.int64)
         self.azimuth = column("azimuth", torch.float32)
         self.elevation = column("elevation", torch.float32)
-        self.noun_names: list[str] = json.loads((folder / "index.json").read_text())["nouns"]
+        self.noun_names: list[str] = index["nouns"]
         # Rarer nouns are drawn more often than their count of models would have it, and so are
         # views that an object fills: that is where the pixels are.
         count = self.noun.bincount(minlength=len(self.noun_names)).clamp(min=1)
@@ -93,20 +163,25 @@ class Views:
         return len(self.index)
 
     def free_images(self) -> None:
-        """Drop the pixels, once latents or features are there."""
+        """Drop the pixels, once latents or features are there; `batch` works no more."""
         self.rgba = self.rgba[:0]
 
     def sample(self, batch: int) -> torch.Tensor:
-        """Row numbers [batch] int64, weighted by noun."""
+        """Row numbers [batch] int64 on the device, drawn with weights, with replacement."""
         u = torch.rand(batch, device=self.device, dtype=torch.float64) * self._cumulative[-1]
         return torch.searchsorted(self._cumulative, u).clamp(max=len(self) - 1)
 
     def batch(
         self, batch: int, soften: float = 0.0, rows: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [batch,3,256,256] in [-1,1] over random backgrounds, and their rows.
+        """Images over random backgrounds.
 
-        `soften` is the share shrunk to a quarter and enlarged bilinearly, as a low-resolution render reaches the VAE.
+        Args:
+            soften: share of the images that is shrunk to a quarter and enlarged bilinearly, as a
+                low-resolution render reaches the VAE.
+            rows: [batch] int64 on the device, which views; drawn by `sample` when None.
+        Returns:
+            images [batch,3,256,256] float32 in [-1,1], and their rows.
         """
         rows = self.sample(batch) if rows is None else rows
         images = composite(self.rgba[rows])
@@ -119,22 +194,30 @@ class Views:
         return images, rows
 
     def noun_labels(self, nouns: Sequence[str]) -> torch.Tensor:
-        """Index into `nouns` of each row's noun, -1 where it is not among them: int64 [N]."""
+        """[N] int64: the index into `nouns` of each row's noun, -1 where it is not among them."""
         label = [nouns.index(n) if n in nouns else -1 for n in self.noun_names]
         return torch.tensor(label, device=self.device)[self.noun]
 
 
 class CaptionTable:
-    """Tokens of every caption of the views: [captions, 6, MAX_TOKENS]; the six are no view, side, front, back,
-    overhead, and the empty caption.
+    """Tokens of every caption of the views.
 
-    Each view has several wordings; the rows of `choices` [all views, wordings] say which.
+    Attributes: `tokens` [captions, 6, MAX_TOKENS] int64, each caption without a view, with each of
+    VIEWS, and the empty caption; `choices` [all views, wordings] int64, the captions of each view;
+    both on `device`; `tokenizer`.
+
+    Args:
+        folder: what `render_views` wrote.
+        tokenizer: of the model to go on from; None makes one for these captions.
+    Raises:
+        FileNotFoundError, ValueError: as `Views`; or a caption is too long.
     """
 
     def __init__(
         self, folder: Path, device: torch.device, tokenizer: CLIPTokenizer | None = None
     ) -> None:
-        captions = json.loads((folder / "index.json").read_text())["captions"]
+        _, meta, index = _open(folder)
+        captions = index["captions"]
         suffixes = [f", {view} view" for view in VIEWS]
         bases = [next((c.removesuffix(s) for s in suffixes if c.endswith(s)), c) for c in captions]
         unique = sorted(set(bases))
@@ -144,35 +227,41 @@ class CaptionTable:
         self.tokenizer = tokenizer or models.build_tokenizer(texts)
         tokens = models.tokenize(self.tokenizer, texts)
         self.tokens = tokens.view(len(unique), 2 + len(VIEWS), -1).to(device)
-        choices = of_caption[np.load(folder / "meta.npz")["caption"]]
-        self.choices = torch.from_numpy(choices).to(device)
+        self.choices = torch.from_numpy(of_caption[meta["caption"]]).to(device)
 
     def draw(
         self, views: Views, rows: torch.Tensor, interpolated: float, dropout: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Two token rows [B, MAX_TOKENS] each and the first's share [B] of the embedding.
+        """Captions of `rows`, as two texts to be embedded and mixed.
 
-        A row is captioned with its view's name (share 1), or, for a share `interpolated` of them, with the mix of
-        two views' captions that view-dependent guidance forms at its azimuth (DreamFusion's prompts as
-        interpolated by Perp-Neg, Armandpour et al. 2023): front to side to back.
+        A row is captioned with its view's name (or, one in ten, none), or, for a share
+        `interpolated` of them, with the mix of two views' captions that view-dependent guidance
+        forms at its azimuth (DreamFusion's prompts as interpolated by Perp-Neg, Armandpour et al.
+        2023): front to side to back. Overhead views are never mixed.
+
+        Args:
+            rows: [B] int64 rows of `views`.
+            dropout: share of rows with the empty caption.
+        Returns:
+            two token rows [B, MAX_TOKENS] int64 and the share [B] float32 of the first one's
+            embedding.
         """
         batch = len(rows)
         device = rows.device
         wording = torch.randint(self.choices.shape[1], (batch,), device=device)
         caption = self.choices[views.index[rows], wording]
-        side, front, back = 1, 2, 3
         view = views.view[rows] + 1
-        # one caption in ten names no view
-        plain = torch.where(torch.rand(batch, device=device) < 0.1, torch.zeros_like(view), view)
+        plain = torch.where(torch.rand(batch, device=device) < PLAIN_SHARE, NO_VIEW, view)
 
         a = (torch.remainder(views.azimuth[rows] + 180, 360) - 180).abs()
         near = a < 90
-        mixed = (torch.rand(batch, device=device) < interpolated) & (views.elevation[rows] <= 60)
-        first = torch.where(mixed, torch.where(near, front, side), plain)
-        second = torch.where(mixed, torch.where(near, side, back), plain)
+        mixed = torch.rand(batch, device=device) < interpolated
+        mixed &= views.elevation[rows] <= OVERHEAD_DEG
+        first = torch.where(mixed, torch.where(near, FRONT, SIDE), plain)
+        second = torch.where(mixed, torch.where(near, SIDE, BACK), plain)
         share = torch.where(mixed, torch.where(near, 1 - a / 90, 2 - a / 90), torch.ones_like(a))
 
         empty = torch.rand(batch, device=device) < dropout
-        first = torch.where(empty, 5, first)
-        second = torch.where(empty, 5, second)
+        first = torch.where(empty, EMPTY, first)
+        second = torch.where(empty, EMPTY, second)
         return self.tokens[caption, first], self.tokens[caption, second], share

@@ -1,8 +1,10 @@
 """The networks of the embedded prior, built from diffusers and transformers classes.
 
-A text-to-image latent diffusion model in Stable Diffusion's own parts, small enough to ship in a wheel and to run
-on a CPU: 256x256 images, 32x32x4 latents, a UNet of 9.3 M parameters (2.3 GFLOP a row), a VAE of 2.1 M
-(3.1 GFLOP an encoding) and a two-layer CLIP text transformer over a vocabulary of its own captions.
+A text-to-image latent diffusion model in Stable Diffusion's own parts (Rombach et al. 2022), small
+enough to ship in a wheel and to run on a CPU: 256x256 images, 32x32x4 latents, a UNet of 9.3 M
+parameters (2.3 GFLOP a row), a VAE of 2.1 M (3.1 GFLOP an encoding) and a two-layer CLIP text
+transformer over a vocabulary of its own captions. diffusers and transformers are imported when a
+network is built.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ SCHEDULER = {
 
 
 def build_vae() -> AutoencoderKL:
-    """A KL autoencoder of factor 8 with 4 latent channels, without attention, so that crops train it."""
+    """A KL autoencoder of factor 8 with 4 latent channels: float32, on the CPU, random weights.
+
+    Without attention, whose memory and time grow with the square of the image.
+    """
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -55,7 +60,11 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A UNet over 32x32 latents with cross-attention at 16x16 and 8x8."""
+    """A UNet over 32x32 latents with cross-attention at 16x16 and 8x8.
+
+    float32, on the CPU, random weights; predicts noise from latents [R,4,32,32], levels [R] and
+    text [R,L,TEXT_WIDTH].
+    """
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -75,8 +84,14 @@ def build_unet() -> UNet2DConditionModel:
 def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges make one token of every word in `captions`.
 
-    Other words still encode, letter by letter.
+    Other words still encode, by the pieces they share with these, at worst letter by letter.
+
+    Raises:
+        ValueError: no captions.
     """
+    texts = sorted(set(captions))
+    if not any(texts):
+        raise ValueError("build_tokenizer: expected captions, got none that has a word")
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -92,16 +107,15 @@ def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
         end_of_word_suffix="</w>",
         show_progress=False,
     )
-    bpe.train_from_iterator(sorted(set(captions)), trainer)
+    bpe.train_from_iterator(texts, trainer)
     state = json.loads(bpe.to_str())["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["merges"]]
     tokens = letters + [f"{c}</w>" for c in letters] + ["".join(m) for m in merges]
     vocab: dict[str, int] = {}
     for token in [*tokens, "<|startoftext|>", "<|endoftext|>"]:
         vocab.setdefault(token, len(vocab))
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # the one constructor that every transformers version has
+    # Files are the one constructor that every transformers version has.
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
         lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
         (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n")
@@ -116,7 +130,10 @@ def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer causal CLIP text transformer of width 128 for `tokenizer`."""
+    """A two-layer causal CLIP text transformer for `tokenizer`.
+
+    float32, on the CPU, random weights; ids [K,MAX_TOKENS] give [K,MAX_TOKENS,TEXT_WIDTH].
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -137,7 +154,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """Token ids [K, MAX_TOKENS] int64, padded; raises ValueError where a caption is too long."""
+    """Token ids [K, MAX_TOKENS] int64 on the CPU, padded with the end token.
+
+    Raises:
+        ValueError: a caption has more tokens than fit.
+    """
     ids = tokenizer(
         captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt"
     ).input_ids
@@ -148,17 +169,6 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return ids
 
 
-def alphas_cumprod() -> torch.Tensor:
-    """Cumulative products of 1 - beta [1000] float32 of SCHEDULER."""
-    start, end, count = (
-        SCHEDULER["beta_start"],
-        SCHEDULER["beta_end"],
-        SCHEDULER["num_train_timesteps"],
-    )
-    betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, 0).float()
-
-
 def export_pipeline(
     out: Path,
     vae: AutoencoderKL,
@@ -166,7 +176,14 @@ def export_pipeline(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
 ) -> None:
-    """Write the parts as a diffusers StableDiffusionPipeline folder, safetensors in float16."""
+    """Write the parts as a diffusers StableDiffusionPipeline folder, safetensors in float16.
+
+    The modules are converted in place. The scaling factor of the latents is taken from
+    `vae.config`.
+
+    Raises:
+        OSError: `out` cannot be written.
+    """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
@@ -179,8 +196,12 @@ def export_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out, safe_serialization=True)
-    # transformers 4 reads the two files of the original CLIP, transformers 5 tokenizer.json: ship both
-    bpe = json.loads((out / "tokenizer" / "tokenizer.json").read_text())["model"]
-    (out / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"]))
-    merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
-    (out / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    # transformers 4 writes and reads the two files of the original CLIP, transformers 5
+    # tokenizer.json: where the latter was written, ship the former too.
+    tables = out / "tokenizer" / "tokenizer.json"
+    if tables.is_file():
+        bpe = json.loads(tables.read_text(encoding="utf-8"))["model"]
+        (out / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"]), encoding="utf-8")
+        merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
+        lines = ["#version: 0.2", *merges]
+        (out / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

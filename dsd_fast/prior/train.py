@@ -1,8 +1,9 @@
-"""Training of the embedded prior: first the VAE on rendered views, then the UNet and its text encoder on latents.
+"""Training of the embedded prior: the VAE on rendered views, then UNet and text encoder on latents.
 
-One process a GPU (start it with torchrun for more than one); every process holds its share of the views in GPU
-memory. A run is bounded by wall-clock minutes, because that is what a borrowed GPU is counted in: the learning rate
-follows the elapsed share of the budget, and the state written at the end lets the next piece go on from it.
+One process a GPU (start it with torchrun for more than one); every process holds its share of the
+views in GPU memory. A run is bounded by wall-clock minutes, because that is what a borrowed GPU is
+counted in: the learning rate follows the elapsed share of the budget, and the averaged weights
+written at the end let the next piece go on from them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,18 +21,28 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from . import models
-from .dataset import CaptionTable, Views, composite
+from dsd_fast.diffusion import noise_schedule
+from dsd_fast.prior import models
+from dsd_fast.prior.dataset import CaptionTable, Views, composite
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-N_TIMESTEPS = 1000
+# Steps between two looks at the clock where several processes have to agree on it.
+CLOCK_STEPS = 20
+LOG_STEPS = 100
+WARM_UP_STEPS = 300
+# Least weight of a noise level before the mean is made one.
+MIN_WEIGHT = 0.3
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig:
-    """Settings of one training piece."""
+    """Settings of one training piece.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
 
     # Folder of rendered views (see `render`).
     views: Path
@@ -54,8 +65,20 @@ class TrainConfig:
     # Seed of initialisation and draws.
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _expect("minutes", self.minutes, "more than 0", self.minutes > 0)
+        _expect("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
+        _expect("lr", self.lr, "more than 0", self.lr > 0)
+        _expect("hold", self.hold, "0 or more and below 1", 0 <= self.hold < 1)
+        _expect("ema_decay", self.ema_decay, "0 or more and below 1", 0 <= self.ema_decay < 1)
 
-@dataclass
+
+def _expect(name: str, value: float, expected: str, is_right: bool) -> None:
+    if not is_right:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+@dataclass(kw_only=True)
 class VaeConfig(TrainConfig):
     """Settings of the VAE's training."""
 
@@ -65,25 +88,37 @@ class VaeConfig(TrainConfig):
     kl_weight: float = 3e-4
 
 
-@dataclass
+@dataclass(kw_only=True)
 class UnetConfig(TrainConfig):
     """Settings of the UNet's training."""
 
     # Trained VAE: a folder that `train-vae` wrote, or a diffusers folder.
-    vae: Path = field(default_factory=Path)
+    vae: Path
     # Encodings of each view, each on another background and mirrored by a coin.
     encodings: int = 3
     # Share of rows trained without a caption, for classifier-free guidance (Ho and Salimans 2022).
     caption_dropout: float = 0.1
-    # Share of captioned rows whose embedding is interpolated between views by azimuth, as Perp-Neg guidance will ask.
+    # Share of captioned rows whose embedding is interpolated between views by azimuth, as Perp-Neg
+    # guidance will ask.
     interpolated: float = 0.5
-    # Largest weight of the noisy levels, where what and which side is shown is decided: rows weigh 1/sqrt(SNR), at
-    # most this and at least 0.3. Plain noise prediction nearly ignores them.
+    # Largest weight of the noisy levels, where what and which side is shown is decided: rows weigh
+    # 1/sqrt(SNR), at most this and at least 0.3. Plain noise prediction nearly ignores them.
     max_weight: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect("encodings", self.encodings, "at least 1", self.encodings >= 1)
+        _expect("max_weight", self.max_weight, "at least 0.3", self.max_weight >= MIN_WEIGHT)
+        for name in ("caption_dropout", "interpolated"):
+            share = getattr(self, name)
+            _expect(name, share, "a share from 0 to 1", 0 <= share <= 1)
 
 
 class World:
-    """The processes of this run: rank, count, device, and the few collectives that training needs."""
+    """The processes of this run, as torchrun describes them in the environment; one without it.
+
+    Attributes: `rank`, `size`, and `device`, this process's CUDA device, or the CPU without CUDA.
+    """
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -97,6 +132,7 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo")
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes, in one all-reduce."""
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -117,23 +153,34 @@ class World:
         return float(box)
 
     def close(self) -> None:
+        """Leave the group of processes."""
         if self.size > 1:
             dist.destroy_process_group()
 
 
 class Trainer:
-    """AdamW with an EMA over several modules, timed by the wall clock."""
+    """AdamW with an EMA over several modules, timed by the wall clock from its making on.
+
+    Args:
+        modules: by name of the part (vae, unet, text_encoder), on the world's device; they start
+            from `cfg.resume` where there is one.
+    Raises:
+        FileNotFoundError: `cfg.resume` lacks a part.
+        ValueError: the part does not fit the network.
+        OSError: the output folder cannot be made.
+    """
 
     def __init__(self, cfg: TrainConfig, world: World, modules: dict[str, torch.nn.Module]) -> None:
         self.cfg, self.world = cfg, world
         self.modules = modules
-        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        # At the start, so that a wrong folder does not cost a training.
+        cfg.out.mkdir(parents=True, exist_ok=True)
         if cfg.resume is not None:
             for name, module in modules.items():
-                module.load_state_dict(load_part(cfg.resume, name))
+                load_weights(module, cfg.resume, name)
+        self.parameters = [p for m in modules.values() for p in m.parameters()]
         self.ema = {name: copy.deepcopy(m).requires_grad_(False) for name, m in modules.items()}
         self._ema_parameters = [p for name in modules for p in self.ema[name].parameters()]
-        self._all_parameters = [p for m in modules.values() for p in m.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=cfg.lr,
@@ -146,19 +193,29 @@ class Trainer:
         self.progress = 0.0
 
     def tick(self) -> bool:
-        """Set the learning rate for the next step; False when the budget is spent."""
-        if self.step_count % 20 == 0:
+        """Set the learning rate for the next step; False when the budget is spent.
+
+        Raises:
+            ValueError: the budget was spent before the first step.
+        """
+        if self.world.size == 1 or self.step_count % CLOCK_STEPS == 0:
             elapsed = (time.monotonic() - self.start) / (60 * self.cfg.minutes)
             self.progress = self.world.agree(min(elapsed, 1.0))
         if self.progress >= 1.0:
+            if self.step_count == 0:
+                raise ValueError(
+                    f"minutes: loading the data took all of the {self.cfg.minutes:g} minutes; "
+                    "allow more"
+                )
             return False
         fall = max(0.0, (self.progress - self.cfg.hold) / (1 - self.cfg.hold))
-        warm = min(1.0, (self.step_count + 1) / 300)
+        warm = min(1.0, (self.step_count + 1) / WARM_UP_STEPS)
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * fall))
         return True
 
     def update(self, loss: torch.Tensor) -> None:
+        """One step of the optimizer and of the moving average down the gradient of `loss`."""
         loss.backward()
         self.world.average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
@@ -167,10 +224,11 @@ class Trainer:
         self.step_count += 1
         steps = self.step_count
         decay = min(self.cfg.ema_decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(self._ema_parameters, self._all_parameters, 1 - decay)
+        torch._foreach_lerp_(self._ema_parameters, self.parameters, 1 - decay)
 
     def log(self, **values: torch.Tensor) -> None:
-        if self.step_count % 100 == 0 and self.world.rank == 0:
+        """Print 0-dim `values` now and then, on one process; reading them waits for the device."""
+        if self.step_count % LOG_STEPS == 0 and self.world.rank == 0:
             elapsed = time.monotonic() - self.start
             shown = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
             print(
@@ -178,20 +236,28 @@ class Trainer:
                 flush=True,
             )
 
-    def save(self, folder: Path) -> None:
-        """Write `<module>.safetensors`, the averaged weights in float16."""
+    def save(self) -> None:
+        """Write `<module>.safetensors` into the output folder: the averaged weights in float16."""
         if self.world.rank != 0:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         for name, module in self.ema.items():
-            state = {
-                k: v.to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()
-            }
-            save_file(state, folder / f"{name}.safetensors")
+            save_part(module, self.cfg.out, name)
+
+
+def save_part(module: torch.nn.Module, folder: Path, name: str) -> None:
+    """Write the weights of one part as `folder`/`name`.safetensors in float16."""
+    state = {k: v.to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()}
+    save_file(state, folder / f"{name}.safetensors")
 
 
 def load_part(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Float32 weights of one part (vae, unet, text_encoder) of a training's folder or a diffusers folder."""
+    """Weights of one part (vae, unet, text_encoder) of a training's folder or a diffusers folder.
+
+    Returns:
+        float32 tensors on the CPU by name.
+    Raises:
+        FileNotFoundError: the folder has no such part.
+    """
     candidates = [
         folder / f"{name}.safetensors",
         folder / name / "diffusion_pytorch_model.safetensors",
@@ -201,12 +267,38 @@ def load_part(folder: Path, name: str) -> dict[str, torch.Tensor]:
         if path.is_file():
             return {k: v.float() for k, v in load_file(path).items()}
     raise FileNotFoundError(
-        f"no weights of the {name}: expected one of {', '.join(map(str, candidates))}"
+        f"no weights of the {name}: expected one of {', '.join(map(str, candidates))}; "
+        "pass a folder that a training wrote, or a diffusers folder"
     )
 
 
+def load_weights(module: torch.nn.Module, folder: Path, name: str) -> None:
+    """Fill `module` with the weights that `load_part` finds.
+
+    Raises:
+        FileNotFoundError: the folder has no such part.
+        ValueError: the weights are of another network.
+    """
+    try:
+        module.load_state_dict(load_part(folder, name))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder}: the weights of the {name} are not of the network that is trained here "
+            f"({str(error).splitlines()[-1].strip()})"
+        ) from error
+
+
 def train_vae(cfg: VaeConfig) -> None:
-    """Train the autoencoder on views over random backgrounds; writes vae.safetensors."""
+    """Train the autoencoder on views over random backgrounds; writes vae.safetensors.
+
+    The loss is L1 + 2 L2 + L1 of the differences of neighbours + the KL term (Kingma and Welling
+    2014).
+
+    Raises:
+        FileNotFoundError, ValueError: unusable views or weights to go on from, or no time for a
+            step.
+        OSError: the output folder cannot be written.
+    """
     world = World()
     torch.manual_seed(cfg.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -232,14 +324,14 @@ def train_vae(cfg: VaeConfig) -> None:
         with torch.autocast(world.device.type, torch.bfloat16):
             output, kl = forward(images, noise)
         error = output - images
-        # edges weigh as much as areas: the difference of neighbours keeps thin legs and outlines sharp
+        # Edges weigh as much as areas: the difference of neighbours keeps thin legs and outlines
+        # sharp.
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         mse = error.square().mean()
         loss = error.abs().mean() + 2.0 * mse + edges + cfg.kl_weight * kl
         trainer.update(loss)
-        if trainer.step_count % 100 == 0:
-            trainer.log(psnr=10 * torch.log10(4 / mse.detach()), kl=kl.detach())
-    trainer.save(cfg.out)
+        trainer.log(psnr=10 * torch.log10(4 / mse.detach()), kl=kl.detach())
+    trainer.save()
     world.close()
 
 
@@ -247,17 +339,18 @@ def train_vae(cfg: VaeConfig) -> None:
 def encode_views(
     vae: torch.nn.Module, views: Views, encodings: int, batch: int = 256
 ) -> torch.Tensor:
-    """Latents [encodings, N, 4, 32, 32] float16 of this process's views, unscaled, each on a fresh background."""
+    """Latents of this process's views, each on a fresh background and mirrored by a coin.
+
+    Args:
+        vae: AutoencoderKL on the device of `views`, left in evaluation mode.
+        batch: images encoded at once.
+    Returns:
+        [encodings, N, 4, 32, 32] float16 on that device, posterior samples without the scaling
+        factor.
+    """
     vae.eval()
-    out = torch.empty(
-        encodings,
-        len(views),
-        4,
-        models.LATENT_SIZE,
-        models.LATENT_SIZE,
-        dtype=torch.float16,
-        device=views.device,
-    )
+    shape = encodings, len(views), 4, models.LATENT_SIZE, models.LATENT_SIZE
+    out = torch.empty(shape, dtype=torch.float16, device=views.device)
     for k in range(encodings):
         for i in range(0, len(views), batch):
             rows = torch.arange(i, min(i + batch, len(views)), device=views.device)
@@ -269,48 +362,70 @@ def encode_views(
     return out
 
 
-def _tokenizer_of(resume: Path | None) -> CLIPTokenizer | None:
-    """The tokenizer of the model to go on from: its numbering of words must not change."""
-    if resume is None:
-        return None
+def _inherited(resume: Path) -> tuple[CLIPTokenizer, float]:
+    """Tokenizer and scaling factor of the model to go on from: what its weights were trained with.
+
+    Raises:
+        FileNotFoundError: no diffusers folder.
+    """
+    config = resume / "vae" / "config.json"
+    missing = [path for path in (config, resume / "tokenizer") if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"resume: expected a diffusers folder, such as `export` writes, with {missing[0]}"
+        )
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(resume / "tokenizer")
+    scale = json.loads(config.read_text(encoding="utf-8"))["scaling_factor"]
+    return CLIPTokenizer.from_pretrained(resume / "tokenizer"), float(scale)
+
+
+def level_weights(alphas: torch.Tensor, max_weight: float) -> torch.Tensor:
+    """Weight of each noise level in the loss: 1/sqrt(SNR) within [MIN_WEIGHT, max_weight], mean 1.
+
+    alphas: [T] float32, the cumulative products; SNR is alpha / (1 - alpha). Returns [T] float32.
+    """
+    weights = ((1 - alphas) / alphas).sqrt().clamp(MIN_WEIGHT, max_weight)
+    return weights / weights.mean()
 
 
 def train_unet(cfg: UnetConfig) -> None:
-    """Train the UNet and the text encoder on the VAE's latents; writes unet and text_encoder states."""
+    """Train UNet and text encoder to predict the noise of the VAE's latents.
+
+    Writes unet.safetensors, text_encoder.safetensors, vae.safetensors, the tokenizer and the
+    latents' scaling factor: what `export` needs.
+
+    Raises:
+        FileNotFoundError, ValueError: unusable views, VAE or model to go on from, or no time for a
+            step.
+        OSError: the output folder cannot be written.
+    """
     world = World()
     torch.manual_seed(cfg.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device = world.device
-    table = CaptionTable(cfg.views, device, _tokenizer_of(cfg.resume))
+    # Before anything that takes time: a missing piece shows at once.
+    tokenizer, scale = (None, None) if cfg.resume is None else _inherited(cfg.resume)
+    vae = models.build_vae().to(device, memory_format=torch.channels_last)
+    load_weights(vae, cfg.vae, "vae")
+    table = CaptionTable(cfg.views, device, tokenizer)
     unet = models.build_unet().to(device, memory_format=torch.channels_last)
     text_encoder = models.build_text_encoder(table.tokenizer).to(device)
     trainer = Trainer(cfg, world, {"unet": unet, "text_encoder": text_encoder})
     torch.manual_seed(cfg.seed + 1000 + world.rank)
 
     views = Views(cfg.views, device, world.rank, world.size)
-    vae = models.build_vae().to(device, memory_format=torch.channels_last)
-    vae.load_state_dict(load_part(cfg.vae, "vae"))
     latents = encode_views(vae, views, cfg.encodings)
-    if cfg.resume is not None:
-        scale = float(
-            json.loads((cfg.resume / "vae" / "config.json").read_text())["scaling_factor"]
-        )
-    else:  # rank 0 decides, so that all train the same model
+    if scale is None:  # rank 0 decides, so that all train the same model
         scale = world.agree(1.0 / float(latents[:, ::7].float().std()))
     latents *= scale
     views.free_images()
     if world.rank == 0:
-        print(
-            f"{latents.shape[0]} x {latents.shape[1]} latents a process, scaling factor {scale:.5f}",
-            flush=True,
-        )
+        count, each = latents.shape[:2]
+        print(f"{count} x {each} latents a process, scaling factor {scale:.5f}", flush=True)
 
-    alphas = models.alphas_cumprod().to(device)
-    weights = ((1 - alphas) / alphas).sqrt().clamp(0.3, cfg.max_weight)
-    weights /= weights.mean()
+    alphas = noise_schedule.alphas_cumprod(models.SCHEDULER).to(device)
+    weights = level_weights(alphas, cfg.max_weight)
     forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
     batch = cfg.batch_size
     while trainer.tick():
@@ -318,27 +433,23 @@ def train_unet(cfg: UnetConfig) -> None:
         x0 = latents[torch.randint(cfg.encodings, (batch,), device=device), rows].float()
         first, second, share = table.draw(views, rows, cfg.interpolated, cfg.caption_dropout)
         noise = torch.randn_like(x0)
-        # stratified timesteps: the same distribution, less noise in the loss
+        # Stratified timesteps: the same distribution, less noise in the loss.
         u = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
-        t = (
-            (u[torch.randperm(batch, device=device)] * N_TIMESTEPS)
-            .long()
-            .clamp(max=N_TIMESTEPS - 1)
-        )
+        u = u[torch.randperm(batch, device=device)]
+        t = (u * len(alphas)).long().clamp(max=len(alphas) - 1)
         a = alphas[t].view(-1, 1, 1, 1)
-        noisy = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(
-            memory_format=torch.channels_last
-        )
+        noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             both = text_encoder(torch.cat([first, second])).last_hidden_state
             text = torch.lerp(both[batch:], both[:batch], share.view(-1, 1, 1).to(both.dtype))
             prediction = forward(noisy, t, text, return_dict=False)[0]
         loss = (weights[t] * (prediction.float() - noise).square().mean((1, 2, 3))).mean()
         trainer.update(loss)
-        if trainer.step_count % 100 == 0:
-            trainer.log(loss=loss.detach())
-    trainer.save(cfg.out)
+        trainer.log(loss=loss.detach())
+    trainer.save()
     if world.rank == 0:
-        (cfg.out / "scaling_factor").write_text(f"{scale:.6f}\n")
+        save_part(vae, cfg.out, "vae")
+        (cfg.out / "scaling_factor").write_text(f"{scale:.6f}\n", encoding="ascii")
         table.tokenizer.save_pretrained(cfg.out / "tokenizer")
     world.close()
