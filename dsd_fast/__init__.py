@@ -4,6 +4,8 @@
 triton is imported and no CUDA context is made before something needs one.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
     from dsd_fast.encoding import HashGrid as HashGrid
     from dsd_fast.ops import composite as composite
     from dsd_fast.ops import march as march
+
+# After each operation torch's OpenMP threads spin for some milliseconds in wait of the next one, on
+# the very cores that the compiled kernels' threads need; on a machine that does something else too,
+# that costs several times the work itself. OpenMP reads this once, when torch loads it.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Public name -> the module that defines it.
 _LAZY = {

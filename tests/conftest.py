@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+# As `import dsd_fast` does where it comes before torch, which here it does not.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # cuBLAS is deterministic only with a workspace of fixed size, chosen before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data"
 

@@ -62,6 +62,17 @@ def test_bare_import_does_not_even_load_torch() -> None:
     assert result.stdout.strip() == "False", result.stderr
 
 
+@pytest.mark.parametrize(
+    "imports, given, policy",
+    [("dsd_fast", None, "PASSIVE"), ("dsd_fast", "ACTIVE", "ACTIVE"), ("torch, dsd_fast", None, "")],
+)
+def test_threads_of_torch_do_not_spin(imports, given, policy, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    code = f"import os, {imports}; print(os.environ.get('OMP_WAIT_POLICY', ''))"
+    result = run_python(code, **({"OMP_WAIT_POLICY": given} if given else {}))
+    assert result.stdout.strip() == policy, result.stderr
+
+
 def test_version_and_lazy_names() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", dsd_fast.__version__)
     for name in dsd_fast.__all__:
