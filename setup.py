@@ -1,12 +1,6 @@
 """Builds dsd_fast/_C through CMakeLists.txt; everything else about the package is pyproject.toml.
 
-Environment:
-    DSD_CUDA        1: the CUDA backend must be built; 0: CPU only; unset: CUDA if nvcc is found.
-    DSD_CUDA_ARCHS  architectures, e.g. "8.6;8.9" or "89+PTX" (TORCH_CUDA_ARCH_LIST is the second
-                    choice); unset: every consumer card since Turing and PTX of the newest.
-    DSD_SANITIZE    sanitizers for the CPU backend, e.g. "address,undefined".
-    CUDA_HOME       the CUDA toolkit to use; else nvcc on PATH, else the nvidia-cuda-nvcc wheel.
-    MAX_JOBS        compile at most so many files at once.
+The environment variables that it reads are in docs/environment.md.
 """
 
 import os
@@ -188,7 +182,7 @@ setup(
     packages=[*find_packages(include=["dsd_fast", "dsd_fast.*"]), "dsd_fast.kernels"],
     package_dir={"dsd_fast.kernels": "kernels"},
     include_package_data=False,
-    package_data={"dsd_fast": ["assets/**/*", "py.typed"]},
+    package_data={"dsd_fast": ["assets/**/*", "py.typed"], "dsd_fast.prior": ["*.tsv"]},
     ext_modules=[Extension("dsd_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=build_requirements,
