@@ -64,7 +64,11 @@ def test_bare_import_does_not_even_load_torch() -> None:
 
 @pytest.mark.parametrize(
     "imports, given, policy",
-    [("dsd_fast", None, "PASSIVE"), ("dsd_fast", "ACTIVE", "ACTIVE"), ("torch, dsd_fast", None, "")],
+    [
+        ("dsd_fast", None, "PASSIVE"),
+        ("dsd_fast", "ACTIVE", "ACTIVE"),
+        ("torch, dsd_fast", None, ""),
+    ],
 )
 def test_threads_of_torch_do_not_spin(imports, given, policy, monkeypatch) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY")

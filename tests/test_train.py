@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import imageio_ffmpeg
 import pytest
 import torch
 import trimesh
@@ -18,6 +17,8 @@ from dsd_fast import checkpoint, export, outputs
 from dsd_fast import train as module
 from dsd_fast.config import TrainConfig, from_dict
 from dsd_fast.scene import Scene
+
+imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
 DATA = Path(__file__).parent / "data"
 

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Runs the operators' CUDA tests under compute-sanitizer, which the CUDA toolkit brings:
+#   bash tests/sanitize_cuda.sh
+# memcheck sees every CUDA test. racecheck, which is many times slower, sees every kernel once, in
+# small tests; it looks for races in shared memory.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+[ -x "$sanitizer" ] || { echo "no compute-sanitizer: set CUDA_HOME or PATH" >&2; exit 1; }
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "torch sees no CUDA GPU" >&2; exit 1; }
+
+# torch's caching allocator would hide an access that ends in another tensor's memory.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+check() {
+    local tool=$1
+    shift
+    "$sanitizer" --tool "$tool" --error-exitcode 1 python -m pytest -q -p no:cacheprovider "$@"
+}
+
+check memcheck -k "cuda and not compiles_without_graph_breaks" \
+    tests/test_{hashgrid,sh,march,composite,occupancy}.py
+
+# Two and four features; with and without normals.
+check racecheck \
+    "tests/test_hashgrid.py::test_kernels_agree_with_the_reference[cuda-None-65-F2]" \
+    "tests/test_hashgrid.py::test_kernels_agree_with_the_reference[cuda-None-65-F4]" \
+    "tests/test_sh.py::test_kernels_agree_with_the_reference_in_float64[cuda-257]" \
+    "tests/test_march.py::test_same_samples_as_reference[cuda-grid=7-occupied=0.5]" \
+    "tests/test_composite.py::test_forward_and_gradients[cuda-density=50.0]" \
+    "tests/test_composite.py::test_golden[cuda-compiled]" \
+    "tests/test_composite.py::test_visibility[cuda-0.001]" \
+    "tests/test_occupancy.py::test_update[cuda-1000-333]" \
+    "tests/test_occupancy.py::test_threshold[cuda-above-1024]"
