@@ -1,12 +1,12 @@
-"""`python -m dsd_fast.prior`: remake or replace the embedded prior, from 3D models to a diffusers folder.
+"""Remake or replace the embedded prior, from 3D models to a diffusers folder.
 
     python -m dsd_fast.prior pack --source sweethome3d-furniture_1.8-1_all.deb --out models.pack
     python -m dsd_fast.prior render --pack models.pack --out views --views-per-model 200
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-vae --views views --out state
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-unet --views views --vae state --out state
     python -m dsd_fast.prior export --state state --out dsd_fast/assets/prior
-    torchrun --nproc-per-node gpu -m dsd_fast.prior train-unet --views views --vae dsd_fast/assets/prior \\
-        --resume dsd_fast/assets/prior --out state   # another piece of training
+    torchrun --nproc-per-node gpu -m dsd_fast.prior train-unet --views views \\
+        --vae dsd_fast/assets/prior --resume dsd_fast/assets/prior --out state   # another piece
     python -m dsd_fast.prior evaluate --views views --out report
     python -m dsd_fast.prior sheet --out report
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import catalogue, mesh
+from dsd_fast.prior import catalogue, mesh
 
 
 @dataclass
@@ -57,7 +57,8 @@ class RenderConfig:
 class ExportConfig:
     """From trained states to the folder that ships."""
 
-    # Folder with vae.safetensors, unet.safetensors, text_encoder.safetensors, tokenizer/ and scaling_factor.
+    # Folder that `train-unet` wrote: vae.safetensors, unet.safetensors, text_encoder.safetensors,
+    # tokenizer/ and scaling_factor.
     state: Path
     # Folder to write.
     out: Path
@@ -72,7 +73,7 @@ def pack(cfg: PackConfig) -> None:
 
 def render(cfg: RenderConfig) -> None:
     """Render the views."""
-    from .render import render_views
+    from dsd_fast.prior.render import render_views
 
     render_views(
         mesh.Pack(cfg.pack),
@@ -96,12 +97,23 @@ def report(verb: str) -> Callable[..., None]:
 
 
 def export(cfg: ExportConfig) -> None:
-    """Write the diffusers StableDiffusionPipeline folder with its credits."""
-    from transformers import CLIPTokenizer
+    """Write the diffusers StableDiffusionPipeline folder with its credits.
 
-    from . import models
-    from .credits import credits
-    from .train import load_part
+    Raises:
+        FileNotFoundError: the state lacks a piece.
+        ValueError: weights of other networks.
+    """
+    from dsd_fast.prior import models
+    from dsd_fast.prior.credits import credits
+    from dsd_fast.prior.train import load_weights
+
+    scale = cfg.state / "scaling_factor"
+    missing = [path for path in (scale, cfg.state / "tokenizer") if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"state: expected a folder that train-unet wrote, with {missing[0]}"
+        )
+    from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(cfg.state / "tokenizer")
     parts = {
@@ -110,18 +122,17 @@ def export(cfg: ExportConfig) -> None:
         "text_encoder": models.build_text_encoder(tokenizer),
     }
     for name, part in parts.items():
-        part.load_state_dict(load_part(cfg.state, name))
-    parts["vae"].register_to_config(
-        scaling_factor=float((cfg.state / "scaling_factor").read_text())
-    )
+        load_weights(part, cfg.state, name)
+    parts["vae"].register_to_config(scaling_factor=float(scale.read_text(encoding="ascii")))
     models.export_pipeline(cfg.out, tokenizer=tokenizer, **parts)
     (cfg.out / "CREDITS.md").write_text(credits(), encoding="utf-8")
 
 
 def main() -> None:
+    """Run the command named by the first argument, with the rest as its flags."""
     import tyro
 
-    from . import evaluate, train
+    from dsd_fast.prior import evaluate, train
 
     commands = {
         "pack": (PackConfig, pack),
@@ -130,7 +141,7 @@ def main() -> None:
         "train-unet": (train.UnetConfig, train.train_unet),
         "export": (ExportConfig, export),
         "evaluate": (evaluate.EvaluateConfig, evaluate.evaluate),
-        "sheet": (evaluate.EvaluateConfig, evaluate.sample_sheet),
+        "sheet": (evaluate.SampleConfig, evaluate.sample_sheet),
     }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__)

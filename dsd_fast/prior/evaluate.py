@@ -1,12 +1,14 @@
-"""What the prior can do, in figures: reconstruction of held-out views, and whether samples show what was asked.
+"""What the prior can do, in figures: reconstruction of held-out views, and whether samples show
+what was asked.
 
-The judge is a small head over ImageNet features, trained on real renders only; its own accuracy on held-out views
-is reported beside what it says of the samples.
+The judge is a small head over ImageNet features, trained on real renders only; its own accuracy on
+held-out views is reported beside what it says of the samples.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,40 +17,71 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .captions import VIEWS, frequent_nouns, has_front, with_article
-from .dataset import Views
-from .features import FEATURE_WIDTH, load_features
+from dsd_fast.prior.captions import VIEWS, frequent_nouns, has_front, with_article
+from dsd_fast.prior.dataset import Views
+from dsd_fast.prior.features import FEATURE_WIDTH, load_features
 
 if TYPE_CHECKING:
-    from ..diffusion import DiffusionModel
+    from PIL import Image
 
+    from dsd_fast.diffusion import DiffusionModel
 
 COUNTED_NOUNS = frequent_nouns(at_least=4)
+# The views that the accuracies of samples count: overhead is in the confusions alone.
+N_COUNTED_VIEWS = VIEWS.index("overhead")
+# Confusions of nouns that the report lists.
+N_CONFUSIONS = 40
+JUDGE_BATCH = 2048
 
 
-@dataclass
-class EvaluateConfig:
-    """Settings of the prior's evaluation."""
+@dataclass(kw_only=True)
+class SampleConfig:
+    """Settings of the samples.
 
-    # Folder of rendered views.
-    views: Path
+    Raises:
+        ValueError: fewer than one step.
+    """
+
     # Where the report and the sheet go.
     out: Path
     # Model to judge: a diffusers folder, or `embedded`.
     model: str = "embedded"
-    # Samples of each noun and view.
-    seeds: int = 8
-    # DDIM steps and guidance scale of the samples.
+    # DDIM steps of a sample.
     steps: int = 50
+    # Guidance scale of the samples.
     scale: float = 7.5
-    # Gradient steps of the judge.
-    judge_steps: int = 3000
     # Device.
     device: str = "cuda"
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(SampleConfig):
+    """Settings of the prior's evaluation.
+
+    Raises:
+        ValueError: fewer than one step or seed.
+    """
+
+    # Folder of rendered views.
+    views: Path
+    # Samples of each noun and view.
+    seeds: int = 8
+    # Gradient steps of the judge.
+    judge_steps: int = 3000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("seeds", "judge_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
 
 class Judge(nn.Module):
-    """Noun and view logits of an image's features."""
+    """Noun and view logits, [B,n_nouns] and [B,4], of features [B,FEATURE_WIDTH] float32."""
 
     def __init__(self, n_nouns: int) -> None:
         super().__init__()
@@ -62,68 +95,144 @@ class Judge(nn.Module):
         return self.noun(h), self.view(h)
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What images show and what the judge says, all [N] int64 on the CPU.
+
+    noun, said_noun index COUNTED_NOUNS; view, said_view index captions.VIEWS.
+    """
+
+    noun: torch.Tensor
+    view: torch.Tensor
+    said_noun: torch.Tensor
+    said_view: torch.Tensor
+
+    def counted(self) -> Verdicts:
+        """Those that the accuracies of samples count."""
+        keep = self.view < N_COUNTED_VIEWS
+        return Verdicts(*(x[keep] for x in (self.noun, self.view, self.said_noun, self.said_view)))
+
+    def _fronted(self) -> torch.Tensor:
+        return torch.tensor([has_front(name) for name in COUNTED_NOUNS])[self.noun]
+
+    def noun_accuracy(self) -> float:
+        return _mean(self.noun == self.said_noun)
+
+    def view_accuracy(self) -> float:
+        """Over the nouns that have a front."""
+        return _mean((self.view == self.said_view)[self._fronted()])
+
+    def noun_accuracy_by_noun(self) -> dict[str, float]:
+        return self._by_noun(self.noun == self.said_noun, fronted=False)
+
+    def view_accuracy_by_noun(self) -> dict[str, float]:
+        """Of the nouns that have a front, where there are images of them."""
+        return self._by_noun(self.view == self.said_view, fronted=True)
+
+    def _by_noun(self, right: torch.Tensor, fronted: bool) -> dict[str, float]:
+        present = set(self.noun.tolist())
+        return {
+            name: _mean(right[self.noun == k])
+            for k, name in enumerate(COUNTED_NOUNS)
+            if k in present and (has_front(name) or not fronted)
+        }
+
+    def noun_confusions(self) -> dict[str, int]:
+        """How often which noun was taken for which other, most frequent first."""
+        pairs = zip(self.noun.tolist(), self.said_noun.tolist(), strict=True)
+        wrong = Counter(
+            f"{COUNTED_NOUNS[a]} -> {COUNTED_NOUNS[b]}" for a, b in pairs if a != b
+        )
+        return dict(wrong.most_common(N_CONFUSIONS))
+
+    def view_confusion(self) -> dict[str, dict[str, int]]:
+        """Counts by view shown, then by view said, over the nouns that have a front."""
+        fronted = self._fronted()
+        pair = (self.view * len(VIEWS) + self.said_view)[fronted]
+        counts = pair.bincount(minlength=len(VIEWS) ** 2).view(len(VIEWS), -1).tolist()
+        return {view: dict(zip(VIEWS, row, strict=True)) for view, row in zip(VIEWS, counts)}
+
+
+def _mean(right: torch.Tensor) -> float:
+    """Share of True; NaN of nothing."""
+    return float(right.float().mean())
+
+
 @torch.no_grad()
 def view_features(
-    network: nn.Module, views: Views, rows: torch.Tensor, batch: int = 512
+    network: nn.Module, views: Views, rows: torch.Tensor, mirror: bool = False, batch: int = 512
 ) -> torch.Tensor:
-    """Features of `rows` of `views`, each over a random background, some softened as a small render would be."""
-    out = []
-    for part in rows.split(batch):
+    """Features of `rows` of `views`, each over a random background, some softened as a small render
+    would be.
+
+    Args:
+        rows: [N] int64.
+        mirror: flip every image left to right; a side stays a side, and a front a front.
+        batch: images at once.
+    Returns:
+        [N,FEATURE_WIDTH] float16 on the device of `views`.
+    """
+    features = torch.empty(
+        len(rows), FEATURE_WIDTH, dtype=torch.float16, device=views.device
+    )
+    for out, part in zip(features.split(batch), rows.split(batch), strict=True):
         images, _ = views.batch(len(part), rows=part, soften=0.2)
         with torch.autocast(images.device.type, torch.bfloat16):
-            out.append(network(images * 0.5 + 0.5).float())
-    return torch.cat(out)
+            out.copy_(network((images.flip(3) if mirror else images) * 0.5 + 0.5))
+    return features
+
+
+@torch.no_grad()
+def verdicts(
+    judge: Judge, features: torch.Tensor, noun: torch.Tensor, view: torch.Tensor
+) -> Verdicts:
+    """The judge's words on features [N,FEATURE_WIDTH] of images that show `noun`, `view` [N]."""
+    judge.eval()
+    said = [[x.argmax(1) for x in judge(f.float())] for f in features.split(JUDGE_BATCH)]
+    said_noun, said_view = (torch.cat(column) for column in zip(*said, strict=True))
+    return Verdicts(noun.cpu(), view.cpu(), said_noun.cpu(), said_view.cpu())
 
 
 def train_judge(
     network: nn.Module, train: Views, held_out: Views, steps: int
-) -> tuple[Judge, float, float]:
-    """A judge over COUNTED_NOUNS and its noun and view accuracies on held-out views of real renders.
+) -> tuple[Judge, Verdicts]:
+    """A judge over COUNTED_NOUNS, and what it says of held-out views of real renders.
 
-    The view accuracy counts nouns with a front only.
+    Every view is seen twice, over two backgrounds, once mirrored.
     """
     device = train.device
 
-    def data(views: Views, passes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def data(views: Views, mirrors: tuple[bool, ...]) -> tuple[torch.Tensor, ...]:
         labels = views.noun_labels(COUNTED_NOUNS)
         rows = (labels >= 0).nonzero().squeeze(1)
-        features = torch.cat([view_features(network, views, rows) for _ in range(passes)])
-        return features, labels[rows].repeat(passes), views.view[rows].repeat(passes)
+        features = torch.cat([view_features(network, views, rows, mirror) for mirror in mirrors])
+        return features, labels[rows].repeat(len(mirrors)), views.view[rows].repeat(len(mirrors))
 
-    features, nouns, seen = data(train, 2)
+    features, nouns, seen = data(train, (False, True))
     judge = Judge(len(COUNTED_NOUNS)).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     weight = 1 / nouns.bincount(minlength=len(COUNTED_NOUNS)).clamp(min=1).float().sqrt()
     for _ in range(steps):
-        rows = torch.randint(len(features), (2048,), device=device)
-        noun, view = judge(features[rows])
+        rows = torch.randint(len(features), (JUDGE_BATCH,), device=device)
+        noun, view = judge(features[rows].float())
         loss = F.cross_entropy(noun, nouns[rows], weight, label_smoothing=0.05)
         loss = loss + F.cross_entropy(view, seen[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-    judge.eval()
-    features, nouns, seen = data(held_out, 1)
-    with torch.no_grad():
-        noun, view = judge(features)
-    fronted = torch.tensor([has_front(n) for n in COUNTED_NOUNS], device=device)[nouns]
-    noun_accuracy = (noun.argmax(1) == nouns).float().mean()
-    view_accuracy = (view.argmax(1) == seen)[fronted].float().mean()
-    return judge, float(noun_accuracy), float(view_accuracy)
+    return judge, verdicts(judge, *data(held_out, (False,)))
 
 
 @torch.no_grad()
 def reconstruction_psnr(model: DiffusionModel, views: Views, limit: int = 2000) -> float:
-    """Mean PSNR (dB, images in [0,1]) of encoding and decoding held-out views over random backgrounds."""
+    """Mean PSNR (dB, images in [0,1]) of encoding and decoding `views` over random backgrounds."""
     values = []
     for part in torch.arange(min(limit, len(views)), device=views.device).split(100):
         images = views.batch(len(part), rows=part)[0] * 0.5 + 0.5
-        decoded = model.decode_latents(
-            model.encode_images(images, torch.Generator().manual_seed(0))
-        )
-        mse = (decoded.float().clamp(0, 1) - images).square().mean((1, 2, 3))
+        latents = model.encode_images(images, torch.Generator().manual_seed(0))
+        mse = (model.decode_latents(latents) - images).square().mean((1, 2, 3))
         values.append(-10 * torch.log10(mse))
     return float(torch.cat(values).mean())
 
@@ -132,7 +241,16 @@ def reconstruction_psnr(model: DiffusionModel, views: Views, limit: int = 2000) 
 def sample(
     model: DiffusionModel, prompts: list[str], noise: torch.Tensor, steps: int, scale: float
 ) -> torch.Tensor:
-    """DDIM samples (eta 0) with plain classifier-free guidance: noise [B,C,h,w] -> images [B,3,H,W] in [0,1]."""
+    """DDIM samples (eta 0) with plain classifier-free guidance.
+
+    Args:
+        prompts: B of them.
+        noise: [B,C,h,w] float32 on the model's device.
+    Returns:
+        [B,3,H,W] float32 in [0,1].
+    Raises:
+        ValueError: a prompt has more tokens than the model reads.
+    """
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler.from_pretrained(model.path, subfolder="scheduler")
@@ -148,33 +266,51 @@ def sample(
             times = torch.full((2 * len(z),), int(t), device=z.device)
             cond, uncond = model.predict_noise(torch.cat([z, z]), times, both).chunk(2)
             z = scheduler.step(uncond + scale * (cond - uncond), int(t), z, return_dict=False)[0]
-        images += [model.decode_latents(part).float().clamp(0, 1) for part in z.split(64)]
+        images += [model.decode_latents(part) for part in z.split(64)]
     return torch.cat(images)
 
 
 def seed_noise(model: DiffusionModel, seeds: list[int]) -> torch.Tensor:
-    """Starting noise [len(seeds),C,h,w], drawn on the CPU: the same on every device."""
+    """Starting noise [len(seeds),C,h,w] float32, drawn on the CPU: the same on every device."""
     shape = (model.latent_channels, model.latent_size, model.latent_size)
     return torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     )
 
 
-def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
-    """Judge a prior; writes report.json and returns it."""
-    from ..diffusion import load_model
+def _load(cfg: SampleConfig) -> DiffusionModel:
+    from dsd_fast.diffusion import load_model
 
     device = torch.device(cfg.device)
-    model = load_model(cfg.model, device, engine="eager")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {cfg.device} asked for, but torch finds no CUDA; use cpu")
+    return load_model(cfg.model, device, engine="eager")
+
+
+def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
+    """Judge a prior; writes report.json and returns it.
+
+    The accuracies of samples count side, front and back views; the confusions of views overhead
+    too. Views are counted over the nouns that have a front.
+
+    Raises:
+        FileNotFoundError, ValueError: unusable views, model or device.
+        ImportError: the extra `prior` is not installed.
+    """
+    model = _load(cfg)
+    device = model.device
     network = load_features(device)
     train = Views(cfg.views, device)
     held_out = Views(cfg.views, device, held_out=True)
     psnr = reconstruction_psnr(model, held_out)
-    judge, noun_accuracy, view_accuracy = train_judge(network, train, held_out, cfg.judge_steps)
+    judge, renders = train_judge(network, train, held_out, cfg.judge_steps)
     train.free_images()
 
     cases = [
-        (n, v, s) for n in range(len(COUNTED_NOUNS)) for v in range(3) for s in range(cfg.seeds)
+        (n, v, s)
+        for n in range(len(COUNTED_NOUNS))
+        for v in range(len(VIEWS))
+        for s in range(cfg.seeds)
     ]
     prompts = [
         f"{with_article(COUNTED_NOUNS[n], COUNTED_NOUNS[n])}, {VIEWS[v]} view" for n, v, _ in cases
@@ -182,33 +318,27 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
     noise = seed_noise(model, [1000 * n + s for n, _, s in cases]).to(device)
     images = sample(model, prompts, noise, cfg.steps, cfg.scale)
     with torch.no_grad():
-        logits = [judge(network(part)) for part in images.split(256)]
-    noun = torch.cat([a for a, _ in logits]).argmax(1).tolist()
-    view = torch.cat([b for _, b in logits]).argmax(1).tolist()
+        features = torch.cat([network(part) for part in images.split(256)])
+    asked_noun, asked_view, _ = torch.tensor(cases).unbind(1)
+    every = verdicts(judge, features, asked_noun, asked_view)
+    samples = every.counted()
 
-    right = [noun[i] == n for i, (n, _, _) in enumerate(cases)]
-    by_noun = {
-        name: sum(r for r, (n, _, _) in zip(right, cases, strict=True) if n == k) / (3 * cfg.seeds)
-        for k, name in enumerate(COUNTED_NOUNS)
-    }
-    confusions: dict[str, int] = {}
-    for i, (n, _, _) in enumerate(cases):
-        if noun[i] != n:
-            key = f"{COUNTED_NOUNS[n]} -> {COUNTED_NOUNS[noun[i]]}"
-            confusions[key] = confusions.get(key, 0) + 1
-    fronted = [i for i, (n, _, _) in enumerate(cases) if has_front(COUNTED_NOUNS[n])]
     report: dict[str, object] = {
         "reconstruction_psnr_db": psnr,
-        "judge_noun_accuracy_on_held_out_renders": noun_accuracy,
-        "judge_view_accuracy_on_held_out_renders": view_accuracy,
-        "sample_noun_accuracy": sum(right) / len(right),
-        "sample_view_accuracy": sum(view[i] == cases[i][1] for i in fronted) / len(fronted),
-        "samples": len(cases),
-        "by_noun": by_noun,
-        "confusions": dict(sorted(confusions.items(), key=lambda item: -item[1])[:40]),
+        "judge_noun_accuracy_on_held_out_renders": renders.noun_accuracy(),
+        "judge_view_accuracy_on_held_out_renders": renders.view_accuracy(),
+        "sample_noun_accuracy": samples.noun_accuracy(),
+        "sample_view_accuracy": samples.view_accuracy(),
+        "samples": len(samples.noun),
+        "by_noun": samples.noun_accuracy_by_noun(),
+        "confusions": samples.noun_confusions(),
+        "judge_view_accuracy_by_noun": renders.view_accuracy_by_noun(),
+        "sample_view_accuracy_by_noun": samples.view_accuracy_by_noun(),
+        "judge_view_confusion": renders.view_confusion(),
+        "sample_view_confusion": every.view_confusion(),
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
-    (cfg.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (cfg.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
 
 
@@ -240,23 +370,52 @@ SHEET_PROMPTS = (
 )
 
 
-def sample_sheet(cfg: EvaluateConfig) -> Path:
-    """The sheet of 24 prompts x 4 seeds x 4 views as a JPEG; returns its path."""
-    from PIL import Image
+SHEET_SEEDS = 4
+SHEET_COLUMNS = 4  # prompts in a row
+TILE = 120  # side of one sample
+TITLE = 18  # height of the prompt above its block
+GAP = 8  # around each block
 
-    from ..diffusion import load_model
 
-    device = torch.device(cfg.device)
-    model = load_model(cfg.model, device, engine="eager")
-    cases = [(p, s, v) for p in SHEET_PROMPTS for s in range(4) for v in VIEWS]
-    noise = seed_noise(model, [s for _, s, _ in cases]).to(device)
+def lay_out(images: torch.Tensor, prompts: tuple[str, ...]) -> Image.Image:
+    """A sheet of blocks, SHEET_COLUMNS to a row, each titled with its prompt.
+
+    Args:
+        images: [prompts, seeds, views, 3, H, W] float32 in [0,1]; a block's rows are seeds, its
+            columns views.
+    Returns:
+        an RGB image, at most 2000 pixels wide.
+    """
+    from PIL import Image, ImageDraw
+
+    n_seeds, n_views = images.shape[1:3]
+    small = F.interpolate(images.flatten(0, 2), (TILE, TILE), mode="area")
+    blocks = small.view(*images.shape[:3], 3, TILE, TILE).permute(0, 1, 4, 2, 5, 3)
+    blocks = blocks.reshape(len(prompts), n_seeds * TILE, n_views * TILE, 3)
+    pixels = (blocks.cpu() * 255).round().byte().numpy()
+    width, height = n_views * TILE + GAP, TITLE + n_seeds * TILE + GAP
+    rows = -(-len(prompts) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * width + GAP, rows * height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, prompt in enumerate(prompts):
+        left, top = GAP + i % SHEET_COLUMNS * width, GAP + i // SHEET_COLUMNS * height
+        draw.text((left, top), prompt, fill="black")
+        sheet.paste(Image.fromarray(pixels[i]), (left, top + TITLE))
+    return sheet
+
+
+def sample_sheet(cfg: SampleConfig) -> Path:
+    """Samples of 24 prompts x 4 seeds x 4 views as prior-samples.jpg; returns its path.
+
+    Raises:
+        FileNotFoundError, ValueError: unusable model or device.
+    """
+    model = _load(cfg)
+    cases = [(p, s, v) for p in SHEET_PROMPTS for s in range(SHEET_SEEDS) for v in VIEWS]
+    noise = seed_noise(model, [s for _, s, _ in cases]).to(model.device)
     images = sample(model, [f"{p}, {v} view" for p, _, v in cases], noise, cfg.steps, cfg.scale)
-    tile = 112
-    images = F.interpolate(images, (tile, tile), mode="area")
-    # a row shows two prompts, each as 4 seeds x 4 views side by side
-    grid = images.view(len(SHEET_PROMPTS) // 2, 2, 4, 4, 3, tile, tile)
-    grid = grid.permute(0, 2, 5, 1, 3, 6, 4).reshape(-1, 8 * tile, 3)
+    grid = images.view(len(SHEET_PROMPTS), SHEET_SEEDS, len(VIEWS), *images.shape[1:])
     cfg.out.mkdir(parents=True, exist_ok=True)
     path = cfg.out / "prior-samples.jpg"
-    Image.fromarray((grid.cpu() * 255).round().byte().numpy()).save(path, quality=88)
+    lay_out(grid, SHEET_PROMPTS).save(path, quality=88)
     return path

