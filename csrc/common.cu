@@ -11,7 +11,7 @@ void check(cudaError_t status, const char* what) {
                           cudaGetErrorString(status);
     if (status == cudaErrorNoKernelImageForDevice) {
         message +=
-            ". This build holds code for sm_ " DSD_CUDA_ARCHS
+            ". This build holds code for " DSD_CUDA_ARCHS
             "; rebuild with DSD_CUDA_ARCHS set to your GPU's architecture (8.9, say).";
     } else if (status == cudaErrorInsufficientDriver) {
         message += ". Update the NVIDIA driver, or build with an older CUDA toolkit (CUDA_HOME).";

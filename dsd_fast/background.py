@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast.mlp import MLP
-
-_N_HARMONICS = 9
+from dsd_fast.ops.sh import N_VALUES
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Background(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.network = MLP(
-            _N_HARMONICS,
+            N_VALUES,
             3,
             n_neurons=cfg.n_neurons,
             n_hidden_layers=cfg.n_hidden_layers,

@@ -25,9 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if (
-        os.name == "posix"
-    ):  # The new name itself reaches the disk with its directory; Windows has no such call.
+    # The new name itself reaches the disk with its directory; Windows has no such call.
+    if os.name == "posix":
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)

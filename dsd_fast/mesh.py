@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dsd_fast.files import replacing
+from dsd_fast.material import albedo_color
 
 log = logging.getLogger(__name__)
 
@@ -247,11 +248,10 @@ def _decimate(
 
 @torch.no_grad()
 def _albedo(field: torch.nn.Module, vertices: np.ndarray, device: torch.device) -> np.ndarray:
-    """The field's albedo [V, 3] at the vertices (the material's sigmoid of the features)."""
+    """The field's albedo [V, 3] at the vertices."""
     chunks = torch.from_numpy(vertices).split(QUERY_POINTS)
-    return torch.cat(
-        [field(p.to(device), normals=False).features.sigmoid().cpu() for p in chunks]
-    ).numpy()
+    colors = [albedo_color(field(p.to(device), normals=False).features).cpu() for p in chunks]
+    return torch.cat(colors).numpy()
 
 
 def _vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

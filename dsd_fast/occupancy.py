@@ -52,12 +52,13 @@ class OccupancyGrid(nn.Module):
         """The box: lower corner, upper corner."""
         return (-self.radius,) * 3 + (self.radius,) * 3
 
-    def alpha_threshold(self) -> float:
-        """Opacity under which a sample is dropped: min(max_threshold, mean of the cells).
+    def alpha_threshold(self) -> Tensor:
+        """Opacity under which a sample is dropped: min(max_threshold, mean of the cells), 0-dim.
 
-        Far below max_threshold in practice (about 3e-4 at the start): official behaviour.
+        Far below max_threshold in practice (about 3e-4 at the start): official behaviour. Stays on
+        the device: no step waits for it.
         """
-        return min(self.cfg.max_threshold, self.occs.mean().item())
+        return self.occs.mean().clamp(max=self.cfg.max_threshold)
 
     def fill(self) -> None:
         """Mark every cell as occupied."""

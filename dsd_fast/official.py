@@ -26,9 +26,9 @@ MISSING = "???"
 
 @dataclass(frozen=True)
 class Sets:
-    """The key sets these settings, after `convert`."""
+    """The key sets this setting, after `convert`."""
 
-    paths: tuple[str, ...]
+    path: str
     convert: Callable[[Any], Any] = lambda value: value
 
 
@@ -46,10 +46,6 @@ class Ignored:
     reason: str
 
 
-def _sets(path: str) -> Sets:
-    return Sets((path,))
-
-
 def _density_bias(value: Any) -> Any:
     return float(value) if isinstance(value, (int, float)) else value
 
@@ -63,17 +59,17 @@ def _precision(value: Any) -> str:
 
 def _group(official: str, ours: str, names: str) -> dict[str, Sets]:
     """Keys that have the same name on both sides."""
-    return {f"{official}.{name}": _sets(f"{ours}.{name}") for name in names.split()}
+    return {f"{official}.{name}": Sets(f"{ours}.{name}") for name in names.split()}
 
 
 _LOGGER = Ignored("metrics go to metrics.jsonl, there is no other logger")
 
 KEYS: dict[str, Sets | Only | Ignored] = {
-    "name": _sets("name"),
-    "tag": _sets("tag"),
-    "exp_root_dir": _sets("output"),
+    "name": Sets("name"),
+    "tag": Sets("tag"),
+    "exp_root_dir": Sets("output"),
     "use_timestamp": Only((False,)),
-    "seed": _sets("seed"),
+    "seed": Sets("seed"),
     # Data
     "data_type": Only(("random-camera-datamodule",)),
     **_group(
@@ -86,13 +82,13 @@ KEYS: dict[str, Sets | Only | Ignored] = {
         "eval_fovy_deg n_test_views",
     ),
     "data.eval_batch_size": Ignored("evaluation renders one view at a time"),
-    "data.n_val_views": _sets("pictures.preview_views"),
+    "data.n_val_views": Sets("pictures.preview_views"),
     "data.rays_d_normalize": Only((True,)),
     # Geometry
     "system_type": Only(("dsd-system",)),
     "system.geometry_type": Only(("implicit-volume",)),
-    "system.geometry.radius": _sets("field.radius"),
-    "system.geometry.density_bias": Sets(("field.density_bias",), _density_bias),
+    "system.geometry.radius": Sets("field.radius"),
+    "system.geometry.density_bias": Sets("field.density_bias", _density_bias),
     **_group(
         "system.geometry",
         "field",
@@ -101,15 +97,15 @@ KEYS: dict[str, Sets | Only | Ignored] = {
     ),
     "system.geometry.n_feature_dims": Only((3,)),
     "system.geometry.pos_encoding_config.otype": Only(("ProgressiveBandHashGrid",)),
-    "system.geometry.pos_encoding_config.n_features_per_level": _sets("field.grid.n_features"),
-    "system.geometry.pos_encoding_config.log2_hashmap_size": _sets("field.grid.log2_table_size"),
+    "system.geometry.pos_encoding_config.n_features_per_level": Sets("field.grid.n_features"),
+    "system.geometry.pos_encoding_config.log2_hashmap_size": Sets("field.grid.log2_table_size"),
     **_group(
         "system.geometry.pos_encoding_config",
         "field.grid",
         "n_levels base_resolution per_level_scale start_level start_step update_steps",
     ),
-    "system.geometry.mlp_network_config.n_neurons": _sets("field.n_neurons"),
-    "system.geometry.mlp_network_config.n_hidden_layers": _sets("field.n_hidden_layers"),
+    "system.geometry.mlp_network_config.n_neurons": Sets("field.n_neurons"),
+    "system.geometry.mlp_network_config.n_hidden_layers": Sets("field.n_hidden_layers"),
     "system.geometry.mlp_network_config.otype": Only(("VanillaMLP",)),
     "system.geometry.mlp_network_config.activation": Ignored("the networks always use ReLU"),
     "system.geometry.mlp_network_config.output_activation": Only(("none",)),
@@ -120,9 +116,8 @@ KEYS: dict[str, Sets | Only | Ignored] = {
         "system.material",
         "material",
         "ambient_light_color diffuse_light_color ambient_only_steps diffuse_prob textureless_prob "
-        "soft_shading",
+        "soft_shading ambient_only_on_test",
     ),
-    "system.material.ambient_only_on_test": _sets("material.ambient_only_on_test"),
     "system.background_type": Only(("neural-environment-map-background",)),
     "system.background.color_activation": Only(("sigmoid",)),
     **_group("system.background", "background", "random_aug random_aug_prob eval_color"),
@@ -137,20 +132,20 @@ KEYS: dict[str, Sets | Only | Ignored] = {
     ),
     # Prompt and guidance
     "system.prompt_processor_type": Only(("stable-diffusion-prompt-processor",)),
-    "system.prompt_processor.pretrained_model_name_or_path": _sets("model"),
-    "system.prompt_processor.prompt": _sets("prompt"),
-    "system.prompt_processor.negative_prompt": _sets("text.negative"),
-    "system.prompt_processor.prompt_front": _sets("text.front"),
-    "system.prompt_processor.prompt_side": _sets("text.side"),
-    "system.prompt_processor.prompt_back": _sets("text.back"),
-    "system.prompt_processor.prompt_overhead": _sets("text.overhead"),
-    "system.prompt_processor.view_dependent_prompt_front": _sets("text.prefix"),
-    "system.prompt_processor.use_perp_neg": _sets("guidance.use_perp_neg"),
+    "system.prompt_processor.pretrained_model_name_or_path": Sets("model"),
+    "system.prompt_processor.prompt": Sets("prompt"),
+    "system.prompt_processor.negative_prompt": Sets("text.negative"),
+    "system.prompt_processor.prompt_front": Sets("text.front"),
+    "system.prompt_processor.prompt_side": Sets("text.side"),
+    "system.prompt_processor.prompt_back": Sets("text.back"),
+    "system.prompt_processor.prompt_overhead": Sets("text.overhead"),
+    "system.prompt_processor.view_dependent_prompt_front": Sets("text.prefix"),
+    "system.prompt_processor.use_perp_neg": Sets("guidance.use_perp_neg"),
     "system.prompt_processor.use_cache": Ignored("embeddings take seconds and are made each run"),
     "system.prompt_processor.spawn": Ignored("the text encoder is released after use"),
     "system.guidance_type": Only(("stable-diffusion-dsd-guidance",)),
-    "system.guidance.pretrained_model_name_or_path": _sets("model"),
-    "system.guidance.view_dependent_prompting": _sets("text.view_dependent"),
+    "system.guidance.pretrained_model_name_or_path": Sets("model"),
+    "system.guidance.view_dependent_prompting": Sets("text.view_dependent"),
     **_group(
         "system.guidance",
         "guidance",
@@ -161,7 +156,7 @@ KEYS: dict[str, Sets | Only | Ignored] = {
         "the annealing always spans trainer.max_steps, so that the two cannot disagree"
     ),
     "system.guidance.half_precision_weights": Sets(
-        ("diffusion.dtype",), lambda value: "auto" if value else "float32"
+        "diffusion.dtype", lambda value: "auto" if value else "float32"
     ),
     **{
         f"system.guidance.{name}": Ignored("the official guidance never reads it either")
@@ -185,23 +180,23 @@ KEYS: dict[str, Sets | Only | Ignored] = {
     ),
     "system.optimizer.name": Only(("Adam",)),
     "system.optimizer.args.lr": Ignored("both parameter groups have a rate of their own"),
-    "system.optimizer.args.betas": _sets("optimizer.betas"),
-    "system.optimizer.args.eps": _sets("optimizer.eps"),
-    "system.optimizer.params.geometry.lr": _sets("optimizer.geometry_lr"),
-    "system.optimizer.params.background.lr": _sets("optimizer.background_lr"),
+    "system.optimizer.args.betas": Sets("optimizer.betas"),
+    "system.optimizer.args.eps": Sets("optimizer.eps"),
+    "system.optimizer.params.geometry.lr": Sets("optimizer.geometry_lr"),
+    "system.optimizer.params.background.lr": Sets("optimizer.background_lr"),
     "system.loggers.wandb.enable": _LOGGER,
     "system.loggers.wandb.project": _LOGGER,
     "system.loggers.wandb.name": _LOGGER,
     # Trainer
-    "trainer.max_steps": _sets("max_steps"),
-    "trainer.log_every_n_steps": _sets("trainer.log_every"),
+    "trainer.max_steps": Sets("max_steps"),
+    "trainer.log_every_n_steps": Sets("trainer.log_every"),
     "trainer.num_sanity_val_steps": Ignored("there is no validation before the first step"),
-    "trainer.val_check_interval": _sets("trainer.preview_every"),
-    "trainer.enable_progress_bar": _sets("trainer.progress"),
-    "trainer.precision": Sets(("diffusion.dtype",), _precision),
+    "trainer.val_check_interval": Sets("trainer.preview_every"),
+    "trainer.enable_progress_bar": Sets("trainer.progress"),
+    "trainer.precision": Sets("diffusion.dtype", _precision),
     "checkpoint.save_last": Only((True,)),
     "checkpoint.save_top_k": Ignored("--trainer.keep-checkpoints says how many are kept"),
-    "checkpoint.every_n_train_steps": _sets("trainer.checkpoint_every"),
+    "checkpoint.every_n_train_steps": Sets("trainer.checkpoint_every"),
 }
 
 # Keys whose values are text, whatever they look like in YAML.
@@ -249,8 +244,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig
                 expected = " or ".join(repr(option) for option in rule.values)
                 raise ConfigError(f"{key}: only {expected} is implemented here, got {value!r}")
             continue
-        for target in rule.paths:
-            _set(cfg, target, rule.convert(value), key, source)
+        _set(cfg, rule.path, rule.convert(value), key, source)
     if cfg.tag == cfg.prompt.replace(" ", "_"):
         cfg.tag = ""  # The run folder is named so anyway, and a --prompt flag may still come.
     if cfg.trainer.checkpoint_every >= cfg.max_steps:

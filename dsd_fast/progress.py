@@ -18,7 +18,7 @@ console = Console(stderr=True)
 PLAIN_LINE_SECONDS = 15.0
 
 
-def set_up_logging(verbose: bool = False) -> None:
+def set_up_logging() -> None:
     """Route the package's log to the console. For commands; a library leaves logging alone."""
     if console.is_terminal:
         handler: logging.Handler = RichHandler(console=console, show_path=False)
@@ -28,7 +28,7 @@ def set_up_logging(verbose: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("dsd_fast")
     logger.handlers = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(logging.INFO)
 
 
 def memory_mib(device: torch.device) -> float:

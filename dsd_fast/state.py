@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import TrainConfig, to_dict
 from dsd_fast.guidance import DSDGuidance
 from dsd_fast.optimizer import Optimizer
@@ -37,6 +38,9 @@ class TrainState:
         """Take over a checkpoint. CheckpointError when it does not fit the configuration."""
         self.scene.load_checkpoint(tree["scene"])
         self.optimizer.load_state_dict(tree["optimizer"])
-        self.guidance.load_state_dict(tree["guidance"])
-        self.rng.load_state_dict(tree["rng"])
+        try:
+            self.guidance.load_state_dict(tree["guidance"])
+            self.rng.load_state_dict(tree["rng"])
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
         self.step = tree["step"]

@@ -1,5 +1,6 @@
 """The package as a whole: a lean import, clear failures, complete operators, a truthful report."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -176,6 +177,46 @@ def test_bindings_are_the_only_python_in_csrc_and_torch_is_nowhere() -> None:
         assert ("pybind11" in text) == (path.name == "bindings.cpp"), path.name
 
 
+# ---- layers ----
+
+# A module imports from its own layer and from those above it, never from one below.
+LAYERS = [
+    {"_backend", "files", "pipes", "rng", "schedules", "versions", "kernels"},
+    {"ops"},
+    {"background", "cameras", "encoding", "field", "losses", "material", "mesh", "mlp"}
+    | {"occupancy", "renderer"},
+    {"diffusion"},
+    {"guidance"},
+    {"checkpoint", "config", "interruption", "official", "optimizer", "outputs", "pictures"}
+    | {"progress", "scene", "state"},
+    {"cli", "export", "info", "prior", "train"},
+]
+
+
+def test_imports_point_one_way() -> None:
+    package = ROOT / "dsd_fast"
+    layer_of = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue
+        for imported in imports_of(path):
+            assert layer_of[imported] <= layer_of[name], f"{path} imports {imported}"
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules right below dsd_fast that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "dsd_fast":
+            names |= {f"dsd_fast.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[1] for name in names if name.startswith("dsd_fast.")}
+
+
 # ---- setup and info -----------------------------------------------------------------------------
 
 
@@ -190,6 +231,20 @@ def test_cuda_architecture_lists(monkeypatch) -> None:
     assert archs("90a, 100") == "90a-real;100-real"
     with pytest.raises(SystemExit, match="cannot read the CUDA architecture 'Ampere'"):
         archs("Ampere")
+
+
+def test_every_environment_variable_is_documented() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "dsd_fast").glob("*.py")]
+    read = {
+        name
+        for path in sources
+        for name in re.findall(r'env(?:iron)?(?:\.get|\.setdefault)?[(\[]"(\w+)"', path.read_text())
+    }
+    assert {"DSD_BACKEND", "DSD_CPU_ISA", "DSD_CUDA_ARCHS", "CUDA_HOME"} <= read
+    # Handed on to the linker, not asked for.
+    for name in read - {"LIBRARY_PATH"}:
+        assert f"`{name}`" in page, name
 
 
 def test_build_info_is_complete() -> None:

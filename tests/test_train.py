@@ -268,6 +268,15 @@ def test_a_resumed_run_stays_the_same_run(runner, caplog, flags, message):
     assert runner.files() == files
 
 
+def test_a_resumed_run_needs_a_model_of_the_same_size(runner, caplog, tmp_path):
+    runner.model = build_tiny_model(tmp_path / "model")
+    assert runner("--pictures.no-turntable", "--pictures.no-mesh", steps=1) == 0
+    build_tiny_model(runner.model, latent_size=4)
+    assert runner("--resume", "auto", steps=2) == 2
+    assert "the checkpoint does not fit this run: guidance: expected seed noise" in caplog.text
+    assert runner.run.last_step() == 1
+
+
 # Trouble in the loop
 
 

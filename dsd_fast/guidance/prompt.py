@@ -31,7 +31,7 @@ _MIN_SQUARED_NORM = 1e-6
 
 def direction(elevation_deg: Tensor, azimuth_deg: Tensor) -> Tensor:
     """View index of each camera: 0 side, 1 front, 2 back, 3 overhead; int64 [B]."""
-    a = _wrapped(azimuth_deg).abs()
+    a = wrapped(azimuth_deg).abs()
     index = torch.where(a < _HALF_FRONT_DEG, FRONT, SIDE)
     index = index.masked_fill(a > 180.0 - _HALF_BACK_DEG, BACK)
     return index.masked_fill(elevation_deg > _OVERHEAD_DEG, OVERHEAD)
@@ -74,7 +74,7 @@ def view_embeddings(
     if not perp_neg:
         return torch.cat([text[index], unconditional]), None
 
-    a = _wrapped(azimuth).abs()
+    a = wrapped(azimuth).abs()
     overhead = elevation > _OVERHEAD_DEG
     front_half = a < 90
     r = torch.where(front_half, 1 - a / 90, 2 - a / 90)
@@ -160,7 +160,7 @@ def _angles(value: Tensor | float, device: torch.device) -> Tensor:
     return upload(torch.as_tensor(value, dtype=torch.float32).reshape(-1), device)
 
 
-def _wrapped(azimuth_deg: Tensor) -> Tensor:
+def wrapped(azimuth_deg: Tensor) -> Tensor:
     """Azimuth in [-180, 180)."""
     return (azimuth_deg + 180) % 360 - 180
 

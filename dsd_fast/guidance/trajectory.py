@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.upload import upload
-from dsd_fast.guidance.prompt import OVERHEAD, direction
+from dsd_fast.guidance.prompt import OVERHEAD, direction, wrapped
 from dsd_fast.guidance.schedule import n_nodes, ode_grid
 
 # predict(z [B,C,h,w], t int64 [B] on z's device, scale) -> guided noise prediction [B,C,h,w]
@@ -95,7 +95,7 @@ class ViewBins:
         view = direction(elevation_deg, azimuth_deg)
         if not self.perp_neg:
             return view.tolist()
-        folded = ((azimuth_deg + 180) % 360 - 180).abs()
+        folded = wrapped(azimuth_deg).abs()
         bins = (folded * (self.n_bins / 180)).long().clamp(max=self.n_bins - 1)
         return bins.masked_fill(view == OVERHEAD, self.n_bins).tolist()
 
