@@ -63,9 +63,9 @@ class GuidanceConfig:
     trajectory: Literal["exact", "cached"] = "exact"
     # Bins of |azimuth| in [0, 180] degrees that share a cached trajectory.
     azimuth_bins: int = 24
-    # Views from the right (azimuth < 0) follow the mirror image of the left's trajectory. Officially
-    # both follow the same picture, so that a thing seen from the side faces the same way from both
-    # sides and grows two backs; mirrored, the two agree on an object that is its own mirror image.
+    # Views from azimuth < 0 follow the mirror image of the trajectory of those from azimuth > 0.
+    # Officially both follow the same picture, so that a thing seen from the side faces the same way
+    # from both sides and grows two backs; mirrored, they agree on a mirror-symmetric object.
     mirror_trajectory: bool = False
     # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
     # that the trajectory itself takes.
@@ -273,8 +273,8 @@ class DSDGuidance:
             predict = self._predictor(elevation, azimuth)
             eps_o = self._trajectory_noise(x, elevation, azimuth, t_delta, predict)
             if self.cfg.mirror_trajectory:
-                right = upload((azimuth + 180) % 360 < 180, x.device).view(-1, 1, 1, 1)
-                eps_o = torch.where(right, eps_o.flip(-1), eps_o)
+                negative = upload((azimuth + 180) % 360 < 180, x.device).view(-1, 1, 1, 1)
+                eps_o = torch.where(negative, eps_o.flip(-1), eps_o)
             grad, x_delta = _linked_gradient(
                 x,
                 eps_o,
