@@ -17,6 +17,8 @@ from tiny_model import SCHEDULER, build_tiny_model, toy_model
 
 from dsd_fast.diffusion import embed_views, load_model, noise_schedule, view_prompts
 from dsd_fast.diffusion.engine import EagerEngine, GraphEngine, make_engine
+from dsd_fast.diffusion.loader import resolve
+from dsd_fast.diffusion.text import ClipText
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +342,14 @@ def test_imports_stay_lean() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_spelled_words_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The embedded model's vocabulary is small; a prompt beyond it works, and says so."""
+    encode = ClipText(resolve("embedded"), torch.device("cpu"))
+    with caplog.at_level("WARNING"):
+        encode(["a red armchair, front view"])
+        assert not caplog.records
+        encode(["a red zombie, front view"])
+    assert "'zombie'" in caplog.text
+    assert "'red'" not in caplog.text

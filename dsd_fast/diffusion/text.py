@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,15 @@ from torch import Tensor
 from dsd_fast.diffusion.components import load_component, quiet
 
 if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
     from dsd_fast.diffusion.model import DiffusionModel
+
+log = logging.getLogger(__name__)
+
+# A word in so many pieces for its letters is spelled, not known. CLIP's own vocabulary cuts rare
+# words into two or three; that of a small model knows little more than its captions.
+_LETTERS_PER_PIECE_OF_SPELLING = 2.5
 
 # The order is the row order of every [4,L,D] tensor of embeddings.
 VIEWS = ("side", "front", "back", "overhead")
@@ -120,6 +130,12 @@ class ClipText:
                     f"the prompt has {count} tokens, the model reads {limit} (view suffix and the "
                     f"two end marks included); shorten it: {prompt[:60]!r}"
                 )
+        spelled = _spelled_words(tokenizer, prompts)
+        if spelled:
+            log.warning(
+                "the model does not know %s: expect little of what it stands for",
+                ", ".join(repr(word) for word in spelled),
+            )
         tokens = tokenizer(
             list(prompts), padding="max_length", max_length=limit, return_tensors="pt"
         )
@@ -139,3 +155,14 @@ class ClipText:
         encoder = load_component(CLIPTextModel, self.folder / "text_encoder", variant=self.variant)
         encoder = encoder.to(self.device, torch.float32).eval().requires_grad_(False)
         return tokenizer, encoder
+
+
+def _spelled_words(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[str]:
+    """Words of the prompts that the tokenizer can only spell, in order of appearance."""
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", " ".join(prompts).lower()))
+    return [
+        word
+        for word in words
+        if (pieces := len(tokenizer.tokenize(word))) > 2
+        and len(word) <= _LETTERS_PER_PIECE_OF_SPELLING * pieces
+    ]
