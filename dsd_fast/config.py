@@ -19,6 +19,7 @@ import torch
 
 from dsd_fast.background import BackgroundConfig
 from dsd_fast.cameras import CameraConfig
+from dsd_fast.diffusion.text import VIEWS
 from dsd_fast.field import FieldConfig, GridConfig
 from dsd_fast.guidance import GuidanceConfig
 from dsd_fast.losses import LossConfig
@@ -60,7 +61,7 @@ class PromptConfig:
 
     def overrides(self) -> dict[str, str]:
         """View name -> prompt, for the views that have one of their own."""
-        prompts = {view: getattr(self, view) for view in ("side", "front", "back", "overhead")}
+        prompts = {view: getattr(self, view) for view in VIEWS}
         return {view: prompt for view, prompt in prompts.items() if prompt is not None}
 
 

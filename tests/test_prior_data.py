@@ -473,3 +473,9 @@ def test_caption_words_are_in_the_vocabulary():
     assert index.shape == (676, 4) and index.max() == len(texts) - 1
     spoken = {word for text in texts for word in text.lower().replace(",", " ,").split()}
     assert spoken <= vocabulary
+
+
+def test_views_have_the_order_of_the_embeddings():
+    from dsd_fast.diffusion.text import VIEWS
+
+    assert captions.VIEWS == VIEWS

@@ -13,10 +13,8 @@ import numpy as np
 
 from dsd_fast.prior.catalogue import Noun, nouns
 
+# The order of diffusion.text.VIEWS, said again so that render workers need not import torch.
 VIEWS = ("side", "front", "back", "overhead")
-FRONT_DEG = 45.0
-BACK_DEG = 45.0
-OVERHEAD_DEG = 60.0
 
 # Colours that recolouring can give; the order is the colour index of the renders.
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black",
@@ -90,12 +88,12 @@ NATURAL = frozenset({"animal", "bush", "flowers", "food", "person", "plant", "tr
 
 def view_index(azimuth_deg: np.ndarray, elevation_deg: np.ndarray) -> np.ndarray:
     """Index into VIEWS by DSD's thresholds; any azimuth in degrees, strict inequalities."""
-    azimuth = (np.asarray(azimuth_deg, np.float64) + 180.0) % 360.0 - 180.0
-    index = np.zeros(azimuth.shape, np.int64)
-    index[np.abs(azimuth) < FRONT_DEG] = 1
-    index[np.abs(azimuth) > 180.0 - BACK_DEG] = 2
-    index[np.asarray(elevation_deg) > OVERHEAD_DEG] = 3
-    return index
+    import torch
+
+    from dsd_fast.guidance.prompt import direction
+
+    angles = [torch.from_numpy(np.asarray(a, np.float64)) for a in (elevation_deg, azimuth_deg)]
+    return direction(*angles).numpy()
 
 
 def own_colour(noun: Noun) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dsd_fast.prior import models
-from dsd_fast.prior.captions import OVERHEAD_DEG, VIEWS
+from dsd_fast.prior.captions import VIEWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -256,7 +256,7 @@ class CaptionTable:
         a = (torch.remainder(views.azimuth[rows] + 180, 360) - 180).abs()
         near = a < 90
         mixed = torch.rand(batch, device=device) < interpolated
-        mixed &= views.elevation[rows] <= OVERHEAD_DEG
+        mixed &= views.view[rows] != VIEWS.index("overhead")
         first = torch.where(mixed, torch.where(near, FRONT, SIDE), plain)
         second = torch.where(mixed, torch.where(near, SIDE, BACK), plain)
         share = torch.where(mixed, torch.where(near, 1 - a / 90, 2 - a / 90), torch.ones_like(a))
