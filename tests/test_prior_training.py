@@ -298,6 +298,8 @@ def tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=models.TEXT_WIDTH, attention_head_dim=2,
+            addition_embed_type="text", addition_embed_type_num_heads=4,
+            resnet_time_scale_shift="scale_shift",
         )
 
     seconds = itertools.count()
@@ -355,6 +357,61 @@ def test_train_export_load_and_resume(
     command(monkeypatch, "export", "--state", again, "--out", again / "prior")
 
 
+def small_network() -> torch.nn.Module:
+    torch.manual_seed(3)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Conv2d(5, 2, 1))
+    return network.to(memory_format=torch.channels_last)
+
+
+def test_flat_parameters_keep_values_and_strides():
+    network, want = small_network(), small_network()
+    flat = train.flatten([network])
+    for p, q in zip(network.parameters(), want.parameters(), strict=True):
+        assert torch.equal(p, q) and p.stride() == q.stride()
+        assert p.data_ptr() % (4 * train.ALIGNMENT) == flat.data_ptr() % (4 * train.ALIGNMENT)
+    flat.add_(1.0)
+    assert torch.equal(network[1].bias, want[1].bias + 1.0)
+
+
+def test_steps_are_those_of_adamw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+):
+    """Flat buffers and, on CUDA, captured steps do what the plain loop does."""
+    seconds = itertools.count()
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    cfg = train.TrainConfig(
+        views=tmp_path, out=tmp_path, minutes=2.5 / 60, lr=0.1, hold=0.99, save_minutes=0.01
+    )
+    world = SimpleNamespace(rank=0, size=1, device=device, agree=lambda x: x, average=lambda x: x)
+    network, want = small_network().to(device), small_network().to(device)
+    image = torch.linspace(-1, 1, 2 * 3 * 36, device=device).view(2, 3, 6, 6)
+
+    trainer = train.Trainer(cfg, world, {"unet": network})
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value = (network(image) - 1).square().sum()
+        return value, {"loss": value}
+
+    trainer.run(loss)
+
+    assert trainer.step_count == 2 * (train.CLOCK_STEPS if device.type == "cuda" else 1)
+    optimizer = torch.optim.AdamW(want.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    average = [p.detach().clone() for p in want.parameters()]
+    for step in range(1, trainer.step_count + 1):
+        optimizer.param_groups[0]["lr"] = cfg.lr * step / train.WARM_UP_STEPS
+        optimizer.zero_grad()
+        (want(image) - 1).square().sum().backward()
+        assert torch.nn.utils.clip_grad_norm_(want.parameters(), 1.0) > 1
+        optimizer.step()
+        for a, p in zip(average, want.parameters(), strict=True):
+            a.lerp_(p.detach(), 1 - (1 + step) / (10 + step))
+    for p, q in zip(network.parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    saved = train.load_part(tmp_path, "unet")
+    for name, a in zip(want.state_dict(), average, strict=True):
+        torch.testing.assert_close(saved[name], a.cpu(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.usefixtures("tiny_networks")
 def test_training_refuses_what_it_cannot_use(folder: Path, tmp_path: Path):
     cfg = train.UnetConfig(
@@ -378,6 +435,7 @@ def test_training_refuses_what_it_cannot_use(folder: Path, tmp_path: Path):
     [
         ({"minutes": 0.0}, "minutes: expected more than 0, got 0.0"),
         ({"minutes": -1.0}, "minutes: expected more than 0"),
+        ({"save_minutes": 0.0}, "save_minutes: expected more than 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"lr": 0.0}, "lr: expected more than 0"),
         ({"hold": 1.0}, "hold: expected 0 or more and below 1"),

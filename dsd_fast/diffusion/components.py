@@ -27,8 +27,13 @@ _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
-# Conditioning of other model families, which the text embedding alone does not provide.
-_FOREIGN_UNET_KEYS = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+# Conditioning of other model families, which the text embedding alone does not provide, with the
+# values that need nothing else.
+_FOREIGN_UNET_KEYS = {
+    "addition_embed_type": (None, "text"),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+}
 
 
 @dataclass(frozen=True)
@@ -192,8 +197,8 @@ def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
                 f"expected {' or '.join(allowed)}"
             )
     unet, vae = configs["unet"], configs["vae"]
-    for key in _FOREIGN_UNET_KEYS:
-        if unet.get(key) is not None:
+    for key, allowed_values in _FOREIGN_UNET_KEYS.items():
+        if unet.get(key) not in allowed_values:
             raise ValueError(
                 f"{path / 'unet'}: {key} = {unet[key]!r} is not supported; expected a UNet "
                 "conditioned on text embeddings alone, as in Stable Diffusion 1 and 2"

@@ -30,7 +30,7 @@ UPLOAD_ROWS = 4096
 NO_VIEW, SIDE, FRONT, BACK = 0, *(1 + VIEWS.index(view) for view in ("side", "front", "back"))
 EMPTY = 1 + len(VIEWS)
 # Share of captions that name no view.
-PLAIN_SHARE = 0.1
+PLAIN_SHARE = 0.05
 
 
 def composite(rgba: torch.Tensor, mirror: bool = False) -> torch.Tensor:

@@ -26,11 +26,17 @@ from dsd_fast.prior import models
 from dsd_fast.prior.dataset import CaptionTable, Views, composite
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from transformers import CLIPTokenizer
 
 # Steps between two looks at the clock where several processes have to agree on it.
 CLOCK_STEPS = 20
 LOG_STEPS = 100
+# Eager runs before a CUDA graph is captured.
+WARM_UP_RUNS = 3
+# Floats between the starts of two parameters in a buffer: 256 bytes.
+ALIGNMENT = 64
 WARM_UP_STEPS = 300
 # Least weight of a noise level before the mean is made one.
 MIN_WEIGHT = 0.3
@@ -60,6 +66,8 @@ class TrainConfig:
     hold: float = 0.3
     # Decay of the exponential moving average of the weights.
     ema_decay: float = 0.999
+    # Minutes between two saves of the averaged weights; they are always saved at the end.
+    save_minutes: float = 3.0
     # Compile the networks (pays from about five minutes on).
     compile: bool = True
     # Seed of initialisation and draws.
@@ -67,6 +75,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _expect("minutes", self.minutes, "more than 0", self.minutes > 0)
+        _expect("save_minutes", self.save_minutes, "more than 0", self.save_minutes > 0)
         _expect("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
         _expect("lr", self.lr, "more than 0", self.lr > 0)
         _expect("hold", self.hold, "0 or more and below 1", 0 <= self.hold < 1)
@@ -100,10 +109,10 @@ class UnetConfig(TrainConfig):
     caption_dropout: float = 0.1
     # Share of captioned rows whose embedding is interpolated between views by azimuth, as Perp-Neg
     # guidance will ask.
-    interpolated: float = 0.5
+    interpolated: float = 0.4
     # Largest weight of the noisy levels, where what and which side is shown is decided: rows weigh
     # 1/sqrt(SNR), at most this and at least 0.3. Plain noise prediction nearly ignores them.
-    max_weight: float = 5.0
+    max_weight: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,18 +140,11 @@ class World:
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
 
-    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes, in one all-reduce."""
-        if self.size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.size
-        for gradient, piece in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(piece.view_as(gradient))
+    def average(self, values: torch.Tensor) -> None:
+        """Replace `values` by their mean over the processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
 
     def agree(self, value: float) -> float:
         """Rank 0's value, on every rank."""
@@ -158,8 +160,31 @@ class World:
             dist.destroy_process_group()
 
 
+def flatten(modules: Iterable[torch.nn.Module]) -> torch.Tensor:
+    """Move all parameters into one buffer, so that one kernel can update or average them all.
+
+    The parameters stay what they are, as views into it with their own strides.
+
+    Returns:
+        the buffer, 1-dim float32 on the parameters' device; gaps between parameters are zero.
+    """
+    parameters = [p for module in modules for p in module.parameters()]
+    starts = [0]
+    for p in parameters:
+        starts.append(starts[-1] + -(-p.numel() // ALIGNMENT) * ALIGNMENT)
+    flat = torch.zeros(starts[-1], device=parameters[0].device)
+    for p, start in zip(parameters, starts, strict=False):
+        view = flat.as_strided(p.shape, p.stride(), start)
+        view.copy_(p.detach())
+        p.data = view
+    return flat
+
+
 class Trainer:
     """AdamW with an EMA over several modules, timed by the wall clock from its making on.
+
+    All weights lie in one buffer, all gradients in another. On CUDA a step is two graph replays
+    around one all-reduce: networks as small as these are otherwise bound by kernel launches.
 
     Args:
         modules: by name of the part (vae, unet, text_encoder), on the world's device; they start
@@ -172,35 +197,81 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig, world: World, modules: dict[str, torch.nn.Module]) -> None:
         self.cfg, self.world = cfg, world
-        self.modules = modules
         # At the start, so that a wrong folder does not cost a training.
         cfg.out.mkdir(parents=True, exist_ok=True)
         if cfg.resume is not None:
             for name, module in modules.items():
                 load_weights(module, cfg.resume, name)
-        self.parameters = [p for m in modules.values() for p in m.parameters()]
         self.ema = {name: copy.deepcopy(m).requires_grad_(False) for name, m in modules.items()}
-        self._ema_parameters = [p for name in modules for p in self.ema[name].parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=cfg.lr,
+        self._average = flatten(self.ema.values())
+        self._weights = torch.nn.Parameter(flatten(modules.values()))
+        self._weights.grad = torch.zeros_like(self._weights)
+        start = self._weights.data_ptr()
+        for p in (p for m in modules.values() for p in m.parameters()):
+            offset = (p.data_ptr() - start) // p.element_size()
+            p.grad = self._weights.grad.as_strided(p.shape, p.stride(), offset)
+        # On the device, where a captured step can read them.
+        self._lr = torch.zeros((), device=world.device)
+        self._ema_share = torch.zeros((), device=world.device)
+        self._optimizer = torch.optim.AdamW(
+            [self._weights],
+            lr=self._lr,
             betas=(0.9, 0.99),
             weight_decay=0.01,
-            fused=world.device.type == "cuda",
+            fused=True,
+            capturable=world.device.type == "cuda",
         )
         self.step_count = 0
-        self.start = time.monotonic()
+        self.start = self._saved_at = time.monotonic()
         self.progress = 0.0
 
-    def tick(self) -> bool:
-        """Set the learning rate for the next step; False when the budget is spent.
+    def run(self, loss: Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
+        """Train until the budget is spent, then save.
 
+        Args:
+            loss: draws a batch and gives its 0-dim loss with 0-dim values to be logged. On CUDA it
+                is captured: it must neither wait for the device nor draw from anything but torch's
+                generator of the device.
         Raises:
             ValueError: the budget was spent before the first step.
         """
-        if self.world.size == 1 or self.step_count % CLOCK_STEPS == 0:
-            elapsed = (time.monotonic() - self.start) / (60 * self.cfg.minutes)
+        values: dict[str, torch.Tensor] = {}
+
+        def descend() -> None:
+            self._weights.grad.zero_()
+            value, logged = loss()
+            value.backward()
+            values.update({name: v.detach() for name, v in logged.items()})
+
+        def update() -> None:
+            torch.nn.utils.clip_grad_norm_([self._weights], 1.0)
+            self._optimizer.step()
+            self._average.lerp_(self._weights.detach(), self._ema_share)
+
+        if self.world.device.type == "cuda":
+            # At rate zero the steps before capture make the optimizer's state and change nothing.
+            descend, update = captured(descend), captured(update)
+            for moment in self._optimizer.state[self._weights].values():
+                moment.zero_()
+        while self._tick():
+            descend()
+            self.world.average(self._weights.grad)
+            update()
+            self.step_count += 1
+            self._log(values)
+        self.save()
+
+    def _tick(self) -> bool:
+        """Set the rates of the next step; False when the budget is spent."""
+        if self.world.device.type != "cuda" or self.step_count % CLOCK_STEPS == 0:
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize()  # replays queue up: the clock is to count done work
+            now = time.monotonic()
+            elapsed = (now - self.start) / (60 * self.cfg.minutes)
             self.progress = self.world.agree(min(elapsed, 1.0))
+            if now - self._saved_at > 60 * self.cfg.save_minutes:
+                self._saved_at = now
+                self.save()
         if self.progress >= 1.0:
             if self.step_count == 0:
                 raise ValueError(
@@ -210,24 +281,13 @@ class Trainer:
             return False
         fall = max(0.0, (self.progress - self.cfg.hold) / (1 - self.cfg.hold))
         warm = min(1.0, (self.step_count + 1) / WARM_UP_STEPS)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * fall))
+        self._lr.fill_(self.cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * fall)))
+        steps = self.step_count + 1
+        self._ema_share.fill_(1 - min(self.cfg.ema_decay, (1 + steps) / (10 + steps)))
         return True
 
-    def update(self, loss: torch.Tensor) -> None:
-        """One step of the optimizer and of the moving average down the gradient of `loss`."""
-        loss.backward()
-        self.world.average_gradients(self.parameters)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step_count += 1
-        steps = self.step_count
-        decay = min(self.cfg.ema_decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(self._ema_parameters, self.parameters, 1 - decay)
-
-    def log(self, **values: torch.Tensor) -> None:
-        """Print 0-dim `values` now and then, on one process; reading them waits for the device."""
+    def _log(self, values: dict[str, torch.Tensor]) -> None:
+        """Print `values` now and then, on one process; reading them waits for the device."""
         if self.step_count % LOG_STEPS == 0 and self.world.rank == 0:
             elapsed = time.monotonic() - self.start
             shown = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
@@ -244,10 +304,27 @@ class Trainer:
             save_part(module, self.cfg.out, name)
 
 
+def captured(function: Callable[[], None]) -> Callable[[], None]:
+    """`function` as a CUDA graph; it is run a few times first, which compiles what compiles."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_RUNS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: the watchdog of a process group asks for events from its own thread
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
 def save_part(module: torch.nn.Module, folder: Path, name: str) -> None:
     """Write the weights of one part as `folder`/`name`.safetensors in float16."""
     state = {k: v.to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()}
-    save_file(state, folder / f"{name}.safetensors")
+    path = folder / f"{name}.safetensors"
+    save_file(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def load_part(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -315,7 +392,8 @@ def train_vae(cfg: VaeConfig) -> None:
         return vae.decoder(vae.post_quant_conv(latents)).float(), kl
 
     forward = torch.compile(reconstruct, dynamic=False) if cfg.compile else reconstruct
-    while trainer.tick():
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, _ = views.batch(cfg.batch_size, soften=0.15)
         images = images.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(
@@ -328,10 +406,10 @@ def train_vae(cfg: VaeConfig) -> None:
         # sharp.
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         mse = error.square().mean()
-        loss = error.abs().mean() + 2.0 * mse + edges + cfg.kl_weight * kl
-        trainer.update(loss)
-        trainer.log(psnr=10 * torch.log10(4 / mse.detach()), kl=kl.detach())
-    trainer.save()
+        total = error.abs().mean() + 2.0 * mse + edges + cfg.kl_weight * kl
+        return total, {"psnr": 10 * torch.log10(4 / mse), "kl": kl}
+
+    trainer.run(loss)
     world.close()
 
 
@@ -390,7 +468,11 @@ def level_weights(alphas: torch.Tensor, max_weight: float) -> torch.Tensor:
 
 
 def train_unet(cfg: UnetConfig) -> None:
-    """Train UNet and text encoder to predict the noise of the VAE's latents.
+    """Train UNet and text encoder on the noisy latents of the views.
+
+    The UNet predicts the velocity (Salimans and Ho 2022), which stays accurate where noise hides
+    nearly everything: there the picture implied by a predicted noise has that noise's error
+    fifteen-fold. The loss is the error of the implied noise, weighted by `level_weights`.
 
     Writes unet.safetensors, text_encoder.safetensors, vae.safetensors, the tokenizer and the
     latents' scaling factor: what `export` needs.
@@ -424,32 +506,35 @@ def train_unet(cfg: UnetConfig) -> None:
         count, each = latents.shape[:2]
         print(f"{count} x {each} latents a process, scaling factor {scale:.5f}", flush=True)
 
-    alphas = noise_schedule.alphas_cumprod(models.SCHEDULER).to(device)
-    weights = level_weights(alphas, cfg.max_weight)
-    forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
-    batch = cfg.batch_size
-    while trainer.tick():
-        rows = views.sample(batch)
-        x0 = latents[torch.randint(cfg.encodings, (batch,), device=device), rows].float()
-        first, second, share = table.draw(views, rows, cfg.interpolated, cfg.caption_dropout)
-        noise = torch.randn_like(x0)
-        # Stratified timesteps: the same distribution, less noise in the loss.
-        u = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
-        u = u[torch.randperm(batch, device=device)]
-        t = (u * len(alphas)).long().clamp(max=len(alphas) - 1)
-        a = alphas[t].view(-1, 1, 1, 1)
-        noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
-        noisy = noisy.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            both = text_encoder(torch.cat([first, second])).last_hidden_state
-            text = torch.lerp(both[batch:], both[:batch], share.view(-1, 1, 1).to(both.dtype))
-            prediction = forward(noisy, t, text, return_dict=False)[0]
-        loss = (weights[t] * (prediction.float() - noise).square().mean((1, 2, 3))).mean()
-        trainer.update(loss)
-        trainer.log(loss=loss.detach())
-    trainer.save()
     if world.rank == 0:
         save_part(vae, cfg.out, "vae")
         (cfg.out / "scaling_factor").write_text(f"{scale:.6f}\n", encoding="ascii")
         table.tokenizer.save_pretrained(cfg.out / "tokenizer")
+
+    alphas = noise_schedule.alphas_cumprod(models.SCHEDULER).to(device)
+    weights = level_weights(alphas, cfg.max_weight)
+    forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
+    batch = cfg.batch_size
+    # Stratified levels: the same distribution, less noise in the loss.
+    strata = torch.arange(batch, device=device)
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        rows = views.sample(batch)
+        x0 = latents[torch.randint(cfg.encodings, (batch,), device=device), rows].float()
+        first, second, share = table.draw(views, rows, cfg.interpolated, cfg.caption_dropout)
+        noise = torch.randn_like(x0)
+        u = (strata + torch.rand(batch, device=device)) / batch
+        t = (u * len(alphas)).long().clamp(max=len(alphas) - 1)
+        signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
+        noisy = (signal * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            both = text_encoder(torch.cat([first, second])).last_hidden_state
+            text = torch.lerp(both[batch:], both[:batch], share.view(-1, 1, 1).to(both.dtype))
+            velocity = forward(noisy, t, text, return_dict=False)[0].float()
+        # The error of the noise that this velocity implies is `signal` times the velocity's.
+        error = signal * (velocity - (signal * noise - sigma * x0))
+        total = (weights[t] * error.square().mean((1, 2, 3))).mean()
+        return total, {"loss": total}
+
+    trainer.run(loss)
     world.close()
