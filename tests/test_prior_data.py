@@ -56,7 +56,7 @@ SQUARE_MTL = "newmtl leaf\nKd 0.1 0.1 0.1\nd 0.5\nmap_Kd C:\\Users\\me\\Leaf.PNG
 
 
 def noun(id_: str, **fields) -> catalogue.Noun:
-    row = catalogue.Noun(id_, "box", "box", "", 0.0, "", 0.0, "Box", "Someone", "CC0-1.0")
+    row = catalogue.Noun(id_, "box", "box", "", 0.0, "", 0.0, "", "Box", "Someone", "CC0-1.0")
     return replace(row, **fields)
 
 
@@ -451,6 +451,41 @@ def test_captions_are_true_and_deterministic():
     own = {captions.caption(row, 0, -1, np.random.default_rng(k)) for k in range(300)}
     assert {"an armchair, side view", "a green armchair, side view"} <= own
     assert not any("red" in text for text in own)
+
+
+def test_materials_are_named_unless_painted():
+    row = noun("x", noun="armchair", colour="brown", colour_share=0.9, material="wooden")
+    unpainted = [captions.caption(row, 1, -1, np.random.default_rng(k)) for k in range(400)]
+    assert {"an armchair, front view", "a wooden armchair, front view", "a wooden armchair",
+            "a brown armchair, front view", "a brown wooden armchair, front view"} <= set(unpainted)
+    assert 0.4 < np.mean(["wooden" in text for text in unpainted]) < 0.6
+    painted = [captions.caption(row, 1, 0, np.random.default_rng(k)) for k in range(400)]
+    assert "a red armchair, front view" in painted
+    assert not any("wooden" in text or "brown" in text for text in painted)
+
+
+def test_captions_always_draw_as_many_numbers():
+    plain = noun("x")
+    states = set()
+    for row, colour in ((plain, -1), (plain, 3), (replace(plain, material="metal"), -1)):
+        rng = np.random.default_rng(0)
+        captions.caption(row, 0, colour, rng)
+        states.add(rng.random())
+    assert len(states) == 1
+
+
+def test_materials_of_the_table():
+    used = [row for row in catalogue.nouns() if not row.exclude]
+    nouns_of = {row.material: set() for row in used if row.material}
+    for row in used:
+        # "a wooden wooden toy", "a glass glass"
+        assert not row.material or row.material not in row.noun.split() + row.group.split()
+        if row.material:
+            nouns_of[row.material].add(row.noun)
+    assert set(nouns_of) == {"wooden", "metal", "glass", "leather", "plastic", "fabric"}
+    assert min(len(names) for names in nouns_of.values()) >= 5  # no word stands for one noun
+    assert {"chair", "table"} <= nouns_of["wooden"]
+    assert not any(row.material for row in catalogue.nouns() if row.exclude)
 
 
 def test_uncertain_colours_are_not_named():

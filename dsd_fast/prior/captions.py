@@ -1,4 +1,4 @@
-"""Captions of the training renders: article, true colour word, noun, and the view suffixes.
+"""Captions of the training renders: article, true colour and material, noun, and view suffixes.
 
 The suffixes and the thresholds of the four views are those of DSD's prompt processor, so that the
 prior learns the very words that guidance appends to a prompt.
@@ -23,6 +23,7 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 # Chances of the caption variants.
 SUFFIX_SHARE = 0.9
 COLOUR_SHARE = 0.8  # a repainted object is called by its colour this often
+MATERIAL_SHARE = 0.5  # an unpainted object of known material is called by it this often
 GROUP_SHARE = 0.1  # "a person" for "a woman"
 SYNONYM_SHARE = 0.2
 PREFIX_SHARE = 0.1
@@ -114,16 +115,21 @@ def caption(noun: Noun, view: int, colour: int, rng: np.random.Generator) -> str
     """A caption that is true of one render.
 
     view: index into VIEWS. colour: index into COLOURS when the object was repainted, else -1.
-    Deterministic from the state of `rng`, of which it always draws five numbers.
+    No material is named for a repainted object: paint hides it.
+    Deterministic from the state of `rng`, of which it always draws six numbers.
     """
-    name_draw, synonym_draw, colour_draw, prefix_draw, suffix_draw = rng.random(5)
+    name_draw, synonym_draw, colour_draw, material_draw, prefix_draw, suffix_draw = rng.random(6)
     name = noun.group if name_draw < GROUP_SHARE else noun.noun
     synonyms = SYNONYMS.get(name, ())
     if synonyms and synonym_draw < SYNONYM_SHARE:
         name = synonyms[int(synonym_draw / SYNONYM_SHARE * len(synonyms))]
     word = COLOURS[colour] if colour >= 0 else own_colour(noun)
     share = COLOUR_SHARE if colour >= 0 else COLOUR_SHARE / 2
-    words = f"{word} {name}" if word and colour_draw < share else name
+    words = name
+    if colour < 0 and noun.material and material_draw < MATERIAL_SHARE:
+        words = f"{noun.material} {words}"
+    if word and colour_draw < share:
+        words = f"{word} {words}"
     text = with_article(words, name)
     if prefix_draw < PREFIX_SHARE:
         text = PREFIXES[int(prefix_draw / PREFIX_SHARE * len(PREFIXES))] + text
@@ -169,6 +175,7 @@ def words() -> list[str]:
     phrases = [row.noun for row in nouns() if not row.exclude]
     phrases += [row.group for row in nouns() if not row.exclude]
     phrases += [row.colour for row in nouns() if not row.exclude]
+    phrases += [row.material for row in nouns() if not row.exclude]
     phrases += [synonym for several in SYNONYMS.values() for synonym in several]
     phrases += [*COLOURS, *PREFIXES, *VIEWS, "a", "an", "view"]
     return sorted({word.lower() for phrase in phrases for word in phrase.split()} | {","})

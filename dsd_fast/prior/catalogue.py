@@ -3,7 +3,7 @@
 The models are the Sweet Home 3D furniture libraries of Debian's package `sweethome3d-furniture`
 1.8-1: five `.sh3f` files, each a zip of OBJ models and a `PluginFurnitureCatalog.properties`.
 `nouns.tsv` beside this file adds what the properties do not say: the noun of each model, the
-azimuth of its front, its main colour, and why some models are left out.
+azimuth of its front, its main colour and material, and why some models are left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Noun:
     front_az: float  # azimuth in degrees from which the source model is seen from its front
     colour: str  # name of the main colour, "" when unknown
     colour_share: float  # share of the visible pixels that have the main colour
+    material: str  # adjective of what it evidently is made of: "wooden"; "" when unsure
     name: str  # name in the library
     creator: str
     license: str  # SPDX-like: CC-BY-3.0, CC-BY-3.0-US, CC0-1.0
@@ -69,6 +70,7 @@ def nouns() -> tuple[Noun, ...]:
                 front_az=float(row["front_az"]),
                 colour=row["colour"],
                 colour_share=float(row["colour_share"] or 0.0),
+                material=row["material"],
                 name=row["name"],
                 creator=row["creator"],
                 license=row["license"],
