@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 # One view in this many is never trained on.
 HELD_OUT = 50
 # Half a frame's height at the object is distance * tan(fovy / 2); its inverse is the zoom. Objects
-# have a radius of 0.6: above this zoom they fill most of the view.
-CLOSE_ZOOM = 0.95
+# have a radius of 0.6: within these zooms one fills half of the view or more and is not cut off.
+# Guidance does not tell the prior how far its camera is: what it draws must fit into most frames.
+GOOD_ZOOM = (0.8, 1.3)
+GOOD_ZOOM_WEIGHT = 4.0
 # Rows moved to the device at once: 1 GiB of pixels.
 UPLOAD_ROWS = 4096
 # Columns of CaptionTable.tokens: no view, then VIEWS in their order, then the empty caption.
@@ -149,14 +151,14 @@ class Views:
         self.azimuth = column("azimuth", torch.float32)
         self.elevation = column("elevation", torch.float32)
         self.noun_names: list[str] = index["nouns"]
-        # Rarer nouns are drawn more often than their count of models would have it, and so are
-        # views that an object fills: that is where the pixels are.
+        # Rarer nouns are drawn more often than their count of models would have it.
         count = self.noun.bincount(minlength=len(self.noun_names)).clamp(min=1)
         zoom = 1 / (
             column("distance", torch.float32)
             * torch.tan(column("fovy", torch.float32) * (math.pi / 360))
         )
-        weight = count[self.noun].double() ** -0.35 * torch.where(zoom > CLOSE_ZOOM, 3.0, 1.0)
+        is_good = (zoom > GOOD_ZOOM[0]) & (zoom < GOOD_ZOOM[1])
+        weight = count[self.noun].double() ** -0.35 * torch.where(is_good, GOOD_ZOOM_WEIGHT, 1.0)
         self._cumulative = weight.cumsum(0)
 
     def __len__(self) -> int:
