@@ -120,7 +120,8 @@ def caption(noun: Noun, view: int, colour: int, rng: np.random.Generator) -> str
     """
     name_draw, synonym_draw, colour_draw, material_draw, prefix_draw, suffix_draw = rng.random(6)
     name = noun.group if name_draw < GROUP_SHARE else noun.noun
-    synonyms = SYNONYMS.get(name, ())
+    # A group is wider than its synonyms: a street lamp is a lamp, but no table lamp.
+    synonyms = SYNONYMS.get(name, ()) if name == noun.noun else ()
     if synonyms and synonym_draw < SYNONYM_SHARE:
         name = synonyms[int(synonym_draw / SYNONYM_SHARE * len(synonyms))]
     word = COLOURS[colour] if colour >= 0 else own_colour(noun)
