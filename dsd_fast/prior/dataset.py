@@ -252,18 +252,20 @@ class CaptionTable:
         device = rows.device
         wording = torch.randint(self.choices.shape[1], (batch,), device=device)
         caption = self.choices[views.index[rows], wording]
-        view = views.view[rows] + 1
-        plain = torch.where(torch.rand(batch, device=device) < PLAIN_SHARE, NO_VIEW, view)
+        # masked_fill where torch.where would copy a number to the device: this runs in a CUDA graph.
+        plain = views.view[rows] + 1
+        plain.masked_fill_(torch.rand(batch, device=device) < PLAIN_SHARE, NO_VIEW)
 
         a = (torch.remainder(views.azimuth[rows] + 180, 360) - 180).abs()
         near = a < 90
         mixed = torch.rand(batch, device=device) < interpolated
         mixed &= views.view[rows] != VIEWS.index("overhead")
-        first = torch.where(mixed, torch.where(near, FRONT, SIDE), plain)
-        second = torch.where(mixed, torch.where(near, SIDE, BACK), plain)
-        share = torch.where(mixed, torch.where(near, 1 - a / 90, 2 - a / 90), torch.ones_like(a))
+        side = torch.full_like(plain, SIDE)
+        first = torch.where(mixed, side.masked_fill(near, FRONT), plain)
+        second = torch.where(mixed, side.masked_fill(~near, BACK), plain)
+        share = (1 - a / 90 + (~near)).masked_fill_(~mixed, 1)
 
         empty = torch.rand(batch, device=device) < dropout
-        first = torch.where(empty, EMPTY, first)
-        second = torch.where(empty, EMPTY, second)
+        first.masked_fill_(empty, EMPTY)
+        second.masked_fill_(empty, EMPTY)
         return self.tokens[caption, first], self.tokens[caption, second], share
