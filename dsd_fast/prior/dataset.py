@@ -252,7 +252,7 @@ class CaptionTable:
         device = rows.device
         wording = torch.randint(self.choices.shape[1], (batch,), device=device)
         caption = self.choices[views.index[rows], wording]
-        # masked_fill where torch.where would copy a number to the device: this runs in a CUDA graph.
+        # masked_fill, since torch.where copies numbers to the device: this is captured in a graph.
         plain = views.view[rows] + 1
         plain.masked_fill_(torch.rand(batch, device=device) < PLAIN_SHARE, NO_VIEW)
 
