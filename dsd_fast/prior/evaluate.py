@@ -253,7 +253,9 @@ def sample(
     """
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler.from_pretrained(model.path, subfolder="scheduler")
+    scheduler = DDIMScheduler.from_pretrained(
+        model.path, subfolder="scheduler", prediction_type="epsilon"
+    )
     scheduler.set_timesteps(steps)
     unique = sorted(set(prompts))
     index = torch.tensor([unique.index(p) for p in prompts])
