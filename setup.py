@@ -131,6 +131,9 @@ def cmake_options(output: Path) -> tuple[dict[str, object], dict[str, str]]:
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "DSD_SANITIZE": os.environ.get("DSD_SANITIZE", ""),
         "DSD_CUDA": "OFF",
+        "DSD_CUDA_ABSENT": (
+            "switched off by DSD_CUDA=0" if wants_cuda() is False else "no nvcc was found"
+        ),
     }
     env = dict(os.environ)
     nvcc = None if wants_cuda() is False else find_nvcc()

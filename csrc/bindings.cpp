@@ -82,9 +82,11 @@ py::dict build_info() {
 #if defined(DSD_WITH_CUDA)
     info["cuda"] = dsd::cuda::runtime_version();
     info["cuda_archs"] = DSD_CUDA_ARCHS;
+    info["cuda_absent"] = "";
 #else
     info["cuda"] = py::none();
     info["cuda_archs"] = "";
+    info["cuda_absent"] = DSD_CUDA_ABSENT;  // why
 #endif
     return info;
 }

@@ -53,8 +53,8 @@ def _kernels_cuda() -> str:
     info = extension().build_info()
     if info["cuda"] is None:
         return (
-            "not built: no nvcc was found. It makes GPU runs possible; rebuild with CUDA_HOME set "
-            "or with DSD_CUDA=1"
+            f"not built: {info['cuda_absent']}. It makes GPU runs possible; rebuild with "
+            "DSD_CUDA=1, and with CUDA_HOME where nvcc is not found"
         )
     major, minor = divmod(info["cuda"] // 10, 100)
     return f"CUDA {major}.{minor} code for {info['cuda_archs']}"

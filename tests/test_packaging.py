@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,17 +221,37 @@ def imports_of(path: Path) -> set[str]:
 # ---- setup and info -----------------------------------------------------------------------------
 
 
-def test_cuda_architecture_lists(monkeypatch) -> None:
+@pytest.fixture
+def setup_py(monkeypatch) -> dict:
+    """The functions of setup.py, by name."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     scope: dict = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), scope)
-    archs = scope["cmake_archs"]
+    return scope
+
+
+def test_cuda_architecture_lists(setup_py) -> None:
+    archs = setup_py["cmake_archs"]
     assert archs("8.6;8.9") == "86-real;89-real"
     assert archs("7.5 12.0+PTX") == "75-real;120-real;120-virtual"
     assert archs("90a, 100") == "90a-real;100-real"
     with pytest.raises(SystemExit, match="cannot read the CUDA architecture 'Ampere'"):
         archs("Ampere")
+
+
+@pytest.mark.parametrize(
+    "wanted, reason", [("0", "switched off by DSD_CUDA=0"), ("", "no nvcc was found")]
+)
+def test_a_build_without_cuda_says_why(wanted, reason, setup_py, monkeypatch) -> None:
+    monkeypatch.setenv("DSD_CUDA", wanted)
+    monkeypatch.setitem(setup_py, "find_nvcc", lambda: None)
+    options, _ = setup_py["cmake_options"](ROOT)
+    assert (options["DSD_CUDA"], options["DSD_CUDA_ABSENT"]) == ("OFF", reason)
+    built = {"cuda": None, "cuda_archs": "", "cuda_absent": reason}
+    extension = SimpleNamespace(build_info=lambda: built)
+    monkeypatch.setattr(_backend, "extension", lambda: extension)
+    assert dict(info.report())["CUDA kernels"].startswith(f"not built: {reason}. ")
 
 
 def test_every_environment_variable_is_documented() -> None:
@@ -249,8 +270,8 @@ def test_every_environment_variable_is_documented() -> None:
 
 def test_build_info_is_complete() -> None:
     built = _backend.extension().build_info()
-    assert set(built) == {"cpu_isa", "sanitize", "compiler", "cuda", "cuda_archs"}
-    assert (built["cuda"] is None) == (built["cuda_archs"] == "")
+    assert set(built) == {"cpu_isa", "sanitize", "compiler", "cuda", "cuda_archs", "cuda_absent"}
+    assert (built["cuda"] is None) == (built["cuda_archs"] == "") == (built["cuda_absent"] != "")
 
 
 def test_info_survives_a_broken_probe(monkeypatch) -> None:
