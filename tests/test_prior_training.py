@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_fast.diffusion import load_model, noise_schedule
+from dsd_fast.guidance.prompt import direction
 from dsd_fast.prior import captions, dataset, features, models, train
 
 SHIPPED = Path(train.__file__).parent.parent / "assets" / "prior"
@@ -523,6 +524,51 @@ def test_verdicts_count(evaluate):
     assert sum(sum(row.values()) for row in confusion.values()) == 4
 
 
+def test_azimuth_bins_are_whole_views(evaluate):
+    """No bin straddles a boundary, and the target of an azimuth is largest at its own bin."""
+    azimuth = torch.arange(-179.5, 180.0, 1.0)
+    view = direction(torch.zeros_like(azimuth), azimuth)
+    targets = evaluate.bin_targets(view, azimuth)
+    assert targets.shape == (360, evaluate.N_BINS + 1)
+    torch.testing.assert_close(targets.sum(1), torch.ones(360))
+    torch.testing.assert_close(targets, evaluate.bin_targets(view, -azimuth + 360))
+    judge = evaluate.Judge(2)
+    assert torch.equal(judge.view_of_bin[targets.argmax(1)].argmax(1), view)
+    overhead = captions.VIEWS.index("overhead")
+    above = evaluate.bin_targets(torch.tensor([overhead]), torch.tensor([10.0]))
+    assert above[0, -1] == 1 and above.sum() == 1
+    assert judge.view_of_bin[-1].argmax() == overhead
+
+
+def test_clear_views_are_away_from_boundaries(evaluate):
+    azimuth = torch.tensor([0.0, 34.0, 36.0, -54.0, 56.0, 124.0, -126.0, 144.0, 146.0, 180.0, 45.0])
+    clear = evaluate.is_clear(azimuth, torch.zeros(11)).int().tolist()
+    assert clear == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
+    assert evaluate.is_clear(azimuth, torch.full((11,), 80.0)).all()  # overhead from all around
+
+
+def test_views_are_judged_for_the_noun_asked(evaluate):
+    torch.manual_seed(0)
+    judge = evaluate.Judge(2).eval()
+    torch.nn.init.normal_(judge.shift.weight)
+    x = torch.randn(1, features.FEATURE_WIDTH).expand(2, -1)
+    with torch.no_grad():
+        nouns, bins = judge(x, torch.tensor([0, 1]))
+    assert torch.equal(nouns[0], nouns[1]) and not torch.allclose(bins[0], bins[1])
+
+
+def test_judge_says_the_view_with_most_probability(evaluate):
+    """Not the view of the likeliest bin."""
+    judge = evaluate.Judge(2).eval()
+    torch.nn.init.zeros_(judge.bins.weight)
+    logits = torch.full((evaluate.N_BINS + 1,), -9.0)
+    logits[0] = 1.0  # front
+    logits[3:6] = 0.5  # side, three times
+    judge.bins.bias.data = logits
+    _, view = judge.say(torch.zeros(1, features.FEATURE_WIDTH), torch.tensor([0]))
+    assert captions.VIEWS[view] == "side"
+
+
 def test_judge_learns_its_renders(folder: Path, evaluate):
     """Two nouns that counted, told apart by an image's brightness."""
     rgba = np.zeros((12, 256, 256, 4), np.uint8)
@@ -535,16 +581,19 @@ def test_judge_learns_its_renders(folder: Path, evaluate):
             return images.mean((1, 2, 3))[:, None].expand(-1, features.FEATURE_WIDTH)
 
     views = dataset.Views(folder, CPU)
-    judge, verdicts = evaluate.train_judge(
-        Brightness(), views, dataset.Views(folder, CPU, held_out=True), steps=3
+    judge, verdicts, clear = evaluate.train_judge(
+        Brightness(), views, dataset.Views(folder, CPU, held_out=True), steps=20
     )
     assert len(verdicts.noun) == 1 and verdicts.said_noun.shape == verdicts.noun.shape
+    assert clear.tolist() == [True]  # azimuth 10
     assert not judge.training
     rows = torch.arange(len(views))
     found = evaluate.view_features(Brightness(), views, rows, mirror=True)
     assert found.dtype == torch.float16
-    seen = evaluate.verdicts(judge, found, views.noun_labels(evaluate.COUNTED_NOUNS), views.view)
-    assert len(set(seen.said_noun[views.noun == 0].tolist())) == 1
+    nouns = views.noun_labels(evaluate.COUNTED_NOUNS)
+    seen = evaluate.verdicts(judge, found, nouns, views.view)
+    assert torch.equal(seen.said_noun, nouns)
+    assert len(seen.where(nouns == nouns[0]).noun) == int((nouns == nouns[0]).sum())
 
 
 def test_sheet_blocks_hold_seeds_by_views(evaluate):
