@@ -1,0 +1,270 @@
+"""Check and time cases: ``python -m benchmarks.run encode march --device cpu --json times.json``.
+
+A case is named in full or by what stands before its slash; none means all. Every case first proves
+itself at a small size: the compiled backend must agree with the pure-torch reference on the device,
+or no time is given and the command ends with status 1. Then it is timed with several input sets in
+turn, on CUDA as a CUDA graph where it can be captured.
+
+Columns: times of a call in milliseconds (median, 20th and 80th percentile); GB/s by the least
+traffic that the task needs (or TFLOP/s by its least arithmetic); that as a share of the bandwidth
+of a plain copy in the same run; how many times faster than the reference on the same device ("-"
+where the reference would take too long); other packages' times, on CUDA alone: recorded ones of an
+H100, and those of nerfacc, run eagerly, where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.case import Case, Workload, check
+from benchmarks.cases import CASES
+from benchmarks.peers import RECORDED, RECORDED_ON, nerfacc
+from benchmarks.timing import Times, copy_bandwidth, measure, peak_bytes
+from dsd_fast import versions
+from dsd_fast._backend import extension, keep_freed_memory, use_reference
+from dsd_fast.config import ConfigError, resolve_device
+from dsd_fast.pipes import reader_may_leave
+
+# Input sets that a case is timed with, in turn.
+N_SETS = 3
+# The reference may take so many budgets for one call; it is not timed where it would take more.
+REFERENCE_BUDGETS = 10.0
+
+_UNITS = {"points": "", "px": "² px", "cells": "³ cells"}
+_HEAD = f"{'case':<30} {'size':>10} {'items':>10} {'median':>9} {'p20':>9} {'p80':>9}"
+_HEAD += f"  {'rate':>13} {'of copy':>7} {'vs torch':>8}  peers, ms"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run; the text says how to mend it."""
+
+
+def select(names: Sequence[str]) -> list[str]:
+    """The cases that names or families ask for, in the order of the list; all for none.
+
+    Raises:
+        UsageError: a name is neither, with the nearest one.
+    """
+    families = {name.split("/")[0] for name in CASES}
+    for name in names:
+        if name not in CASES and name not in families:
+            near = difflib.get_close_matches(name, [*CASES, *families], n=1, cutoff=0.0)[0]
+            raise UsageError(f"unknown case {name!r}; the nearest is {near!r}. --list shows all")
+    asked = set(names)
+    return [name for name in CASES if not asked or asked & {name, name.split("/")[0]}]
+
+
+def check_sizes(names: Sequence[str], sizes: Sequence[int]) -> None:
+    """Raises UsageError for sizes of cases that count different things."""
+    units = {CASES[name].unit for name in names}
+    if sizes and len(units) > 1:
+        raise UsageError(
+            f"--size means {' and '.join(sorted(units))} for these cases; choose cases of one unit "
+            "(--list shows it)"
+        )
+
+
+def run_case(
+    name: str, case: Case, size: int, device: torch.device, budget_s: float, bandwidth: float
+) -> dict[str, Any]:
+    """Check and time a case at one size; the record that goes to JSON.
+
+    Raises:
+        CheckFailed: the compiled backend does not agree with the reference; nothing was timed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    small = case.prepare(case.check_size, device, generator)
+    error = check(small, case.tolerance)
+    sets = [case.prepare(size, device, generator) for _ in range(N_SETS)]
+    times = measure([w.compiled for w in sets], device, budget_s, capture=case.captures)
+    first = sets[0]
+    reference = _time_reference(small, first, device, budget_s)
+    seconds = 1e-3 * times.median
+    bytes_per_s = first.n_bytes / seconds if first.n_bytes else None
+    peers = [
+        {"peer": peer, "ms": measure([w.peers[peer] for w in sets], device, budget_s).median}
+        for peer in first.peers
+    ]
+    if device.type == "cuda":
+        peers += [
+            {"peer": peer, "ms": ms, "recorded_on": RECORDED_ON}
+            for peer, ms in RECORDED.get((name, size), ())
+        ]
+    return {
+        "case": name,
+        "size": size,
+        "unit": case.unit,
+        "items": first.n_items,
+        "device": str(device),
+        "check_error": error,
+        "ms": asdict(times),
+        "captured": device.type == "cuda" and case.captures,
+        "min_bytes": first.n_bytes,
+        "min_flops": first.n_flops,
+        "gb_per_s": bytes_per_s and 1e-9 * bytes_per_s,
+        "tflop_per_s": first.n_flops and 1e-12 * first.n_flops / seconds,
+        "share_of_copy": bytes_per_s and bytes_per_s / bandwidth,
+        "peak_bytes": peak_bytes(first.compiled, device),
+        "reference_ms": reference and asdict(reference),
+        "speedup": reference and reference.median / times.median,
+        "peers": peers,
+    }
+
+
+def _time_reference(
+    small: Workload, full: Workload, device: torch.device, budget_s: float
+) -> Times | None:
+    """The reference's times, or None where it would take too long or too much memory."""
+    estimate = measure([small.reference], device, 0.0, min_repeats=1).median
+    if 1e-3 * estimate * full.n_items > REFERENCE_BUDGETS * budget_s * small.n_items:
+        return None
+    try:
+        return measure([full.reference], device, budget_s, min_repeats=1)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def environment(device: torch.device, bandwidth: float) -> dict[str, Any]:
+    """What the times hold for: versions, device, threads, date."""
+    peer = nerfacc()
+    return {
+        **versions.collect(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "kernels": extension().build_info(),
+        "nerfacc": peer and peer.__version__,
+        "copy_gb_per_s": 1e-9 * bandwidth,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _row(record: dict[str, Any]) -> str:
+    ms = record["ms"]
+    if record["gb_per_s"]:
+        rate, share = f"{record['gb_per_s']:.1f} GB/s", f"{100 * record['share_of_copy']:.0f} %"
+    else:
+        rate, share = f"{record['tflop_per_s']:.3f} TFLOP/s", "-"
+    speedup = f"{record['speedup']:.1f}" if record["speedup"] else "-"
+    peers = ", ".join(f"{p['peer']} {p['ms']:.3g}{_where(p)}" for p in record["peers"])
+    return (
+        f"{record['case']:<30} {_size(record):>10} {record['items']:>10} {ms['median']:>9.3f} "
+        f"{ms['p20']:>9.3f} {ms['p80']:>9.3f}  {rate:>13} {share:>7} {speedup:>8}  {peers}"
+    ).rstrip()
+
+
+def _where(peer: dict[str, Any]) -> str:
+    return f" (recorded on an {peer['recorded_on']})" if "recorded_on" in peer else " (here)"
+
+
+def _size(record: dict[str, Any]) -> str:
+    return f"{record['size']}{_UNITS[record['unit']]}"
+
+
+def _list() -> None:
+    for name, case in CASES.items():
+        sizes = "; ".join(
+            f"{device} {', '.join(map(str, sizes))}" for device, sizes in case.sizes.items()
+        )
+        function = getattr(case.prepare, "func", case.prepare)
+        summary = function.__doc__.splitlines()[0]
+        on_rays = " Points along rays." if name.endswith("-rays") else ""
+        print(f"{name:<30} {case.unit:<6}  {sizes:<28} {summary}{on_rays}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="*", help="names or families of cases; none for all")
+    parser.add_argument("--list", action="store_true", help="list the cases and their sizes")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument(
+        "--size", type=_integer, nargs="+", default=[], help="sizes to run, such as 2^22 or 512"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=1.0, help="seconds of timing a case (default 1)"
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        if use_reference():
+            raise UsageError("DSD_BACKEND=torch leaves nothing to compare; unset it")
+        chosen.names = select(chosen.cases)
+        chosen.device = resolve_device(chosen.device)
+        check_sizes(chosen.names, chosen.size)
+    except (UsageError, ConfigError) as error:
+        parser.error(str(error))
+    return chosen
+
+
+def _integer(text: str) -> int:
+    base, _, power = text.partition("^")
+    value = int(base) ** int(power or 1)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a size must be at least 1, got {text}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    chosen = _parse(arguments)
+    if chosen.list:
+        _list()
+        return 0
+    device = chosen.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
+    keep_freed_memory(device)
+    bandwidth = copy_bandwidth(device, min(chosen.budget, 1.0))
+    about = environment(device, bandwidth)
+    print(
+        f"{about['device_name']}, {about['threads']} threads; torch {about['torch']}, "
+        f"dsd_fast {about['dsd_fast']} {(about['commit'] or '')[:10]}; "
+        f"copy {about['copy_gb_per_s']:.1f} GB/s; nerfacc {about['nerfacc'] or 'not installed'}"
+    )
+    print(_HEAD)
+    results: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    for name in chosen.names:
+        case = CASES[name]
+        try:
+            for size in chosen.size or case.sizes[device.type]:
+                results.append(run_case(name, case, size, device, chosen.budget, bandwidth))
+                print(_row(results[-1]), flush=True)
+        except RuntimeError as error:  # a failed check, no memory, a kernel that did not start
+            failures.append({"case": name, "error": str(error)})
+            print(f"{name:<30} FAILED: {error}", flush=True)
+    if chosen.json:
+        text = json.dumps({"about": about, "results": results, "failures": failures}, indent=2)
+        chosen.json.write_text(text + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    with reader_may_leave():
+        sys.exit(main())

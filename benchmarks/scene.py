@@ -1,0 +1,89 @@
+"""The scene of the volume cases: the official field's initial blob, seen from around it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsd_fast import ops
+from dsd_fast.cameras import CameraBatch, CameraConfig, RandomCameras
+from dsd_fast.field import FieldConfig
+from dsd_fast.occupancy import OccupancyGrid
+from dsd_fast.renderer import RendererConfig
+
+# Of the official ranges: the middle distance, and fields of view with as many samples as the
+# recorded peers had (peers.py): 47 candidates a ray to march, 29 kept ones to render.
+DISTANCE = 1.75
+MARCH_FOVY_DEG = 47.9
+RENDER_FOVY_DEG = 56.5
+
+RENDERER = RendererConfig()
+STEP_SIZE = 1.732 * 2.0 * RENDERER.radius / RENDERER.num_samples_per_ray
+
+
+class Samples(NamedTuple):
+    """Packed samples of the rays of one view, and a density at each."""
+
+    sigmas: Tensor  # [S]
+    t_starts: Tensor  # [S]
+    t_ends: Tensor  # [S]
+    ray_indices: Tensor  # [S]
+    n_rays: int
+
+
+def view(
+    width: int, fovy_deg: float, device: torch.device, generator: torch.Generator
+) -> CameraBatch:
+    """A camera at a random place around the blob; each sees about the same of it."""
+    cfg = CameraConfig(
+        width=width,
+        height=width,
+        resolution_milestones=(),
+        camera_distance_range=(DISTANCE, DISTANCE),
+        fovy_range=(fovy_deg, fovy_deg),
+        camera_perturb=0.0,
+        center_perturb=0.0,
+        up_perturb=0.0,
+    )
+    return RandomCameras(cfg).sample(0, generator, device)
+
+
+def rays(
+    width: int, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(origins [R,3], directions [R,3], jitter [R]) of the width² rays of a view to march."""
+    cameras = view(width, MARCH_FOVY_DEG, device, generator)
+    origins, dirs = (x.reshape(-1, 3).contiguous() for x in (cameras.rays_o, cameras.rays_d))
+    return origins, dirs, torch.rand(width * width, generator=generator).to(device)
+
+
+def blob_density(points: Tensor) -> Tensor:
+    """Density [N] of the initial field at points [N,3]: that of the blob alone."""
+    cfg = FieldConfig()
+    distance = points.norm(dim=-1)
+    return F.softplus(cfg.density_blob_scale * (1.0 - distance / cfg.density_blob_std))
+
+
+@cache
+def occupancy(device: torch.device) -> OccupancyGrid:
+    """The occupancy grid after the first update of a run."""
+    grid = OccupancyGrid(RENDERER.occupancy, RENDERER.radius, STEP_SIZE)
+    grid.update(0, blob_density, torch.Generator().manual_seed(0))
+    return grid.to(device)
+
+
+def samples(width: int, device: torch.device, generator: torch.Generator) -> Samples:
+    """What marching a view takes, each with the blob's density times a random factor."""
+    origins, dirs, jitter = rays(width, device, generator)
+    grid = occupancy(device)
+    ray_indices, t_starts, t_ends = ops.march(
+        origins, dirs, grid.binary, grid.aabb, STEP_SIZE, jitter
+    )
+    middle = 0.5 * (t_starts + t_ends)[:, None]
+    density = blob_density(origins[ray_indices] + middle * dirs[ray_indices])
+    factor = 0.5 + torch.rand(len(middle), generator=generator).to(device)
+    return Samples(density * factor, t_starts, t_ends, ray_indices, len(origins))

@@ -1,0 +1,203 @@
+"""Benchmarks: every case runs and proves itself first; a wrong kernel gets no time."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+# Last in the path: an installed dsd_fast comes before the source folder's.
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import hashgrid, peers, run, timing
+from benchmarks.case import CheckFailed, Workload, check, relative_error
+from benchmarks.cases import CASES
+from dsd_fast._backend import extension
+from dsd_fast.field import FieldConfig, GridConfig
+
+CPU = torch.device("cpu")
+SIZES = {"points": 500, "px": 24, "cells": 8}
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch) -> Iterator[None]:
+    """Small tables and copies: it is the time of the tests that they would take."""
+    grid = GridConfig(log2_table_size=10)
+    monkeypatch.setattr("benchmarks.render.FieldConfig", lambda: FieldConfig(grid=grid))
+    monkeypatch.setattr(hashgrid, "SPEC", dataclasses.replace(hashgrid.SPEC, log2_table_size=10))
+    monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 20)
+    # The process would keep what it frees for good, which is not for a test to decide.
+    monkeypatch.setattr(run, "keep_freed_memory", lambda device: None)
+    hashgrid.table.cache_clear()
+    yield
+    hashgrid.table.cache_clear()
+
+
+@pytest.fixture
+def small_cases(monkeypatch) -> None:
+    for name, case in CASES.items():
+        small = dataclasses.replace(
+            case, sizes={"cpu": (SIZES[case.unit],)}, check_size=min(case.check_size, 1003)
+        )
+        monkeypatch.setitem(CASES, name, small)
+
+
+def workload(name: str) -> Workload:
+    return CASES[name].prepare(SIZES[CASES[name].unit], CPU, torch.Generator().manual_seed(0))
+
+
+def test_list_names_every_case(capsys) -> None:
+    assert run.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(CASES)
+
+
+def test_every_case_runs_and_is_recorded(small_cases, tmp_path, capsys) -> None:
+    path = tmp_path / "times.json"
+    assert run.main(["--device", "cpu", "--budget", "0.01", "--json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["failures"] == []
+    assert [result["case"] for result in written["results"]] == list(CASES)
+    for result in written["results"]:
+        assert 0 < result["ms"]["p20"] <= result["ms"]["median"] <= result["ms"]["p80"]
+        assert result["items"] > 0 and result["check_error"] <= CASES[result["case"]].tolerance
+        assert (result["gb_per_s"] or result["tflop_per_s"]) > 0
+        assert result["peers"] == []  # other packages' times are those of a GPU
+    about = written["about"]
+    assert about["device_name"] and about["torch"] == torch.__version__
+    assert about["copy_gb_per_s"] > 0 and about["time"] and about["kernels"]["compiler"]
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in CASES)
+
+
+def test_a_wrong_kernel_is_caught(small_cases, monkeypatch, tmp_path, capsys) -> None:
+    """One level too few in the forward kernel: no time for what uses it, status 1, others run."""
+    right = extension().hashgrid_fwd
+
+    def wrong(x, table, y, jac, n, n_active, *rest) -> None:
+        right(x, table, y, jac, n, n_active - 1, *rest)
+
+    monkeypatch.setattr(extension(), "hashgrid_fwd", wrong)
+    path = tmp_path / "times.json"
+    names = ["encode/forward", "jacobian/forward", "sh/forward"]
+    flags = ["--device", "cpu", "--budget", "0.01", "--json", str(path)]
+    assert run.main([*names, *flags]) == 1
+    written = json.loads(path.read_text())
+    assert [failure["case"] for failure in written["failures"]] == names[:2]
+    assert "y differs from the reference: relative error" in written["failures"][0]["error"]
+    assert [result["case"] for result in written["results"]] == ["sh/forward"]
+    assert "encode/forward                 FAILED: y differs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_output_of_every_case_is_checked(name) -> None:
+    right = workload(name)
+    outputs = right.compiled()
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    outputs = [output.clone() for output in outputs]
+    wanted = [output.clone() for output in outputs]
+    same = dataclasses.replace(right, compiled=lambda: outputs, reference=lambda: wanted)
+    assert check(same, 0.0) == 0.0
+    for label, output in zip(right.outputs, outputs):
+        before = output.clone()
+        if output.dtype == torch.bool:
+            output.view(-1)[0] ^= True
+        else:
+            output.view(-1)[0] += max(1, output.abs().max())
+        with pytest.raises(CheckFailed, match=label):
+            check(same, CASES[name].tolerance)
+        output.copy_(before)
+
+
+def test_check_refuses_nan_and_other_shapes() -> None:
+    ones = torch.ones(3)
+    for wrong, text in [
+        (torch.tensor([1.0, 1.0, torch.nan]), "relative error nan"),
+        (torch.ones(4), r"is torch.float32 \[4\], the reference's torch.float32 \[3\]"),
+        (ones.double(), "is torch.float64"),
+    ]:
+        with pytest.raises(CheckFailed, match=text):
+            check(Workload(lambda wrong=wrong: wrong, lambda: ones, ("y",), 3), 1e-5)
+    with pytest.raises(CheckFailed, match="2 outputs, wanted 1"):
+        check(Workload(lambda: (ones, ones), lambda: ones, ("y",), 3), 1e-5)
+    assert relative_error(ones, torch.zeros(3)) == pytest.approx(3**0.5)
+
+
+def test_inputs_differ_between_sets_and_are_not_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for points in (hashgrid.uniform, hashgrid.along_rays):
+        first, second = (points(1000, CPU, generator) for _ in range(2))
+        assert first.shape == (1000, 3) and bool(((first > 0) & (first < 1)).all())
+        assert not torch.equal(first, second)
+    # Neighbours on a ray are a step apart.
+    steps = (first[1:64] - first[:63]).norm(dim=-1)
+    torch.testing.assert_close(steps, torch.full_like(steps, 0.01353125 / 4), rtol=1e-3, atol=0)
+    assert float(hashgrid.table(CPU).detach().std()) > 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["encode/foward"], "unknown case 'encode/foward'; the nearest is 'encode/forward'"),
+        (["marsh"], "unknown case 'marsh'; the nearest is 'march'"),
+        (["march", "encode", "--size", "64"], "--size means points and px for these cases"),
+        (["march", "--size", "many"], "--size"),
+        (["march", "--size", "0"], "a size must be at least 1, got 0"),
+        (["march", "--device", "tpu"], "--device"),
+    ],
+)
+def test_usage_errors_name_the_way_out(arguments, words, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_reference_is_not_compared_with_itself(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("DSD_BACKEND", "torch")
+    with pytest.raises(SystemExit):
+        run.main(["march"])
+    assert "DSD_BACKEND=torch leaves nothing to compare" in capsys.readouterr().err
+
+
+def test_families_and_sizes(small_cases, capsys) -> None:
+    assert run.select(["sh", "march"]) == ["sh/forward", "sh/backward", "march"]
+    assert run.select([]) == list(CASES)
+    flags = ["--device", "cpu", "--budget", "0", "--size", "2^5", "33"]
+    assert run.main(["sh/forward", *flags]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[:2] for row in rows] == [["sh/forward", "32"], ["sh/forward", "33"]]
+
+
+def test_recorded_times_belong_to_cases() -> None:
+    for (name, size), recorded in peers.RECORDED.items():
+        sizes = CASES[name].sizes["cuda"]
+        assert size in sizes, f"{name} does not run at {size}"
+        assert all(time.ms > 0 for time in recorded)
+
+
+def test_a_row_says_where_a_peer_was_timed(small_cases) -> None:
+    record = run.run_case("march", CASES["march"], 24, CPU, budget_s=0.0, bandwidth=1e9)
+    record["peers"] = [
+        {"peer": "theirs 1.0", "ms": 1.25, "recorded_on": "H100"},
+        {"peer": "theirs 2.0", "ms": 0.5},
+    ]
+    row = run._row(record)
+    assert row.startswith("march ") and "24² px" in row and " GB/s " in row
+    assert row.endswith("  theirs 1.0 1.25 (recorded on an H100), theirs 2.0 0.5 (here)")
+
+
+def test_nerfacc_has_no_time_on_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.march.nerfacc", lambda: SimpleNamespace(__version__="0"))
+    assert workload("march").peers == {}
+
+
+def test_times_of_a_known_sleep() -> None:
+    import time
+
+    times = timing.measure([lambda: time.sleep(0.002)], CPU, budget_s=0.02)
+    assert times.p20 >= 2.0 and 5 <= times.n_repeats <= 10
