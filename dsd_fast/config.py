@@ -223,9 +223,15 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
         model="embedded",
         preset="embedded",
         max_steps=steps,
-        guidance=GuidanceConfig(trajectory="cached", mirror_trajectory=True),
+        # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
+        guidance=GuidanceConfig(guidance_scale=4.0, trajectory="cached", mirror_trajectory=True),
+        # Each trajectory has a background of its own. One that is learned too slowly is made up for
+        # by floating shapes of its colour; so is what a large initial blob leaves above flat things.
+        optimizer=OptimizerConfig(background_lr=0.01),
+        # What is learned behind the object is of no use to anyone: pictures show a plain grey.
+        background=BackgroundConfig(eval_color=(0.7, 0.7, 0.7)),
         loss=LossConfig(
-            lambda_sparsity=(0, 0.15, 0.0, at(0.3)),
+            lambda_sparsity=(0, 0.2, 0.05, at(0.75)),
             lambda_convex=(0, 1.0, 1.0, at(0.5)),
         ),
         cameras=CameraConfig(
@@ -238,9 +244,10 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
             camera_perturb=0.05,
             center_perturb=0.05,
             eval_camera_distance=1.9,
-            eval_fovy_deg=55,
+            eval_fovy_deg=50,
         ),
         field=FieldConfig(
+            density_blob_std=0.3,
             grid=GridConfig(
                 n_levels=12,
                 log2_table_size=16,
