@@ -246,6 +246,9 @@ def test_cuda_architecture_lists(setup_py) -> None:
 def test_a_build_without_cuda_says_why(wanted, reason, setup_py, monkeypatch) -> None:
     monkeypatch.setenv("DSD_CUDA", wanted)
     monkeypatch.setitem(setup_py, "find_nvcc", lambda: None)
+    # A dependency of building alone, absent where the package was built in isolation.
+    pybind11 = SimpleNamespace(get_cmake_dir=lambda: "pybind11")
+    monkeypatch.setitem(sys.modules, "pybind11", pybind11)
     options, _ = setup_py["cmake_options"](ROOT)
     assert (options["DSD_CUDA"], options["DSD_CUDA_ABSENT"]) == ("OFF", reason)
     built = {"cuda": None, "cuda_archs": "", "cuda_absent": reason}
