@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dsd_fast import ops
 from dsd_fast.cameras import CameraBatch, CameraConfig, RandomCameras
-from dsd_fast.field import FieldConfig
+from dsd_fast.field import FieldConfig, density_bias
 from dsd_fast.occupancy import OccupancyGrid
-from dsd_fast.renderer import RendererConfig
+from dsd_fast.renderer import Renderer, RendererConfig
 
 # Of the official ranges: the middle distance, and fields of view with as many samples as the
 # recorded peers had (peers.py): 47 candidates a ray to march, 29 kept ones to render.
@@ -22,7 +22,7 @@ MARCH_FOVY_DEG = 47.9
 RENDER_FOVY_DEG = 56.5
 
 RENDERER = RendererConfig()
-STEP_SIZE = 1.732 * 2.0 * RENDERER.radius / RENDERER.num_samples_per_ray
+STEP_SIZE = Renderer(RENDERER).step_size
 
 
 class Samples(NamedTuple):
@@ -63,9 +63,7 @@ def rays(
 
 def blob_density(points: Tensor) -> Tensor:
     """Density [N] of the initial field at points [N,3]: that of the blob alone."""
-    cfg = FieldConfig()
-    distance = points.norm(dim=-1)
-    return F.softplus(cfg.density_blob_scale * (1.0 - distance / cfg.density_blob_std))
+    return F.softplus(density_bias(points, FieldConfig()))
 
 
 @cache

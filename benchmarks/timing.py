@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dsd_fast.graphs import captured
+
 # More repeats tell nothing new.
 _MAX_REPEATS = 1000
 # Well beyond the caches: bytes of each of the two buffers that are copied.
@@ -39,7 +41,7 @@ def measure(
     device's wait for the host counts.
     """
     if device.type == "cuda" and capture:
-        calls = [_captured(call) for call in calls]
+        calls = [captured(call) for call in calls]
     run = _run_cuda if device.type == "cuda" else _run_cpu
     run(calls, len(calls))
     estimate = max(run(calls, 1)[0], 1e-3)
@@ -87,16 +89,3 @@ def _run_cuda(calls: Sequence[Callable[[], object]], n: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
-
-
-def _captured(call: Callable[[], object]) -> Callable[[], None]:
-    # What happens at a first call only (loading code, allocating) must not fall into the capture.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay

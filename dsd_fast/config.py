@@ -225,8 +225,8 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
         max_steps=steps,
         # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
         guidance=GuidanceConfig(guidance_scale=4.0, trajectory="cached", mirror_trajectory=True),
-        # Each trajectory has a background of its own. One that is learned too slowly is made up for
-        # by floating shapes of its colour; so is what a large initial blob leaves above flat things.
+        # Each trajectory has a background of its own. Learned too slowly, it is made up for by
+        # floating shapes of its colour.
         optimizer=OptimizerConfig(background_lr=0.01),
         # What is learned behind the object is of no use to anyone: pictures show a plain grey.
         background=BackgroundConfig(eval_color=(0.7, 0.7, 0.7)),
@@ -247,6 +247,7 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
             eval_fovy_deg=50,
         ),
         field=FieldConfig(
+            # What a larger blob leaves above flat things floats there to the end.
             density_blob_std=0.3,
             grid=GridConfig(
                 n_levels=12,

@@ -83,6 +83,17 @@ class FieldOutput(NamedTuple):
     normal: Tensor | None  # [N,3] unit, outward
 
 
+def density_bias(points: Tensor, cfg: FieldConfig) -> Tensor | float:
+    """What is added to the raw density at points [N,3]: the initial blob [N], or a constant."""
+    if cfg.density_bias == "blob_magic3d":
+        distance = torch.linalg.vector_norm(points, dim=-1)
+        return cfg.density_blob_scale * (1.0 - distance / cfg.density_blob_std)
+    if cfg.density_bias == "blob_dreamfusion":
+        squared = points.square().sum(-1)
+        return cfg.density_blob_scale * torch.exp(-0.5 * squared / cfg.density_blob_std**2)
+    return float(cfg.density_bias)
+
+
 class Field(nn.Module):
     """Density, features and normals at points of the box [-radius, radius]³.
 
@@ -178,7 +189,8 @@ class Field(nn.Module):
             density, normal = self._density_and_normal(points, encoded, jacobian)
             return FieldOutput(density, self.feature_network(encoded), normal)
         encoded = self.grid(self._to_unit_cube(points))
-        density = self._activate(self.density_network(encoded)[:, 0] + self._bias(points))
+        raw = self.density_network(encoded)[:, 0] + density_bias(points, self.cfg)
+        density = self._activate(raw)
         features = self.feature_network(encoded)
         if not normals:
             return FieldOutput(density, features, None)
@@ -190,7 +202,7 @@ class Field(nn.Module):
 
     def _density(self, points: Tensor) -> Tensor:
         encoded = self.grid(self._to_unit_cube(points))
-        return self._activate(self.density_network(encoded)[:, 0] + self._bias(points))
+        return self._activate(self.density_network(encoded)[:, 0] + density_bias(points, self.cfg))
 
     def _density_and_normal(
         self, points: Tensor, encoded: Tensor, jacobian: Tensor
@@ -206,7 +218,7 @@ class Field(nn.Module):
         with torch.no_grad():
             mask = F.linear(encoded, first).gt_(0)
         to_encoding = mask @ (second.t() * first)
-        raw = (encoded * to_encoding).sum(-1) + self._bias(points)
+        raw = (encoded * to_encoding).sum(-1) + density_bias(points, self.cfg)
         # The grid reads (p + radius) / (2·radius).
         gradient = torch.bmm(to_encoding[:, None, :], jacobian)[:, 0, :] / (2 * self.cfg.radius)
         gradient = (gradient + self._bias_gradient(points)) * self._activation_slope(raw)[:, None]
@@ -230,16 +242,6 @@ class Field(nn.Module):
     def _to_unit_cube(self, points: Tensor) -> Tensor:
         return torch.add(0.5, points, alpha=0.5 / self.cfg.radius)
 
-    def _bias(self, points: Tensor) -> Tensor | float:
-        cfg = self.cfg
-        if cfg.density_bias == "blob_magic3d":
-            distance = torch.linalg.vector_norm(points, dim=-1)
-            return cfg.density_blob_scale * (1.0 - distance / cfg.density_blob_std)
-        if cfg.density_bias == "blob_dreamfusion":
-            squared = points.square().sum(-1)
-            return cfg.density_blob_scale * torch.exp(-0.5 * squared / cfg.density_blob_std**2)
-        return float(cfg.density_bias)
-
     def _bias_gradient(self, points: Tensor) -> Tensor | float:
         cfg = self.cfg
         if cfg.density_bias == "blob_magic3d":
@@ -247,7 +249,7 @@ class Field(nn.Module):
             slope = -cfg.density_blob_scale / cfg.density_blob_std
             return slope * F.normalize(points, dim=-1, eps=1e-12)
         if cfg.density_bias == "blob_dreamfusion":
-            return self._bias(points)[:, None] * points / -(cfg.density_blob_std**2)
+            return density_bias(points, cfg)[:, None] * points / -(cfg.density_blob_std**2)
         return 0.0
 
     def _activate(self, raw: Tensor) -> Tensor:

@@ -136,6 +136,18 @@ def test_noise_levels_are_those_of_the_sampler():
     )
 
 
+def test_the_velocity_implies_the_noise():
+    x0, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64).unbind(0)
+    abar = torch.tensor([0.999, 0.3, 0.005], dtype=torch.float64)
+    signal, sigma = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
+    noisy, velocity = signal * x0 + sigma * noise, signal * noise - sigma * x0
+    found = noise_schedule.noise_of_velocity(velocity, noisy, abar)
+    torch.testing.assert_close(found, noise)
+    # an error of the velocity is one of the noise, smaller by alpha
+    found = noise_schedule.noise_of_velocity(velocity + 1, noisy, abar)
+    torch.testing.assert_close(found - noise, signal.expand_as(noise))
+
+
 def test_noisy_levels_weigh_more():
     alphas = noise_schedule.alphas_cumprod(models.SCHEDULER)
     weights = train.level_weights(alphas, 5.0)
@@ -323,7 +335,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("tiny_networks")
 def test_train_export_load_and_resume(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate
 ):
     from diffusers import StableDiffusionPipeline
 
@@ -342,6 +354,11 @@ def test_train_export_load_and_resume(
     assert model.encode_prompt(["a chair, side view"]).shape == (1, 32, models.TEXT_WIDTH)
     pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = pipeline("a red sofa", num_inference_steps=3, latents=noise, output_type="pt").images
+        got = evaluate.sample(model, ["a red sofa"], noise, 3, 7.5)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
     image = pipeline("a red sofa", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (256, 256, 3) and np.isfinite(image).all()
 

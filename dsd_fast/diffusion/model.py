@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion.engine import make_engine
+from dsd_fast.diffusion.noise_schedule import noise_of_velocity
 from dsd_fast.diffusion.upload import upload
 
 _HASH_CHUNK_BYTES = 1 << 22
@@ -145,9 +146,7 @@ class DiffusionModel:
         output = self.engine(latents.to(self.dtype), t, text.to(self.dtype)).float()
         if self.prediction_type == "epsilon":
             return output
-        # Salimans and Ho 2022: v = alpha eps - sigma x0, hence eps = alpha v + sigma z.
-        abar = self._levels[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * output + (1 - abar).sqrt() * latents
+        return noise_of_velocity(output, latents, self._levels[t])
 
     @cached_property
     def model_hash(self) -> str:

@@ -58,6 +58,19 @@ def prediction_type(config: Mapping[str, Any]) -> str:
     return kind
 
 
+def noise_of_velocity(velocity: Tensor, noisy: Tensor, abar: Tensor) -> Tensor:
+    """The noise that a v-prediction implies (Salimans and Ho 2022).
+
+    With z = alpha x0 + sigma eps and v = alpha eps - sigma x0, eps = alpha v + sigma z.
+
+    Args:
+        velocity, noisy: v and z, [R,C,h,w].
+        abar: alpha squared of each row's level, [R].
+    """
+    abar = abar.view(-1, 1, 1, 1)
+    return abar.sqrt() * velocity + (1 - abar).sqrt() * noisy
+
+
 def _betas(config: Mapping[str, Any]) -> Tensor:
     trained = config.get("trained_betas")
     if trained is not None:

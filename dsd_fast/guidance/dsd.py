@@ -21,7 +21,7 @@ from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.diffusion.upload import upload
-from dsd_fast.guidance.prompt import combine, expand_rows, view_embeddings
+from dsd_fast.guidance.prompt import combine, expand_rows, view_embeddings, wrapped
 from dsd_fast.guidance.schedule import random_timesteps, shifted_level, timestep
 from dsd_fast.guidance.trajectory import (
     Predictor,
@@ -273,7 +273,7 @@ class DSDGuidance:
             predict = self._predictor(elevation, azimuth)
             eps_o = self._trajectory_noise(x, elevation, azimuth, t_delta, predict)
             if self.cfg.mirror_trajectory:
-                negative = upload((azimuth + 180) % 360 < 180, x.device).view(-1, 1, 1, 1)
+                negative = upload(wrapped(azimuth) < 0, x.device).view(-1, 1, 1, 1)
                 eps_o = torch.where(negative, eps_o.flip(-1), eps_o)
             grad, x_delta = _linked_gradient(
                 x,

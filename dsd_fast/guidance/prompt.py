@@ -74,10 +74,8 @@ def view_embeddings(
     if not perp_neg:
         return torch.cat([text[index], unconditional]), None
 
-    a = wrapped(azimuth).abs()
     overhead = elevation > _OVERHEAD_DEG
-    front_half = a < 90
-    r = torch.where(front_half, 1 - a / 90, 2 - a / 90)
+    front_half, r = mix_of_views(azimuth)
     # (from, to) of the interpolation; overhead is a constant, with weightless negatives.
     first = torch.where(front_half, FRONT, SIDE).masked_fill(overhead, OVERHEAD)
     second = torch.where(front_half, SIDE, BACK).masked_fill(overhead, OVERHEAD)
@@ -158,6 +156,17 @@ def combine(
 
 def _angles(value: Tensor | float, device: torch.device) -> Tensor:
     return upload(torch.as_tensor(value, dtype=torch.float32).reshape(-1), device)
+
+
+def mix_of_views(azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
+    """Which two views Perp-Neg interpolates at each azimuth (Armandpour et al. 2023).
+
+    Returns:
+        bool [B], front and side where True, side and back elsewhere, and the first one's share [B].
+    """
+    a = wrapped(azimuth_deg).abs()
+    front_half = a < 90
+    return front_half, torch.where(front_half, 1 - a / 90, 2 - a / 90)
 
 
 def wrapped(azimuth_deg: Tensor) -> Tensor:

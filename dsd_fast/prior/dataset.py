@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dsd_fast.guidance.prompt import mix_of_views
 from dsd_fast.prior import models
 from dsd_fast.prior.captions import VIEWS
 
@@ -256,14 +257,13 @@ class CaptionTable:
         plain = views.view[rows] + 1
         plain.masked_fill_(torch.rand(batch, device=device) < PLAIN_SHARE, NO_VIEW)
 
-        a = (torch.remainder(views.azimuth[rows] + 180, 360) - 180).abs()
-        near = a < 90
+        near, share = mix_of_views(views.azimuth[rows])
         mixed = torch.rand(batch, device=device) < interpolated
         mixed &= views.view[rows] != VIEWS.index("overhead")
         side = torch.full_like(plain, SIDE)
         first = torch.where(mixed, side.masked_fill(near, FRONT), plain)
         second = torch.where(mixed, side.masked_fill(~near, BACK), plain)
-        share = (1 - a / 90 + (~near)).masked_fill_(~mixed, 1)
+        share.masked_fill_(~mixed, 1)
 
         empty = torch.rand(batch, device=device) < dropout
         first.masked_fill_(empty, EMPTY)

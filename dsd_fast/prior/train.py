@@ -22,6 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from dsd_fast.diffusion import noise_schedule
+from dsd_fast.graphs import captured
 from dsd_fast.prior import models
 from dsd_fast.prior.dataset import CaptionTable, Views, composite
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 # Steps between two looks at the clock where several processes have to agree on it.
 CLOCK_STEPS = 20
 LOG_STEPS = 100
-# Eager runs before a CUDA graph is captured.
-WARM_UP_RUNS = 3
 # Floats between the starts of two parameters in a buffer: 256 bytes.
 ALIGNMENT = 64
 WARM_UP_STEPS = 300
@@ -304,21 +303,6 @@ class Trainer:
             save_part(module, self.cfg.out, name)
 
 
-def captured(function: Callable[[], None]) -> Callable[[], None]:
-    """`function` as a CUDA graph; it is run a few times first, which compiles what compiles."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_RUNS):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the watchdog of a process group asks for events from its own thread
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
-    return graph.replay
-
-
 def save_part(module: torch.nn.Module, folder: Path, name: str) -> None:
     """Write the weights of one part as `folder`/`name`.safetensors in float16."""
     state = {k: v.to("cpu", torch.float16).contiguous() for k, v in module.state_dict().items()}
@@ -531,8 +515,7 @@ def train_unet(cfg: UnetConfig) -> None:
             both = text_encoder(torch.cat([first, second])).last_hidden_state
             text = torch.lerp(both[batch:], both[:batch], share.view(-1, 1, 1).to(both.dtype))
             velocity = forward(noisy, t, text, return_dict=False)[0].float()
-        # The error of the noise that this velocity implies is `signal` times the velocity's.
-        error = signal * (velocity - (signal * noise - sigma * x0))
+        error = noise_schedule.noise_of_velocity(velocity, noisy, alphas[t]) - noise
         total = (weights[t] * error.square().mean((1, 2, 3))).mean()
         return total, {"loss": total}
 

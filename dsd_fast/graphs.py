@@ -1,0 +1,32 @@
+"""CUDA graphs of functions without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+# Eager runs before the capture: they compile, load code and make workspaces.
+_WARM_UP_RUNS = 3
+
+
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """`function` as a CUDA graph on the current device; call the result to replay it.
+
+    It is run a few times first. It must neither wait for the device nor draw from anything but
+    torch's generator of the device; what it returns is dropped.
+
+    Raises:
+        RuntimeError: the function does what a graph cannot hold.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_RUNS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: other threads, such as a process group's watchdog, may call CUDA meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
