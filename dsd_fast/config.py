@@ -244,7 +244,7 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
             camera_perturb=0.05,
             center_perturb=0.05,
             eval_camera_distance=1.9,
-            eval_fovy_deg=50,
+            eval_fovy_deg=60,
         ),
         field=FieldConfig(
             # What a larger blob leaves above flat things floats there to the end.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dsd_fast.guidance.prompt import mix_of_views
 from dsd_fast.prior import models
-from dsd_fast.prior.captions import VIEWS
+from dsd_fast.prior.captions import VIEWS, has_front
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,12 @@ HELD_OUT = 50
 # Guidance does not tell the prior how far its camera is: what it draws must fit into most frames.
 GOOD_ZOOM = (0.8, 1.3)
 GOOD_ZOOM_WEIGHT = 4.0
+# A model is drawn by its noun's count of models to the power of -1/2, so that rarer nouns come up
+# more often than their count would have it; counts below this share of the largest are as it, or
+# the many nouns of one model would crowd out the others.
+RAREST = 0.1
+# Fronts and backs of things that have a front are what is mixed up, hardly ever a side.
+FRONT_BACK_WEIGHT = 1.5
 # Rows moved to the device at once: 1 GiB of pixels.
 UPLOAD_ROWS = 4096
 # Columns of CaptionTable.tokens: no view, then VIEWS in their order, then the empty caption.
@@ -152,14 +158,18 @@ class Views:
         self.azimuth = column("azimuth", torch.float32)
         self.elevation = column("elevation", torch.float32)
         self.noun_names: list[str] = index["nouns"]
-        # Rarer nouns are drawn more often than their count of models would have it.
-        count = self.noun.bincount(minlength=len(self.noun_names)).clamp(min=1)
+        count = self.noun.bincount(minlength=len(self.noun_names))
+        commonness = count.double() / count.max()
+        rarity = commonness.clamp(min=RAREST) ** -0.5
         zoom = 1 / (
             column("distance", torch.float32)
             * torch.tan(column("fovy", torch.float32) * (math.pi / 360))
         )
         is_good = (zoom > GOOD_ZOOM[0]) & (zoom < GOOD_ZOOM[1])
-        weight = count[self.noun].double() ** -0.35 * torch.where(is_good, GOOD_ZOOM_WEIGHT, 1.0)
+        weight = rarity[self.noun] * torch.where(is_good, GOOD_ZOOM_WEIGHT, 1.0)
+        fronted = torch.tensor([has_front(name) for name in self.noun_names], device=device)
+        is_end = (self.view == VIEWS.index("front")) | (self.view == VIEWS.index("back"))
+        weight = torch.where(fronted[self.noun] & is_end, FRONT_BACK_WEIGHT * weight, weight)
         self._cumulative = weight.cumsum(0)
 
     def __len__(self) -> int:

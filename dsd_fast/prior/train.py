@@ -108,7 +108,7 @@ class UnetConfig(TrainConfig):
     caption_dropout: float = 0.1
     # Share of captioned rows whose embedding is interpolated between views by azimuth, as Perp-Neg
     # guidance will ask.
-    interpolated: float = 0.4
+    interpolated: float = 0.9
     # Largest weight of the noisy levels, where what and which side is shown is decided: rows weigh
     # 1/sqrt(SNR), at most this and at least 0.3. Plain noise prediction nearly ignores them.
     max_weight: float = 8.0
