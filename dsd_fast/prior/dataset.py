@@ -28,8 +28,8 @@ HELD_OUT = 50
 GOOD_ZOOM = (0.8, 1.3)
 GOOD_ZOOM_WEIGHT = 4.0
 # A model is drawn by its noun's count of models to the power of -1/2, so that rarer nouns come up
-# more often than their count would have it; counts below this share of the largest are as it, or
-# the many nouns of one model would crowd out the others.
+# more often than their count would have it; counts below this share of the largest are taken as
+# this share, or the many nouns of one model would crowd out the others.
 RAREST = 0.1
 # Fronts and backs of things that have a front are what is mixed up, hardly ever a side.
 FRONT_BACK_WEIGHT = 1.5
@@ -166,10 +166,10 @@ class Views:
             * torch.tan(column("fovy", torch.float32) * (math.pi / 360))
         )
         is_good = (zoom > GOOD_ZOOM[0]) & (zoom < GOOD_ZOOM[1])
-        weight = rarity[self.noun] * torch.where(is_good, GOOD_ZOOM_WEIGHT, 1.0)
         fronted = torch.tensor([has_front(name) for name in self.noun_names], device=device)
         is_end = (self.view == VIEWS.index("front")) | (self.view == VIEWS.index("back"))
-        weight = torch.where(fronted[self.noun] & is_end, FRONT_BACK_WEIGHT * weight, weight)
+        weight = rarity[self.noun] * torch.where(is_good, GOOD_ZOOM_WEIGHT, 1.0)
+        weight = weight * torch.where(fronted[self.noun] & is_end, FRONT_BACK_WEIGHT, 1.0)
         self._cumulative = weight.cumsum(0)
 
     def __len__(self) -> int:
@@ -247,7 +247,7 @@ class CaptionTable:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Captions of `rows`, as two texts to be embedded and mixed.
 
-        A row is captioned with its view's name (or, one in ten, none), or, for a share
+        A row is captioned with its view's name (or, one in twenty, none), or, for a share
         `interpolated` of them, with the mix of two views' captions that view-dependent guidance
         forms at its azimuth (DreamFusion's prompts as interpolated by Perp-Neg, Armandpour et al.
         2023): front to side to back. Overhead views are never mixed.
