@@ -614,20 +614,36 @@ def test_judge_learns_its_renders(folder: Path, evaluate):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.mean((1, 2, 3))[:, None].expand(-1, features.FEATURE_WIDTH)
 
+    class Grey:
+        """An autoencoder that loses contrast."""
+
+        def encode_images(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            return images
+
+        def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+            return 0.3 + 0.4 * latents
+
+    network, grey = Brightness(), Grey()
     views = dataset.Views(folder, CPU)
-    judge, verdicts, clear = evaluate.train_judge(
-        Brightness(), views, dataset.Views(folder, CPU, held_out=True), steps=20
-    )
-    assert len(verdicts.noun) == 1 and verdicts.said_noun.shape == verdicts.noun.shape
-    assert clear.tolist() == [True]  # azimuth 10
+    judge = evaluate.train_judge(network, grey, views, steps=20)
     assert not judge.training
     rows = torch.arange(len(views))
-    found = evaluate.view_features(Brightness(), views, rows, mirror=True)
-    assert found.dtype == torch.float16
     nouns = views.noun_labels(evaluate.COUNTED_NOUNS)
-    seen = evaluate.verdicts(judge, found, nouns, views.view)
-    assert torch.equal(seen.said_noun, nouns)
-    assert len(seen.where(nouns == nouns[0]).noun) == int((nouns == nouns[0]).sum())
+    as_rendered = evaluate.view_features(network, views, rows, mirror=True)
+    decoded = evaluate.view_features(network, views, rows, autoencoder=grey)
+    assert as_rendered.dtype == torch.float16
+    torch.testing.assert_close(decoded.float(), 0.3 + 0.4 * as_rendered.float(), rtol=0, atol=1e-2)
+    for found in (as_rendered, decoded):
+        seen = evaluate.verdicts(judge, found, nouns, views.view)
+        assert torch.equal(seen.said_noun, nouns)
+        assert len(seen.where(nouns == nouns[0]).noun) == int((nouns == nouns[0]).sum())
+
+    held_out = dataset.Views(folder, CPU, held_out=True)
+    for autoencoder in (None, grey):
+        report = evaluate.judge_report(judge, network, held_out, autoencoder)
+        assert report["noun_accuracy"] == 1.0
+        rows, _ = evaluate.counted_rows(held_out)
+        assert sum(sum(row.values()) for row in report["view_confusion"].values()) == len(rows)
 
 
 def test_sheet_blocks_hold_seeds_by_views(evaluate):

@@ -1,8 +1,9 @@
 """What the prior can do, in figures: reconstruction of held-out views, and whether samples show
 what was asked.
 
-The judge is a small head over ImageNet features, trained on real renders only; its own accuracy on
-held-out views is reported beside what it says of the samples.
+The judge is a small head over ImageNet features, trained on real renders, as they are and as they
+come out of the autoencoder, which is where samples come from; its own accuracy on held-out views of
+both kinds is reported beside what it says of the samples.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ BLUR_DEG = 12.0
 # Views whose name changes within this many degrees of azimuth are left out of the accuracy away
 # from boundaries.
 MARGIN_DEG = 10.0
+
+# Images that go through the autoencoder together.
+AUTOENCODER_BATCH = 128
 
 # Latent pixels that are sampled together: small launches leave a GPU idle.
 SAMPLE_PIXELS = 1536 * 32**2
@@ -237,9 +241,26 @@ def image_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return features
 
 
+def through_autoencoder(
+    model: DiffusionModel, images: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Images [B,3,H,W] float32 in [0,1], encoded and decoded."""
+    return torch.cat(
+        [
+            model.decode_latents(model.encode_images(part, generator))
+            for part in images.split(AUTOENCODER_BATCH)
+        ]
+    )
+
+
 @torch.no_grad()
 def view_features(
-    network: nn.Module, views: Views, rows: torch.Tensor, mirror: bool = False
+    network: nn.Module,
+    views: Views,
+    rows: torch.Tensor,
+    *,
+    mirror: bool = False,
+    autoencoder: DiffusionModel | None = None,
 ) -> torch.Tensor:
     """Features of `rows` of `views`, each over a random background, some softened as a small render
     would be.
@@ -247,13 +268,19 @@ def view_features(
     Args:
         rows: [N] int64.
         mirror: flip every image left to right; a side stays a side, and a front a front.
+        autoencoder: of this model every image is taken through the autoencoder.
     Returns:
         [N,FEATURE_WIDTH] float16 on the device of `views`.
     """
     features = torch.empty(len(rows), FEATURE_WIDTH, dtype=torch.float16, device=views.device)
+    generator = torch.Generator().manual_seed(0)
     for out, part in zip(features.split(FEATURE_BATCH), rows.split(FEATURE_BATCH), strict=True):
-        images, _ = views.batch(len(part), rows=part, soften=0.2)
-        out.copy_(image_features(network, (images.flip(3) if mirror else images) * 0.5 + 0.5))
+        images = views.batch(len(part), rows=part, soften=0.2)[0] * 0.5 + 0.5
+        if mirror:
+            images = images.flip(3)
+        if autoencoder is not None:
+            images = through_autoencoder(autoencoder, images, generator)
+        out.copy_(image_features(network, images))
     return features
 
 
@@ -262,7 +289,6 @@ def verdicts(
     judge: Judge, features: torch.Tensor, noun: torch.Tensor, view: torch.Tensor
 ) -> Verdicts:
     """The judge's words on features [N,FEATURE_WIDTH] of images that show `noun`, `view` [N]."""
-    judge.eval()
     nouns = noun.to(features.device)
     said = [
         judge.say(f.float(), n)
@@ -272,54 +298,87 @@ def verdicts(
     return Verdicts(noun.cpu(), view.cpu(), said_noun.cpu(), said_view.cpu())
 
 
-def train_judge(
-    network: nn.Module, train: Views, held_out: Views, steps: int
-) -> tuple[Judge, Verdicts, torch.Tensor]:
-    """A judge over COUNTED_NOUNS, what it says of held-out views of real renders, and which of
-    them are clear of boundaries ([N] bool on the CPU).
+def counted_rows(views: Views) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of `views` that show one of COUNTED_NOUNS, and which; both [N] int64."""
+    labels = views.noun_labels(COUNTED_NOUNS)
+    rows = (labels >= 0).nonzero().squeeze(1)
+    return rows, labels[rows]
 
-    Every view is seen twice, over two backgrounds, once mirrored.
+
+def fit_judge(
+    features: torch.Tensor, noun: torch.Tensor, target: torch.Tensor, steps: int
+) -> Judge:
+    """A judge over COUNTED_NOUNS, all tensors on its device.
+
+    Args:
+        features: [K*N,FEATURE_WIDTH], K times the same N views in their order.
+        noun: [N] int64 index into COUNTED_NOUNS.
+        target: [N,N_BINS+1] float32, of `bin_targets`.
     """
-    device = train.device
-
-    def labelled(views: Views) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows that show a counted noun, and which."""
-        labels = views.noun_labels(COUNTED_NOUNS)
-        rows = (labels >= 0).nonzero().squeeze(1)
-        return rows, labels[rows]
-
-    rows, nouns = labelled(train)
-    features = torch.cat([view_features(network, train, rows, mirror) for mirror in (False, True)])
-    targets = bin_targets(train.view[rows], train.azimuth[rows])
+    device = features.device
     judge = Judge(len(COUNTED_NOUNS)).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    weight = 1 / nouns.bincount(minlength=len(COUNTED_NOUNS)).clamp(min=1).float().sqrt()
+    weight = 1 / noun.bincount(minlength=len(COUNTED_NOUNS)).clamp(min=1).float().sqrt()
     for _ in range(steps):
         drawn = torch.randint(len(features), (JUDGE_BATCH,), device=device)
-        shown = drawn % len(rows)
-        noun, bins = judge(features[drawn].float(), nouns[shown])
-        loss = F.cross_entropy(noun, nouns[shown], weight, label_smoothing=0.05)
-        loss = loss + F.cross_entropy(bins, targets[shown])
+        shown = drawn % len(noun)
+        said_noun, said_bins = judge(features[drawn].float(), noun[shown])
+        loss = F.cross_entropy(said_noun, noun[shown], weight, label_smoothing=0.05)
+        loss = loss + F.cross_entropy(said_bins, target[shown])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
+    return judge.eval()
 
-    rows, nouns = labelled(held_out)
-    renders = verdicts(judge, view_features(network, held_out, rows), nouns, held_out.view[rows])
-    clear = is_clear(held_out.azimuth[rows], held_out.elevation[rows])
-    return judge, renders, clear.cpu()
+
+def train_judge(network: nn.Module, model: DiffusionModel, train: Views, steps: int) -> Judge:
+    """A judge trained on renders, as they are and through the autoencoder of `model`, both also
+    mirrored, each time over another background."""
+    rows, noun = counted_rows(train)
+    features = [
+        view_features(network, train, rows, mirror=mirror, autoencoder=autoencoder)
+        for autoencoder in (None, model)
+        for mirror in (False, True)
+    ]
+    target = bin_targets(train.view[rows], train.azimuth[rows])
+    return fit_judge(torch.cat(features), noun, target, steps)
+
+
+def judge_report(
+    judge: Judge, network: nn.Module, held_out: Views, autoencoder: DiffusionModel | None
+) -> dict[str, object]:
+    """How right the judge is on held-out views, through an autoencoder or not.
+
+    View accuracy is given over all of them, over the views that samples count (overhead, which is
+    easily told, is not among them), and over those of them clear of boundaries: near a boundary two
+    names are both half right, but a sample may stay away from it.
+    """
+    rows, noun = counted_rows(held_out)
+    features = view_features(network, held_out, rows, autoencoder=autoencoder)
+    said = verdicts(judge, features, noun, held_out.view[rows])
+    clear = is_clear(held_out.azimuth[rows], held_out.elevation[rows]).cpu()
+    return {
+        "noun_accuracy": said.noun_accuracy(),
+        "view_accuracy": said.view_accuracy(),
+        "view_accuracy_without_overhead": said.counted().view_accuracy(),
+        "view_accuracy_without_overhead_away_from_boundaries": said.where(clear)
+        .counted()
+        .view_accuracy(),
+        "view_accuracy_by_noun": said.view_accuracy_by_noun(),
+        "view_confusion": said.view_confusion(),
+    }
 
 
 @torch.no_grad()
 def reconstruction_psnr(model: DiffusionModel, views: Views, limit: int = 2000) -> float:
     """Mean PSNR (dB, images in [0,1]) of encoding and decoding `views` over random backgrounds."""
     values = []
-    for part in torch.arange(min(limit, len(views)), device=views.device).split(100):
+    generator = torch.Generator().manual_seed(0)
+    for part in torch.arange(min(limit, len(views)), device=views.device).split(AUTOENCODER_BATCH):
         images = views.batch(len(part), rows=part)[0] * 0.5 + 0.5
-        latents = model.encode_images(images, torch.Generator().manual_seed(0))
-        mse = (model.decode_latents(latents) - images).square().mean((1, 2, 3))
+        mse = (through_autoencoder(model, images, generator) - images).square().mean((1, 2, 3))
         values.append(-10 * torch.log10(mse))
     return float(torch.cat(values).mean())
 
@@ -383,10 +442,6 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
     The accuracies of samples count side, front and back views; the confusions of views overhead
     too. Views are counted over the nouns that have a front, and judged for the noun that was asked.
 
-    The judge's own view accuracy is given over all held-out renders, over the views that samples
-    count (overhead, which is easily told, is not among them), and over those of them clear of
-    boundaries: near a boundary two names are both half right, but a sample may stay away from it.
-
     Raises:
         FileNotFoundError, ValueError: unusable views, model or device.
         ImportError: the extra `prior` is not installed.
@@ -397,7 +452,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
     train = Views(cfg.views, device)
     held_out = Views(cfg.views, device, held_out=True)
     psnr = reconstruction_psnr(model, held_out)
-    judge, renders, clear = train_judge(network, train, held_out, cfg.judge_steps)
+    judge = train_judge(network, model, train, cfg.judge_steps)
     train.free_images()
 
     cases = [
@@ -417,20 +472,16 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
 
     report: dict[str, object] = {
         "reconstruction_psnr_db": psnr,
-        "judge_noun_accuracy_on_held_out_renders": renders.noun_accuracy(),
-        "judge_view_accuracy_on_held_out_renders": renders.view_accuracy(),
-        "judge_view_accuracy_without_overhead": renders.counted().view_accuracy(),
-        "judge_view_accuracy_without_overhead_away_from_boundaries": renders.where(clear)
-        .counted()
-        .view_accuracy(),
+        "judge_on_held_out_renders": judge_report(judge, network, held_out, None),
+        "judge_on_held_out_renders_through_autoencoder": judge_report(
+            judge, network, held_out, model
+        ),
         "sample_noun_accuracy": samples.noun_accuracy(),
         "sample_view_accuracy": samples.view_accuracy(),
         "samples": len(samples.noun),
         "by_noun": samples.noun_accuracy_by_noun(),
         "confusions": samples.noun_confusions(),
-        "judge_view_accuracy_by_noun": renders.view_accuracy_by_noun(),
         "sample_view_accuracy_by_noun": samples.view_accuracy_by_noun(),
-        "judge_view_confusion": renders.view_confusion(),
         "sample_view_confusion": every.view_confusion(),
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
