@@ -633,6 +633,9 @@ def test_judge_learns_its_renders(folder: Path, evaluate):
     decoded = evaluate.view_features(network, views, rows, autoencoder=grey)
     assert as_rendered.dtype == torch.float16
     torch.testing.assert_close(decoded.float(), 0.3 + 0.4 * as_rendered.float(), rtol=0, atol=1e-2)
+    # Black and white cannot be told from more contrast, grey can.
+    stretched = evaluate.view_features(network, views, rows, contrast=4.0)
+    torch.testing.assert_close(stretched, evaluate.view_features(network, views, rows))
     for found in (as_rendered, decoded):
         seen = evaluate.verdicts(judge, found, nouns, views.view)
         assert torch.equal(seen.said_noun, nouns)

@@ -48,6 +48,9 @@ BLUR_DEG = 12.0
 # from boundaries.
 MARGIN_DEG = 10.0
 
+# Largest gain of contrast of the images through the autoencoder that the judge is trained on:
+# guidance drives samples to black and white.
+CONTRAST = 2.0
 # Images that go through the autoencoder together.
 AUTOENCODER_BATCH = 128
 
@@ -260,6 +263,7 @@ def view_features(
     rows: torch.Tensor,
     *,
     mirror: bool = False,
+    contrast: float = 1.0,
     autoencoder: DiffusionModel | None = None,
 ) -> torch.Tensor:
     """Features of `rows` of `views`, each over a random background, some softened as a small render
@@ -268,6 +272,7 @@ def view_features(
     Args:
         rows: [N] int64.
         mirror: flip every image left to right; a side stays a side, and a front a front.
+        contrast: stretch every image about mid-grey by a random gain between 1 and this.
         autoencoder: of this model every image is taken through the autoencoder.
     Returns:
         [N,FEATURE_WIDTH] float16 on the device of `views`.
@@ -278,6 +283,8 @@ def view_features(
         images = views.batch(len(part), rows=part, soften=0.2)[0] * 0.5 + 0.5
         if mirror:
             images = images.flip(3)
+        gain = contrast ** torch.rand(len(images), 1, 1, 1, device=images.device)
+        images = ((images - 0.5) * gain + 0.5).clamp(0, 1)
         if autoencoder is not None:
             images = through_autoencoder(autoencoder, images, generator)
         out.copy_(image_features(network, images))
@@ -334,12 +341,12 @@ def fit_judge(
 
 
 def train_judge(network: nn.Module, model: DiffusionModel, train: Views, steps: int) -> Judge:
-    """A judge trained on renders, as they are and through the autoencoder of `model`, both also
-    mirrored, each time over another background."""
+    """A judge trained on renders, as they are and, with more contrast, through the autoencoder of
+    `model`, both also mirrored, each time over another background."""
     rows, noun = counted_rows(train)
     features = [
-        view_features(network, train, rows, mirror=mirror, autoencoder=autoencoder)
-        for autoencoder in (None, model)
+        view_features(network, train, rows, mirror=mirror, **kind)
+        for kind in ({}, {"contrast": CONTRAST, "autoencoder": model})
         for mirror in (False, True)
     ]
     target = bin_targets(train.view[rows], train.azimuth[rows])
