@@ -15,6 +15,7 @@
 
 #include "common.h"
 #include "composite.h"
+#include "field.h"
 #include "hashgrid.h"
 #include "march.h"
 #include "occupancy.h"
@@ -141,6 +142,80 @@ void hashgrid_bwd_input(Address x, Address table, Address grad_y, Address grad_j
     launch({device, stream, n_threads},
            DSD_CPU_CALL(DSD_CPU(hashgrid_bwd_input)(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::hashgrid_bwd_input(params, stream)));
+}
+
+// `weights` are W1 and W2 of the density head, then of the feature head; `numbers` are radius, and
+// height (or the constant) and size of the blob.
+dsd::FieldParams field_params(Address points, Address table, const std::array<Address, 4>& weights,
+                              int64_t n_points, int n_active, int n_features,
+                              const std::string& levels, bool half_table, int bias_kind,
+                              int activation, const std::array<double, 3>& numbers) {
+    dsd::FieldParams params = {};
+    if (levels.size() % sizeof(dsd::GridLevel) != 0 || levels.size() > sizeof(params.levels) ||
+        (n_features != 2 && n_features != 4) ||
+        levels.size() / sizeof(dsd::GridLevel) * n_features > dsd::kFieldWidth) {
+        throw std::invalid_argument("field: a wider encoding or other features than compiled");
+    }
+    params.n_points = n_points;
+    params.n_levels = static_cast<int32_t>(levels.size() / sizeof(dsd::GridLevel));
+    params.n_active = n_active;
+    params.n_features = n_features;
+    params.half_table = half_table;
+    params.bias_kind = bias_kind;
+    params.activation = activation;
+    params.inverse_diameter = static_cast<float>(0.5 / numbers[0]);
+    params.bias_scale = static_cast<float>(numbers[1]);
+    params.bias_std = static_cast<float>(numbers[2]);
+    params.points = pointer<const float>(points);
+    params.table = pointer<const void>(table);
+    params.w1d = pointer<const float>(weights[0]);
+    params.w2d = pointer<const float>(weights[1]);
+    params.w1f = pointer<const float>(weights[2]);
+    params.w2f = pointer<const float>(weights[3]);
+    std::memcpy(params.levels, levels.data(), levels.size());
+    return params;
+}
+
+void field_launch(const dsd::FieldParams& params, bool backward, int device, Address stream,
+                  int n_threads) {
+    if (device < 0 && params.half_table) {
+        throw std::invalid_argument("field: the CPU reads float32 tables only");
+    }
+    launch({device, stream, n_threads},
+           DSD_CPU_CALL((backward ? dsd::field_bwd : dsd::field_fwd)(params, n_threads)),
+           DSD_CUDA_CALL((backward ? dsd::cuda::field_bwd : dsd::cuda::field_fwd)(params, stream)));
+}
+
+// `outputs`: density, features (0: none), normal (0: none).
+void field_fwd(Address points, Address table, const std::array<Address, 4>& weights,
+               const std::array<Address, 3>& outputs, int64_t n_points, int n_active,
+               int n_features, const std::string& levels, bool half_table, int bias_kind,
+               int activation, const std::array<double, 3>& numbers, int device, Address stream,
+               int n_threads) {
+    auto params = field_params(points, table, weights, n_points, n_active, n_features, levels,
+                               half_table, bias_kind, activation, numbers);
+    params.density = pointer<float>(outputs[0]);
+    params.features = pointer<float>(outputs[1]);
+    params.normal = pointer<float>(outputs[2]);
+    field_launch(params, false, device, stream, n_threads);
+}
+
+// `grads`: of density, features, normal (0: none came), then those to add to: table, weights.
+void field_bwd(Address points, Address table, const std::array<Address, 4>& weights,
+               const std::array<Address, 8>& grads, int64_t n_points, int n_active, int n_features,
+               const std::string& levels, bool half_table, int bias_kind, int activation,
+               const std::array<double, 3>& numbers, int device, Address stream, int n_threads) {
+    auto params = field_params(points, table, weights, n_points, n_active, n_features, levels,
+                               half_table, bias_kind, activation, numbers);
+    params.grad_density = pointer<const float>(grads[0]);
+    params.grad_features = pointer<const float>(grads[1]);
+    params.grad_normal = pointer<const float>(grads[2]);
+    params.grad_table = pointer<float>(grads[3]);
+    params.grad_w1d = pointer<float>(grads[4]);
+    params.grad_w2d = pointer<float>(grads[5]);
+    params.grad_w1f = pointer<float>(grads[6]);
+    params.grad_w2f = pointer<float>(grads[7]);
+    field_launch(params, true, device, stream, n_threads);
 }
 
 void sh_fwd(Address dirs, Address y, int64_t n_dirs, int device, Address stream, int n_threads) {
@@ -291,6 +366,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("hashgrid_fwd", &hashgrid_fwd);
     m.def("hashgrid_bwd_table", &hashgrid_bwd_table);
     m.def("hashgrid_bwd_input", &hashgrid_bwd_input);
+
+    m.def("field_fwd", &field_fwd);
+    m.def("field_bwd", &field_bwd);
 
     m.def("sh_fwd", &sh_fwd);
     m.def("sh_bwd", &sh_bwd);

@@ -1,0 +1,337 @@
+"""The field in one operator: encoding, both heads, density with its blob, and normals.
+
+Formulas: csrc/field.h. Nothing per sample is kept between forward and backward; the backward pass
+computes everything again. On the CPU results are the same, bit for bit, for any number of threads.
+On CUDA the gradients are summed with atomics, so their last bits change from run to run.
+"""
+
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops.hashgrid import (
+    _SPEC,
+    GridSpec,
+    _active_levels,
+    _spec,
+    hashgrid_jacobian_reference,
+    hashgrid_reference,
+)
+
+# As compiled (csrc/field.h): neurons of a head, and the widest encoding.
+_HIDDEN = 64
+_MAX_WIDTH = 32
+# Numbers of FieldBias and FieldActivation in csrc/field.h.
+_BIAS_KINDS = ("constant", "blob_magic3d", "blob_dreamfusion")
+_ACTIVATIONS = ("softplus", "exp", "trunc_exp")
+_SOFTPLUS_THRESHOLD = 20.0
+_TRUNC_EXP_LIMIT = 15.0
+
+_Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class FieldShape(NamedTuple):
+    """What the operator needs beside tensors.
+
+    Args:
+        spec: shape of the grid; at most 32 columns.
+        radius: half the edge of the box that the grid covers.
+        bias: blob_magic3d, blob_dreamfusion, or the constant that is added to the raw density.
+        blob_scale, blob_std: height and size of a blob.
+        activation: softplus, exp or trunc_exp.
+    """
+
+    spec: GridSpec
+    radius: float = 2.0
+    bias: Literal["blob_magic3d", "blob_dreamfusion"] | float = "blob_magic3d"
+    blob_scale: float = 10.0
+    blob_std: float = 0.5
+    activation: Literal["softplus", "exp", "trunc_exp"] = "softplus"
+
+
+# ---- reference ----------------------------------------------------------------------------------
+
+
+def _bias(points: Tensor, shape: FieldShape) -> tuple[Tensor | float, Tensor | float]:
+    """The bias and its gradient."""
+    scale, std = shape.blob_scale, shape.blob_std
+    if shape.bias == "blob_magic3d":
+        distance = torch.linalg.vector_norm(points, dim=-1)
+        return scale * (1 - distance / std), -scale / std * F.normalize(points, dim=-1, eps=1e-12)
+    if shape.bias == "blob_dreamfusion":
+        value = scale * torch.exp(-0.5 * points.square().sum(-1) / std**2)
+        return value, value[:, None] * points / -(std**2)
+    return float(shape.bias), 0.0
+
+
+def _activate(raw: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Density and slope."""
+    if activation == "softplus":
+        return F.softplus(raw, threshold=_SOFTPLUS_THRESHOLD), torch.sigmoid(raw)
+    slope = torch.exp(raw.clamp(max=_TRUNC_EXP_LIMIT) if activation == "trunc_exp" else raw)
+    if activation == "exp":
+        return slope, slope
+    tangent = (raw - raw.detach()) * slope.detach()
+    return torch.exp(raw).detach() + tangent, slope
+
+
+def fused_field_reference(
+    points: Tensor,
+    table: Tensor,
+    w1d: Tensor,
+    w2d: Tensor,
+    w1f: Tensor,
+    w2f: Tensor,
+    shape: FieldShape,
+    n_active_levels: int | None = None,
+    *,
+    features: bool = True,
+    normals: bool = True,
+    half_table: Tensor | None = None,
+) -> _Outputs:
+    """`fused_field` in pure torch: any floating dtype and device, differentiable by autograd."""
+    points = points.detach()
+    if half_table is not None:
+        # Values of the copy, gradients to the table.
+        table = half_table.to(table.dtype) + (table - table.detach())
+    unit = torch.add(0.5, points, alpha=0.5 / shape.radius)
+    bias, bias_slope = _bias(points, shape)
+    if normals:
+        encoded, jacobian = hashgrid_jacobian_reference(unit, table, shape.spec, n_active_levels)
+    else:
+        encoded = hashgrid_reference(unit, table, shape.spec, n_active_levels)
+    mask = F.linear(encoded, w1d).detach().gt(0).to(encoded.dtype)
+    to_encoding = mask @ (w2d.t() * w1d)
+    raw = (encoded * to_encoding).sum(-1) + bias
+    density, slope = _activate(raw, shape.activation)
+    normal = None
+    if normals:
+        gradient = torch.bmm(to_encoding[:, None], jacobian)[:, 0] / (2 * shape.radius)
+        normal = -F.normalize((gradient + bias_slope) * slope[:, None], dim=-1, eps=1e-12)
+    output = F.linear(F.relu(F.linear(encoded, w1f)), w2f) if features else None
+    return density, output, normal
+
+
+# ---- operators ----------------------------------------------------------------------------------
+
+# points, table, the half copy of the table, the weights; then numbers.
+_TENSORS = (
+    "Tensor points, Tensor table, Tensor? half_table, Tensor w1d, Tensor w2d, Tensor w1f, "
+    "Tensor w2f"
+)
+_NUMBERS = f"{_SPEC}, float radius, int bias_kind, float bias_scale, float bias_std, int activation"
+_N_SPEC = 6
+
+
+@cache
+def _numbers(shape: FieldShape, n_active: int) -> tuple[Any, ...]:
+    spec = shape.spec
+    for name, value, choices in (
+        ("bias", shape.bias, (*_BIAS_KINDS[1:], "a number")),
+        ("activation", shape.activation, _ACTIVATIONS),
+    ):
+        if isinstance(value, str) and value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    if not shape.radius > 0:
+        raise ValueError(f"radius: expected a positive number, got {shape.radius}")
+    blob = isinstance(shape.bias, str)
+    return (
+        spec.n_levels,
+        spec.n_features,
+        spec.log2_table_size,
+        spec.base_resolution,
+        spec.per_level_scale,
+        n_active,
+        float(shape.radius),
+        _BIAS_KINDS.index(shape.bias) if blob else 0,
+        float(shape.blob_scale if blob else shape.bias),
+        float(shape.blob_std),
+        _ACTIVATIONS.index(shape.activation),
+    )
+
+
+def _check_inputs(tensors: tuple, spec: GridSpec) -> None:
+    op = "fused_field"
+    points, table, half_table, *weights = tensors
+    width = spec.n_outputs
+    if width > _MAX_WIDTH:
+        raise ValueError(
+            f"{op}: expected at most {_MAX_WIDTH} columns of the encoding (levels times features),"
+            f" got {width}"
+        )
+    check_tensor(op, "points", points, torch.float32, ["N", 3])
+    check_tensor(op, "table", table, torch.float32, [spec.n_params], points.device)
+    if half_table is not None:
+        check_tensor(op, "half_table", half_table, torch.float16, [spec.n_params], points.device)
+    shapes = ([_HIDDEN, width], [1, _HIDDEN], [_HIDDEN, width], [3, _HIDDEN])
+    for name, weight, shape in zip(("w1d", "w2d", "w1f", "w2f"), weights, shapes):
+        check_tensor(op, name, weight, torch.float32, shape, points.device)
+
+
+def _launch(kernel: str, tensors: tuple, others: list[Tensor | None], numbers: tuple) -> None:
+    points, table, half_table, *weights = tensors
+    spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
+    radius, bias_kind, bias_scale, bias_std, activation = numbers[_N_SPEC:]
+    read = table
+    if half_table is not None:
+        # The CPU computes in float32, with the values of the copy.
+        read = half_table if points.is_cuda else half_table.float()
+    # Entries, and pairs of neighbours in the gradient, move whole.
+    if points.is_cuda and any(address(t) % 16 for t in (read, *others)):
+        raise ValueError(
+            f"{kernel}: on CUDA tensors must start at a multiple of 16 bytes, got a view that does "
+            "not; call .clone() on it"
+        )
+    getattr(extension(), kernel)(
+        address(points),
+        address(read),
+        [address(weight) for weight in weights],
+        [address(tensor) for tensor in others],
+        points.shape[0],
+        n_active,
+        spec.n_features,
+        spec.packed_levels,
+        read.dtype == torch.float16,
+        bias_kind,
+        activation,
+        [radius, bias_scale, bias_std],
+        *target(points),
+    )
+
+
+@torch.library.custom_op(
+    "dsd_fast::fused_field",
+    mutates_args=(),
+    schema=f"({_TENSORS}, bool features, bool normals, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
+)
+def _field_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, (features, normals), numbers = args[:7], args[7:9], args[9:]
+    _check_inputs(tensors, _spec(*numbers[: _N_SPEC - 1]))
+    outputs = _empty_outputs(tensors[0], features, normals)
+    if tensors[0].shape[0] > 0:
+        present = [outputs[0], outputs[1] if features else None, outputs[2] if normals else None]
+        _launch("field_fwd", tensors, present, numbers)
+    return outputs
+
+
+@torch.library.custom_op(
+    "dsd_fast::fused_field_bwd",
+    mutates_args=(),
+    schema=(
+        f"({_TENSORS}, Tensor? grad_density, Tensor? grad_features, Tensor? grad_normal, "
+        f"{_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _field_bwd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors, grads, numbers = args[:7], args[7:10], args[10:]
+    _check_inputs(tensors, _spec(*numbers[: _N_SPEC - 1]))
+    n = tensors[0].shape[0]
+    for name, grad, shape in zip(("density", "features", "normal"), grads, ([n], [n, 3], [n, 3])):
+        if grad is not None:
+            op = "fused_field_bwd"
+            check_tensor(op, f"grad_{name}", grad, torch.float32, shape, tensors[0].device)
+    out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:]))
+    if n > 0 and any(grad is not None for grad in grads):
+        _launch("field_bwd", tensors, [*grads, *out], numbers)
+    return out
+
+
+def _empty_outputs(points: Tensor, features: bool, normals: bool) -> tuple[Tensor, Tensor, Tensor]:
+    # An operator cannot return None: an output that is not wanted has no rows.
+    n = points.shape[0]
+    return (
+        points.new_empty(n),
+        points.new_empty(n if features else 0, 3),
+        points.new_empty(n if normals else 0, 3),
+    )
+
+
+@_field_op.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(args[0], args[7], args[8])
+
+
+@_field_bwd_op.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in (args[1], *args[3:7]))
+
+
+def _save(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.asked, ctx.numbers = inputs[7:9], inputs[9:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_density: Any, grad_features: Any, grad_normal: Any) -> tuple:
+    features, normals = ctx.asked
+    grads = [grad_density, grad_features if features else None, grad_normal if normals else None]
+    grads = [None if grad is None else grad.contiguous() for grad in grads]
+    table, *weights = _field_bwd_op(*ctx.saved_tensors, *grads, *ctx.numbers)
+    return None, table, None, *weights, None, None, *(None for _ in ctx.numbers)
+
+
+_field_op.register_autograd(_backward, setup_context=_save)
+
+
+# ---- public -------------------------------------------------------------------------------------
+
+
+def fused_field(
+    points: Tensor,
+    table: Tensor,
+    w1d: Tensor,
+    w2d: Tensor,
+    w1f: Tensor,
+    w2f: Tensor,
+    shape: FieldShape,
+    n_active_levels: int | None = None,
+    *,
+    features: bool = True,
+    normals: bool = True,
+    half_table: Tensor | None = None,
+) -> _Outputs:
+    """Density, features and normals of a field with one hidden layer of 64 neurons in each head.
+
+    Args:
+        points: [N, 3] float32, contiguous, CPU or CUDA, world units. N may be 0.
+        table: [spec.n_params] float32, takes the gradient.
+        w1d, w2d: density head, [64, L F] and [1, 64] float32.
+        w1f, w2f: feature head, [64, L F] and [3, 64] float32.
+        shape: grid, box, bias and activation; L F is at most 32.
+        n_active_levels: finer levels are skipped (None: all active).
+        features, normals: whether these outputs are wanted; density alone is the cheapest.
+        half_table: float16 copy of the table to read instead of it. On CUDA it halves the traffic
+            and runs the heads on tensor cores: float16 operands, float32 sums. Without it all is
+            float32.
+
+    Returns:
+        (density [N], features [N, 3] or None, normal [N, 3] or None), float32. Differentiable once
+        in table and weights, not in points.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or layout.
+    """
+    if use_reference():
+        return fused_field_reference(
+            points,
+            table,
+            w1d,
+            w2d,
+            w1f,
+            w2f,
+            shape,
+            n_active_levels,
+            features=features,
+            normals=normals,
+            half_table=half_table,
+        )
+    n_active = _active_levels("fused_field", shape.spec, n_active_levels)
+    tensors = (points.detach(), table, half_table, w1d, w2d, w1f, w2f)
+    _check_inputs(tensors, shape.spec)
+    outputs = _field_op(*tensors, features, normals, *_numbers(shape, n_active))
+    return outputs[0], outputs[1] if features else None, outputs[2] if normals else None

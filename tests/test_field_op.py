@@ -1,0 +1,270 @@
+"""The fused field: against the Field module in float64, gradients of everything, edge cases."""
+
+import pytest
+import torch
+from conftest import cuda_only, relative_error
+from torch import Tensor
+
+from dsd_fast.field import Field, FieldConfig, GridConfig
+from dsd_fast.ops.field import FieldShape, fused_field, fused_field_reference
+from dsd_fast.ops.hashgrid import GridSpec
+
+GRIDS = {
+    "F2": GridConfig(6, 2, 9, 4, 1.6, start_level=6),
+    "F4": GridConfig(5, 4, 8, 3, 1.9, start_level=5),
+    "wide": GridConfig(16, 2, 10, 4, 1.4, start_level=16),
+}
+BIASES = ["blob_magic3d", "blob_dreamfusion", -0.7]
+ACTIVATIONS = ["softplus", "exp", "trunc_exp"]
+
+
+def make_field(grid: str = "F2", bias="blob_magic3d", activation="softplus") -> Field:
+    cfg = FieldConfig(
+        grid=GRIDS[grid],
+        radius=1.5,
+        density_bias=bias,
+        density_blob_scale=3.0,
+        density_activation=activation,
+    )
+    generator = torch.Generator().manual_seed(3)
+    field = Field(cfg, generator)
+    with torch.no_grad():
+        field.grid.table.copy_(torch.randn(field.grid.table.shape, generator=generator))
+    return field
+
+
+def shape_of(field: Field) -> FieldShape:
+    cfg = field.cfg
+    return FieldShape(
+        field.grid.spec,
+        cfg.radius,
+        cfg.density_bias,
+        cfg.density_blob_scale,
+        cfg.density_blob_std,
+        cfg.density_activation,
+    )
+
+
+def tensors_of(field: Field) -> list[Tensor]:
+    heads = (field.density_network, field.feature_network)
+    return [field.grid.table, *(head.layers[i].weight for head in heads for i in (0, 2))]
+
+
+def make_points(n: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    points = torch.rand(n, 3, generator=generator) * 2.8 - 1.4
+    points[:1] = 0.0  # the tip of the cone
+    return points.to(device)
+
+
+def cotangents(n: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n + 1)
+    shapes = ((n,), (n, 3), (n, 3))
+    return tuple(torch.randn(s, generator=generator).to(like) for s in shapes)
+
+
+def exact(field: Field, points: Tensor, grads, monkeypatch) -> list[Tensor]:
+    """Outputs and gradients of the module in float64, on the CPU."""
+    monkeypatch.setenv("DSD_BACKEND", "torch")
+    n_active = field.grid.n_active_levels
+    field = field.double().cpu()
+    field.grid.n_active_levels = n_active
+    # Rounded as the kernels round it: which cell a point is in does not depend on precision.
+    unit = torch.add(0.5, points.cpu(), alpha=0.5 / field.cfg.radius).double()
+    monkeypatch.setattr(field, "_to_unit_cube", lambda _: unit)
+    normals = grads[2] is not None
+    with torch.enable_grad():
+        outputs = field._evaluate(points.cpu().double(), normals)
+        pairs = [(o, g.cpu().double()) for o, g in zip(outputs, grads) if g is not None]
+        got = torch.autograd.grad(
+            [o for o, _ in pairs], tensors_of(field), [g for _, g in pairs], allow_unused=True
+        )
+    monkeypatch.delenv("DSD_BACKEND")
+    return [o for o in outputs if o is not None] + [
+        torch.zeros_like(t) if g is None else g for g, t in zip(got, tensors_of(field))
+    ]
+
+
+def fused(field: Field, points: Tensor, grads, op=fused_field, half=False) -> list[Tensor]:
+    tensors = [t.detach().to(points.device).requires_grad_() for t in tensors_of(field)]
+    half_table = tensors[0].detach().half() if half else None
+    outputs = op(
+        points,
+        *tensors,
+        shape_of(field),
+        field.grid.n_active_levels,
+        normals=grads[2] is not None,
+        half_table=half_table,
+    )
+    pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None]
+    got = torch.autograd.grad(
+        [o for o, _ in pairs], tensors, [g for _, g in pairs], materialize_grads=True
+    )
+    return [o for o in outputs if o is not None] + list(got)
+
+
+NAMES = ("density", "features", "normal", "table", "w1d", "w2d", "w1f", "w2f")
+
+
+def compare(got: list[Tensor], want: list[Tensor], limit: float) -> None:
+    names = [name for name in NAMES if len(got) == len(NAMES) or name != "normal"]
+    errors = {n: relative_error(g, w) for n, g, w in zip(names, got, want, strict=True)}
+    assert max(errors.values()) <= limit, errors
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("n", [1, 257])
+@pytest.mark.parametrize("normals", [True, False])
+def test_agrees_with_the_module_in_float64(grid, n, normals, device, monkeypatch) -> None:
+    field, points = make_field(grid), make_points(n, device)
+    grads = cotangents(n, points)
+    grads = grads if normals else (*grads[:2], None)
+    compare(fused(field, points, grads), exact(field, points, grads, monkeypatch), 2e-5)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_biases_and_activations(bias, activation, device, monkeypatch) -> None:
+    field, points = make_field("F2", bias, activation), make_points(131, device)
+    grads = cotangents(131, points)
+    compare(fused(field, points, grads), exact(field, points, grads, monkeypatch), 2e-5)
+
+
+@pytest.mark.parametrize("bias", [19.0, 30.0, -30.0, -60.0])
+@pytest.mark.parametrize("activation", ["softplus", "trunc_exp"])
+def test_far_raw_densities(bias, activation, device, monkeypatch) -> None:
+    """Both sides of the thresholds, and slopes so small that normals are shorter than one."""
+    field, points = make_field("F2", bias, activation), make_points(65, device)
+    grads = cotangents(65, points)
+    compare(fused(field, points, grads), exact(field, points, grads, monkeypatch), 2e-5)
+
+
+@pytest.mark.parametrize("n_active", [0, 1, 4])
+def test_levels_that_are_not_active(n_active, device, monkeypatch) -> None:
+    field, points = make_field(), make_points(77, device)
+    field.grid.n_active_levels = n_active
+    grads = cotangents(77, points)
+    got = fused(field, points, grads)
+    compare(got, exact(field, points, grads, monkeypatch), 2e-5)
+    if n_active < 6:
+        spec = field.grid.spec
+        assert (got[3][spec.levels[n_active].offset * spec.n_features :] == 0).all()
+
+
+def test_all_points_in_one_cell(device, monkeypatch) -> None:
+    field = make_field()
+    points = make_points(333, device) * 1e-3 + 0.31
+    grads = cotangents(333, points)
+    compare(fused(field, points, grads), exact(field, points, grads, monkeypatch), 5e-5)
+
+
+@pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_outputs_without_gradients(missing, device, monkeypatch) -> None:
+    field, points = make_field(), make_points(65, device)
+    grads = cotangents(65, points)
+    zeroed = tuple(torch.zeros_like(g) if i in missing else g for i, g in enumerate(grads))
+    want = exact(field, points, zeroed, monkeypatch)[3:]
+    tensors = [t.detach().float().to(device).requires_grad_() for t in tensors_of(field)]
+    outputs = fused_field(points, *tensors, shape_of(field))
+    kept = [i for i in range(3) if i not in missing]
+    got = torch.autograd.grad(
+        [outputs[i] for i in kept], tensors, [grads[i] for i in kept], materialize_grads=True
+    )
+    for name, g, w in zip(NAMES[3:], got, want, strict=True):
+        assert relative_error(g, w) <= 2e-5, name
+
+
+def test_density_alone(device) -> None:
+    field, points = make_field(), make_points(65, device)
+    tensors = [t.detach().to(device) for t in tensors_of(field)]
+    density, features, normal = fused_field(
+        points, *tensors, shape_of(field), features=False, normals=False
+    )
+    assert features is None and normal is None
+    assert torch.equal(density, fused_field(points, *tensors, shape_of(field), normals=False)[0])
+
+
+def test_no_points(device) -> None:
+    field = make_field()
+    grads = cotangents(0, torch.empty(0, device=device))
+    got = fused(field, torch.empty(0, 3, device=device), grads)
+    assert [list(g.shape) for g in got[:3]] == [[0], [0, 3], [0, 3]]
+    assert all((g == 0).all() for g in got[3:])
+
+
+def test_reference_agrees_with_the_module(monkeypatch) -> None:
+    field, points = make_field(), make_points(65, torch.device("cpu"))
+    grads = cotangents(65, points)
+    got = fused(field, points, grads, fused_field_reference)
+    compare(got, exact(field, points, grads, monkeypatch), 2e-5)
+
+
+def test_cpu_results_do_not_depend_on_threads() -> None:
+    field, points = make_field(), make_points(5003, torch.device("cpu"))
+    grads = cotangents(5003, points)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            results.append(fused(field, points, grads))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_half_table(device) -> None:
+    """Values of the copy: rounding of the heads' operands is all that is left, on CUDA alone."""
+    field, points = make_field("wide"), make_points(1031, device)
+    with torch.no_grad():
+        field.grid.table.mul_(0.1)
+    # The scale of a mean over many pixels.
+    grads = tuple(g * 1e-7 for g in cotangents(1031, points))
+    got = fused(field, points, grads, half=True)
+    want = fused(field, points, grads, fused_field_reference, half=True)
+    limit = 1e-5 if device.type == "cpu" else 3e-2
+    compare(got, want, limit)
+
+
+@cuda_only
+@pytest.mark.parametrize("normals", [True, False])
+def test_captures(normals) -> None:
+    """Forward and backward run inside a CUDA graph: no synchronisation, no host reads."""
+    device = torch.device("cuda")
+    field, points = make_field("wide"), make_points(4099, device)
+    grads = cotangents(4099, points)
+    grads = grads if normals else (*grads[:2], None)
+    fused(field, points, grads, half=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fused(field, points, grads, half=True)
+    graph.replay()
+    for got, want in zip(captured, fused(field, points, grads, half=True)):
+        assert relative_error(got, want) <= 1e-4
+
+
+def test_opcheck(device) -> None:
+    from dsd_fast.ops.field import _numbers
+
+    field, points = make_field(), make_points(9, device)
+    table, *weights = (t.detach().to(device).requires_grad_() for t in tensors_of(field))
+    numbers = _numbers(shape_of(field), 6)
+    tensors = (points, table, None, *weights)
+    operators = torch.ops.dsd_fast
+    torch.library.opcheck(operators.fused_field.default, (*tensors, True, True, *numbers))
+    detached = tuple(None if t is None else t.detach() for t in tensors)
+    grads = cotangents(9, points)
+    torch.library.opcheck(operators.fused_field_bwd.default, (*detached, *grads, *numbers))
+
+
+def test_errors_name_what_was_expected() -> None:
+    field = make_field()
+    tensors = [t.detach() for t in tensors_of(field)]
+    points = torch.zeros(4, 3)
+    with pytest.raises(TypeError, match="points must be float32"):
+        fused_field(points.double(), *tensors, shape_of(field))
+    with pytest.raises(ValueError, match="w2f must have shape"):
+        fused_field(points, *tensors[:4], tensors[4][:2], shape_of(field))
+    with pytest.raises(ValueError, match="at most 32 columns"):
+        fused_field(points, *tensors, FieldShape(GridSpec(16, 4, 9, 4, 1.4)))
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        fused_field(points, *tensors, shape_of(field)._replace(activation="relu"))
