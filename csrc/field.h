@@ -160,8 +160,11 @@ DSD_HD FieldCell field_cell(const GridLevel& level, float x, float y, float z) {
     return cell;
 }
 
-// World to unit cube, rounded as torch.add(0.5, p, alpha=0.5 / radius).
-DSD_HD float field_unit(float p, float inverse_diameter) { return 0.5f + p * inverse_diameter; }
+// World to unit cube. One rounding, as torch.add(0.5, p, alpha=0.5 / radius) makes where it is
+// vectorised: fine levels multiply what a second one would lose.
+DSD_HD float field_unit(float p, float inverse_diameter) {
+    return fmaf(p, inverse_diameter, 0.5f);
+}
 
 // Results do not depend on n_threads; half_table is refused by the binding.
 void field_fwd(const FieldParams&, int n_threads);

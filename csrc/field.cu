@@ -1,0 +1,835 @@
+#include <cuda_fp16.h>
+
+#include "field.h"
+
+namespace dsd::cuda {
+namespace {
+
+// A block takes one sample a thread and tiles of samples in turn, until all are done: weights are
+// read, and their gradients added to global memory, once a block. kBlockMax threads where shared
+// memory allows, else half as many, and so on.
+constexpr int kBlockMax = 128;
+constexpr int kWarp = 32;
+constexpr int kW = kFieldWidth;
+constexpr int kH = kFieldHidden;
+
+// Columns of padding: rows of a tile then start in different banks, and at multiples of 16 bytes
+// for half, as ldmatrix needs.
+template <class T>
+struct Pad;
+template <>
+struct Pad<__half> {
+    static constexpr int value = 8;
+};
+template <>
+struct Pad<float> {
+    static constexpr int value = 1;
+};
+
+// Shared memory of a block of n samples. T is the type of the table, of the tiles and of the
+// operands of the heads.
+template <class T, bool kBackward, bool kNormals>
+struct Tiles {
+    static constexpr int kRow = kW + Pad<T>::value;      // a row of an [., E] tile
+    static constexpr int kRowH = kH + Pad<T>::value;     // a row of an [., 64] tile
+    static constexpr bool kG = kBackward || kNormals;
+
+    T* w1;           // [128, kRow]: both first layers
+    T* e;            // [n, kRow]: encoding
+    T* g;            // [n, kRow]: gradient of raw to e; then u, each row divided by its largest
+    T* ge;           // [n, kRow]: W1f^T q, each row divided by its largest dL/dfeatures
+    T* h;            // [n, kRowH]: W1f e where positive, else 0
+    T* jac;          // [E * 3, n]: Jacobian without the level's scale
+    float* w2;       // [4, 64]: both second layers
+    float* out;      // [n, 4]: raw density without bias, features
+    float* q;        // [n, 3]: dL/dfeatures of a row, divided by the largest
+    float* ratio;    // [n, 2]: rows' divisors of u and q, over the tile's
+    float* sum_s;    // [64, E]
+    float* sum_w1f;  // [64, E]
+    float* sum_w2f;  // [3, 64]
+    float* largest;  // [2, warps]
+    uint2* mask;     // [n]
+
+    // Sets the pointers and returns the bytes behind the last.
+    __host__ __device__ size_t lay_out(char* base, int n) {
+        size_t at = 0;
+        const auto take = [&](auto*& pointer, size_t count) {
+            pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(base + at);
+            at += (count * sizeof(*pointer) + 15) / 16 * 16;
+        };
+        take(w1, 2 * kH * kRow);
+        take(e, n * kRow);
+        take(g, kG ? n * kRow : 0);
+        take(ge, kBackward ? n * kRow : 0);
+        take(h, kBackward ? n * kRowH : 0);
+        take(jac, kNormals ? kW * 3 * n : 0);
+        take(w2, 4 * kH);
+        take(out, 4 * n);
+        take(q, kBackward ? 3 * n : 0);
+        take(ratio, kBackward ? 2 * n : 0);
+        take(sum_s, kBackward ? kH * kW : 0);
+        take(sum_w1f, kBackward ? kH * kW : 0);
+        take(sum_w2f, kBackward ? 3 * kH : 0);
+        take(largest, kBackward ? 2 * kBlockMax / kWarp : 0);
+        take(mask, kBackward ? n : 0);
+        return at;
+    }
+};
+
+// ---- table --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load_entry(const float* at, float (&v)[2]) {
+    const float2 entry = __ldg(reinterpret_cast<const float2*>(at));
+    v[0] = entry.x, v[1] = entry.y;
+}
+__device__ __forceinline__ void load_entry(const float* at, float (&v)[4]) {
+    const float4 entry = __ldg(reinterpret_cast<const float4*>(at));
+    v[0] = entry.x, v[1] = entry.y, v[2] = entry.z, v[3] = entry.w;
+}
+__device__ __forceinline__ void split_half2(unsigned int bits, float& low, float& high) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+    low = pair.x, high = pair.y;
+}
+__device__ __forceinline__ void load_entry(const __half* at, float (&v)[2]) {
+    split_half2(__ldg(reinterpret_cast<const unsigned int*>(at)), v[0], v[1]);
+}
+__device__ __forceinline__ void load_entry(const __half* at, float (&v)[4]) {
+    const uint2 entry = __ldg(reinterpret_cast<const uint2*>(at));
+    split_half2(entry.x, v[0], v[1]);
+    split_half2(entry.y, v[2], v[3]);
+}
+
+// Writes this thread's row of e and, with kNormals, its column of jac. Levels that are not active
+// and padding read zero.
+template <class T, int F, bool kBackward, bool kNormals>
+__device__ __forceinline__ void encode(const FieldParams& params,
+                                       const Tiles<T, kBackward, kNormals>& tiles,
+                                       const float (&unit)[3]) {
+    const int n = blockDim.x, t = threadIdx.x;
+    T* row = tiles.e + t * tiles.kRow;
+    const T* table = static_cast<const T*>(params.table);
+#pragma unroll 2
+    for (int l = 0; l < params.n_active; ++l) {
+        const GridLevel& level = params.levels[l];
+        const FieldCell cell = field_cell(level, unit[0], unit[1], unit[2]);
+        const T* entries = table + level.offset * F;
+        float v[F][8];
+        // Corners 2 i and 2 i + 1 are neighbours along x: mostly one sector of memory.
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            float entry[F];
+            load_entry(entries + static_cast<int64_t>(cell.entry[c]) * F, entry);
+#pragma unroll
+            for (int f = 0; f < F; ++f) v[f][c] = entry[f];
+        }
+#pragma unroll
+        for (int f = 0; f < F; ++f) {
+            const int k = l * F + f;
+            if (kNormals) {
+                float jx, jy, jz;
+                row[k] = grid_value_jacobian(v[f], cell.fx, cell.fy, cell.fz, 1.0f, jx, jy, jz);
+                tiles.jac[(3 * k) * n + t] = jx;
+                tiles.jac[(3 * k + 1) * n + t] = jy;
+                tiles.jac[(3 * k + 2) * n + t] = jz;
+            } else {
+                row[k] = grid_value(v[f], cell.fx, cell.fy, cell.fz);
+            }
+        }
+    }
+    for (int k = params.n_active * F; k < kW; ++k) row[k] = 0.0f;
+}
+
+// Adds to F numbers of the table's gradient. Compute capability 9 adds vectors in one instruction.
+template <int F>
+__device__ __forceinline__ void add_entry(float* at, const float (&g)[F][8], int c) {
+#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
+    if (F == 4) {
+        atomicAdd(reinterpret_cast<float4*>(at),
+                  make_float4(g[0][c], g[1][c], g[F - 2][c], g[F - 1][c]));
+    } else {
+        atomicAdd(reinterpret_cast<float2*>(at), make_float2(g[0][c], g[1][c]));
+    }
+#else
+#pragma unroll
+    for (int f = 0; f < F; ++f) atomicAdd(at + f, g[f][c]);
+#endif
+}
+
+// Adds corners c and c + 1, neighbours along x: in one instruction where their entries are the two
+// halves of an aligned pair, as they are for every other cell.
+template <int F>
+__device__ __forceinline__ void add_pair(float* grad, const FieldCell& cell,
+                                         const float (&g)[F][8], int c) {
+    const uint32_t a = cell.entry[c], b = cell.entry[c + 1];
+#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
+    if (F == 2 && (a ^ b) == 1u) {
+        const bool swapped = a & 1u;
+        const float4 pair = swapped ? make_float4(g[0][c + 1], g[1][c + 1], g[0][c], g[1][c])
+                                    : make_float4(g[0][c], g[1][c], g[0][c + 1], g[1][c + 1]);
+        atomicAdd(reinterpret_cast<float4*>(grad + static_cast<int64_t>(a & ~1u) * F), pair);
+        return;
+    }
+#endif
+    add_entry<F>(grad + static_cast<int64_t>(a) * F, g, c);
+    add_entry<F>(grad + static_cast<int64_t>(b) * F, g, c + 1);
+}
+
+// ---- heads in float32 ---------------------------------------------------------------------------
+
+// Both heads for this thread's sample: raw and features into out; g; and for the backward pass ge,
+// h and the mask.
+template <bool kBackward, bool kNormals>
+__device__ __forceinline__ void heads(const Tiles<float, kBackward, kNormals>& tiles,
+                                      bool features) {
+    constexpr int kRow = Tiles<float, kBackward, kNormals>::kRow;
+    constexpr int kRowH = Tiles<float, kBackward, kNormals>::kRowH;
+    constexpr bool kG = Tiles<float, kBackward, kNormals>::kG;
+    const int t = threadIdx.x;
+    float e[kW], sum[kW] = {};
+#pragma unroll
+    for (int k = 0; k < kW; ++k) e[k] = tiles.e[t * kRow + k];
+    float raw = 0.0f, y[3] = {};
+    uint2 mask = make_uint2(0, 0);
+    for (int j = 0; j < kH; ++j) {
+        const float* w = tiles.w1 + j * kRow;
+        float p = 0.0f;
+#pragma unroll
+        for (int k = 0; k < kW; ++k) p += w[k] * e[k];
+        const float m = p > 0.0f ? tiles.w2[j] : 0.0f;
+        raw += m * p;
+        if (p > 0.0f) (j < 32 ? mask.x : mask.y) |= 1u << (j & 31);
+        if (kG) {
+#pragma unroll
+            for (int k = 0; k < kW; ++k) sum[k] += m * w[k];
+        }
+    }
+    if (kG) {
+#pragma unroll
+        for (int k = 0; k < kW; ++k) tiles.g[t * kRow + k] = sum[k], sum[k] = 0.0f;
+    }
+    if (kBackward) tiles.mask[t] = mask;
+    if (features) {
+        for (int j = 0; j < kH; ++j) {
+            const float* w = tiles.w1 + (kH + j) * kRow;
+            float p = 0.0f, q = 0.0f;
+#pragma unroll
+            for (int k = 0; k < kW; ++k) p += w[k] * e[k];
+            p = fmaxf(p, 0.0f);
+#pragma unroll
+            for (int c = 0; c < 3; ++c) {
+                const float w2 = tiles.w2[(c + 1) * kH + j];
+                y[c] += w2 * p;
+                if (kBackward) q += w2 * tiles.q[3 * t + c];
+            }
+            if (!kBackward) continue;
+            tiles.h[t * kRowH + j] = p;
+            q = p > 0.0f ? q : 0.0f;
+#pragma unroll
+            for (int k = 0; k < kW; ++k) sum[k] += q * w[k];
+        }
+    }
+    if (kBackward) {
+#pragma unroll
+        for (int k = 0; k < kW; ++k) tiles.ge[t * kRow + k] = sum[k];
+    }
+    tiles.out[4 * t] = raw;
+#pragma unroll
+    for (int c = 0; c < 3; ++c) tiles.out[4 * t + 1 + c] = y[c];
+}
+
+// Adds the tile's samples to the sums of the weight gradients; every sum has one thread.
+template <bool kNormals>
+__device__ __forceinline__ void weight_sums(const Tiles<float, true, kNormals>& tiles,
+                                            bool features, float scale_u, float scale_q) {
+    constexpr int kRow = Tiles<float, true, kNormals>::kRow;
+    constexpr int kRowH = Tiles<float, true, kNormals>::kRowH;
+    const int n = blockDim.x;
+    for (int i = threadIdx.x; i < kH * kW; i += n) {
+        const int j = i / kW, k = i % kW;
+        float s = 0.0f, w = 0.0f;
+        for (int t = 0; t < n; ++t) {
+            const uint2 mask = tiles.mask[t];
+            if ((j < 32 ? mask.x : mask.y) >> (j & 31) & 1u) {
+                s += tiles.ratio[2 * t] * tiles.g[t * kRow + k];
+            }
+            if (features && tiles.h[t * kRowH + j] > 0.0f) {
+                float q = 0.0f;
+#pragma unroll
+                for (int c = 0; c < 3; ++c) q += tiles.w2[(c + 1) * kH + j] * tiles.q[3 * t + c];
+                w += q * tiles.ratio[2 * t + 1] * tiles.e[t * kRow + k];
+            }
+        }
+        tiles.sum_s[i] += scale_u * s;
+        tiles.sum_w1f[i] += scale_q * w;
+    }
+    for (int i = threadIdx.x; features && i < 3 * kH; i += n) {
+        const int c = i / kH, j = i % kH;
+        float w = 0.0f;
+        for (int t = 0; t < n; ++t) {
+            w += tiles.q[3 * t + c] * tiles.ratio[2 * t + 1] * tiles.h[t * kRowH + j];
+        }
+        tiles.sum_w2f[i] += scale_q * w;
+    }
+}
+
+// ---- heads on tensor cores ----------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned int pack(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const unsigned int*>(&pair);
+}
+
+// c[16, 8] += a[16, 16] b[16, 8] in the fragments of mma.m16n8k16. With lane = 4 r + s, c holds
+// (r, 2s), (r, 2s + 1), (r + 8, 2s), (r + 8, 2s + 1); a holds the pairs of columns 2s at rows r and
+// r + 8, then those 8 columns on; b holds the pairs of rows 2s and 2s + 8 in column r.
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned int (&a)[4],
+                                         unsigned int b0, unsigned int b1) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+
+// The b fragment of a [16, 8] part of a tile whose rows are the multiplication's k.
+__device__ __forceinline__ void load_b_rows(const __half* part, int row, unsigned int& b0,
+                                            unsigned int& b1) {
+    const int lane = threadIdx.x % kWarp;
+    const auto at = static_cast<unsigned int>(__cvta_generic_to_shared(part + lane % 16 * row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(b0), "=r"(b1)
+                 : "r"(at)
+                 : "memory");
+}
+__device__ __forceinline__ unsigned int load_pair(const __half* at) {
+    return *reinterpret_cast<const unsigned int*>(at);
+}
+
+// 16 hidden values c of 16 samples, from 16 rows of a first layer.
+__device__ __forceinline__ void first_layer(const __half* w1, int row,
+                                            const unsigned int (&a)[2][4], float (&c)[2][4]) {
+    const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[half][i] = 0.0f;
+        const __half* w = w1 + (half * 8 + r) * row + 2 * s;
+        multiply(c[half], a[0], load_pair(w), load_pair(w + 8));
+        multiply(c[half], a[1], load_pair(w + 16), load_pair(w + 24));
+    }
+}
+
+// As above; each warp takes its own 32 samples in two halves, so that no block barrier is needed.
+template <bool kBackward, bool kNormals>
+__device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& tiles,
+                                      bool features) {
+    constexpr int kRow = Tiles<__half, kBackward, kNormals>::kRow;
+    constexpr int kRowH = Tiles<__half, kBackward, kNormals>::kRowH;
+    constexpr bool kG = Tiles<__half, kBackward, kNormals>::kG;
+    const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
+    __syncwarp();
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+        const int sample = threadIdx.x / kWarp * kWarp + part * 16 + r;  // and sample + 8
+        unsigned int a[2][4];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const __half* e = tiles.e + sample * kRow + k * 16 + 2 * s;
+            a[k][0] = load_pair(e);
+            a[k][1] = load_pair(e + 8 * kRow);
+            a[k][2] = load_pair(e + 8);
+            a[k][3] = load_pair(e + 8 * kRow + 8);
+        }
+        float raw[2] = {}, y[2][3] = {};
+        uint2 mask[2] = {};
+        float sum[4][4] = {};
+#pragma unroll
+        for (int j = 0; j < kH; j += 16) {
+            float c[2][4];
+            first_layer(tiles.w1 + j * kRow, kRow, a, c);
+            unsigned int m[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int column = j + half * 8 + 2 * s;
+                const float2 w = *reinterpret_cast<const float2*>(tiles.w2 + column);
+#pragma unroll
+                for (int down = 0; down < 2; ++down) {
+                    const float p0 = c[half][2 * down], p1 = c[half][2 * down + 1];
+                    const float m0 = p0 > 0.0f ? w.x : 0.0f, m1 = p1 > 0.0f ? w.y : 0.0f;
+                    raw[down] += m0 * p0 + m1 * p1;
+                    m[2 * half + down] = pack(m0, m1);
+                    const unsigned int bits = (p0 > 0.0f ? 1u : 0u) | (p1 > 0.0f ? 2u : 0u);
+                    (j < 32 ? mask[down].x : mask[down].y) |= bits << (column & 31);
+                }
+            }
+            if (!kG) continue;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                unsigned int b0, b1;
+                load_b_rows(tiles.w1 + j * kRow + k * 8, kRow, b0, b1);
+                multiply(sum[k], m, b0, b1);
+            }
+        }
+        if (kG) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                __half* g = tiles.g + sample * kRow + k * 8 + 2 * s;
+                *reinterpret_cast<unsigned int*>(g) = pack(sum[k][0], sum[k][1]);
+                *reinterpret_cast<unsigned int*>(g + 8 * kRow) = pack(sum[k][2], sum[k][3]);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[k][i] = 0.0f;
+            }
+        }
+        if (features) {
+            float q[2][3] = {};
+            if (kBackward) {
+#pragma unroll
+                for (int i = 0; i < 6; ++i) q[i / 3][i % 3] = tiles.q[3 * (sample + i / 3 * 8) + i % 3];
+            }
+#pragma unroll
+            for (int j = 0; j < kH; j += 16) {
+                float c[2][4];
+                first_layer(tiles.w1 + (kH + j) * kRow, kRow, a, c);
+                unsigned int m[4];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int column = j + half * 8 + 2 * s;
+                    float2 w[3];
+#pragma unroll
+                    for (int o = 0; o < 3; ++o) {
+                        w[o] = *reinterpret_cast<const float2*>(tiles.w2 + (o + 1) * kH + column);
+                    }
+#pragma unroll
+                    for (int down = 0; down < 2; ++down) {
+                        const float p0 = fmaxf(c[half][2 * down], 0.0f);
+                        const float p1 = fmaxf(c[half][2 * down + 1], 0.0f);
+                        if (!kBackward) {
+#pragma unroll
+                            for (int o = 0; o < 3; ++o) y[down][o] += w[o].x * p0 + w[o].y * p1;
+                            continue;
+                        }
+                        __half* h = tiles.h + (sample + 8 * down) * kRowH + column;
+                        *reinterpret_cast<unsigned int*>(h) = pack(p0, p1);
+                        float q0 = 0.0f, q1 = 0.0f;
+#pragma unroll
+                        for (int o = 0; o < 3; ++o) {
+                            q0 += w[o].x * q[down][o];
+                            q1 += w[o].y * q[down][o];
+                        }
+                        m[2 * half + down] = pack(p0 > 0.0f ? q0 : 0.0f, p1 > 0.0f ? q1 : 0.0f);
+                    }
+                }
+                if (!kBackward) continue;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    unsigned int b0, b1;
+                    load_b_rows(tiles.w1 + (kH + j) * kRow + k * 8, kRow, b0, b1);
+                    multiply(sum[k], m, b0, b1);
+                }
+            }
+        }
+        if (kBackward) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                __half* ge = tiles.ge + sample * kRow + k * 8 + 2 * s;
+                *reinterpret_cast<unsigned int*>(ge) = pack(sum[k][0], sum[k][1]);
+                *reinterpret_cast<unsigned int*>(ge + 8 * kRow) = pack(sum[k][2], sum[k][3]);
+            }
+        }
+        // A row's columns lie with four neighbouring lanes.
+#pragma unroll
+        for (int down = 0; down < 2; ++down) {
+#pragma unroll
+            for (int step = 1; step < 4; step *= 2) {
+                raw[down] += __shfl_xor_sync(~0u, raw[down], step);
+                if (kBackward) {
+                    mask[down].x |= __shfl_xor_sync(~0u, mask[down].x, step);
+                    mask[down].y |= __shfl_xor_sync(~0u, mask[down].y, step);
+                } else {
+#pragma unroll
+                    for (int o = 0; o < 3; ++o) {
+                        y[down][o] += __shfl_xor_sync(~0u, y[down][o], step);
+                    }
+                }
+            }
+            if (s == 0) {
+                const int row = sample + 8 * down;
+                *reinterpret_cast<float4*>(tiles.out + 4 * row) =
+                    make_float4(raw[down], y[down][0], y[down][1], y[down][2]);
+                if (kBackward) tiles.mask[row] = mask[down];
+            }
+        }
+    }
+    __syncwarp();
+}
+
+// As above, samples as the multiplication's k. A warp takes 16 hidden neurons at a time.
+template <bool kNormals>
+__device__ __forceinline__ void weight_sums(const Tiles<__half, true, kNormals>& tiles,
+                                            bool features, float scale_u, float scale_q) {
+    constexpr int kRow = Tiles<__half, true, kNormals>::kRow;
+    constexpr int kRowH = Tiles<__half, true, kNormals>::kRowH;
+    const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
+    const int n = blockDim.x, n_warps = n / kWarp;
+    for (int j0 = threadIdx.x / kWarp * 16; j0 < kH; j0 += n_warps * 16) {
+        float sum_s[4][4] = {}, sum_w[4][4] = {}, sum_h[4] = {};
+        float w2[2][3];
+#pragma unroll
+        for (int i = 0; i < 6; ++i) w2[i / 3][i % 3] = tiles.w2[(i % 3 + 1) * kH + j0 + r + i / 3 * 8];
+#pragma unroll 1
+        for (int first = 0; first < n; first += 16) {
+            unsigned int m[4], q[4] = {}, h[4] = {}, b[2] = {};
+#pragma unroll
+            for (int right = 0; right < 2; ++right) {
+                const int t = first + right * 8 + 2 * s;  // and t + 1
+                const uint2 bits0 = tiles.mask[t], bits1 = tiles.mask[t + 1];
+                const unsigned int low = j0 < 32 ? bits0.x : bits0.y;
+                const unsigned int high = j0 < 32 ? bits1.x : bits1.y;
+#pragma unroll
+                for (int down = 0; down < 2; ++down) {
+                    const int j = j0 + r + 8 * down;
+                    m[2 * right + down] = pack(low >> (j & 31) & 1u ? tiles.ratio[2 * t] : 0.0f,
+                                               high >> (j & 31) & 1u ? tiles.ratio[2 * t + 2] : 0.0f);
+                    if (!features) continue;
+                    const float h0 = __half2float(tiles.h[t * kRowH + j]);
+                    const float h1 = __half2float(tiles.h[(t + 1) * kRowH + j]);
+                    float q0 = 0.0f, q1 = 0.0f;
+#pragma unroll
+                    for (int o = 0; o < 3; ++o) {
+                        q0 += w2[down][o] * tiles.q[3 * t + o];
+                        q1 += w2[down][o] * tiles.q[3 * t + 3 + o];
+                    }
+                    q[2 * right + down] = pack(h0 > 0.0f ? q0 * tiles.ratio[2 * t + 1] : 0.0f,
+                                               h1 > 0.0f ? q1 * tiles.ratio[2 * t + 3] : 0.0f);
+                    h[2 * right + down] = pack(h0, h1);
+                }
+                if (features && r < 3) {
+                    b[right] = pack(tiles.q[3 * t + r] * tiles.ratio[2 * t + 1],
+                                    tiles.q[3 * t + 3 + r] * tiles.ratio[2 * t + 3]);
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                unsigned int b0, b1;
+                load_b_rows(tiles.g + first * kRow + k * 8, kRow, b0, b1);
+                multiply(sum_s[k], m, b0, b1);
+                if (!features) continue;
+                load_b_rows(tiles.e + first * kRow + k * 8, kRow, b0, b1);
+                multiply(sum_w[k], q, b0, b1);
+            }
+            if (features) multiply(sum_h, h, b[0], b[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int j = j0 + r + i / 2 * 8, column = 2 * s + i % 2;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                tiles.sum_s[j * kW + k * 8 + column] += scale_u * sum_s[k][i];
+                tiles.sum_w1f[j * kW + k * 8 + column] += scale_q * sum_w[k][i];
+            }
+            if (column < 3) tiles.sum_w2f[column * kH + j] += scale_q * sum_h[i];
+        }
+    }
+}
+
+// ---- kernels ------------------------------------------------------------------------------------
+
+template <class T, bool kBackward, bool kNormals>
+__device__ __forceinline__ void load_weights(const FieldParams& params,
+                                             const Tiles<T, kBackward, kNormals>& tiles) {
+    const int width = params.n_levels * params.n_features;
+    for (int i = threadIdx.x; i < 2 * kH * kW; i += blockDim.x) {
+        const int j = i / kW, k = i % kW;
+        const float* w = j < kH ? params.w1d + j * width : params.w1f + (j - kH) * width;
+        tiles.w1[j * tiles.kRow + k] = k < width ? w[k] : 0.0f;
+    }
+    for (int i = threadIdx.x; i < 4 * kH; i += blockDim.x) {
+        tiles.w2[i] = i < kH ? params.w2d[i] : params.w2f[i - kH];
+    }
+    if (kBackward) {
+        for (int i = threadIdx.x; i < kH * kW; i += blockDim.x) {
+            tiles.sum_s[i] = tiles.sum_w1f[i] = 0.0f;
+        }
+        for (int i = threadIdx.x; i < 3 * kH; i += blockDim.x) tiles.sum_w2f[i] = 0.0f;
+    }
+    __syncthreads();
+}
+
+// Adds J^T g / (2 radius) to gradient.
+template <class T, int F, bool kBackward>
+__device__ __forceinline__ void add_gradient(const FieldParams& params,
+                                             const Tiles<T, kBackward, true>& tiles,
+                                             float (&gradient)[3]) {
+    const int n = blockDim.x, t = threadIdx.x;
+    for (int l = 0; l < params.n_active; ++l) {
+        const float scale = params.levels[l].scale * params.inverse_diameter;
+#pragma unroll
+        for (int f = 0; f < F; ++f) {
+            const int k = l * F + f;
+            const float g = scale * static_cast<float>(tiles.g[t * tiles.kRow + k]);
+#pragma unroll
+            for (int d = 0; d < 3; ++d) {
+                gradient[d] += g * static_cast<float>(tiles.jac[(3 * k + d) * n + t]);
+            }
+        }
+    }
+}
+
+// A block goes through tiles of blockDim.x samples, a thread gathers one sample's corners, and the
+// heads run on the tile. Reads points, table and weights; writes density and what else is wanted.
+template <class T, int F, bool kNormals>
+__global__ void __launch_bounds__(kBlockMax) field_fwd_kernel(
+    const __grid_constant__ FieldParams params) {
+    extern __shared__ __align__(16) char memory[];
+    Tiles<T, false, kNormals> tiles;
+    tiles.lay_out(memory, blockDim.x);
+    load_weights(params, tiles);
+    const int t = threadIdx.x;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < params.n_points;
+         first += stride) {
+        const int64_t i = first + t;
+        const bool valid = i < params.n_points;
+        float p[3] = {}, unit[3];
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            if (valid) p[d] = params.points[3 * i + d];
+            unit[d] = field_unit(p[d], params.inverse_diameter);
+        }
+        encode<T, F>(params, tiles, unit);
+        heads(tiles, params.features != nullptr);
+        if (valid) {
+            float gradient[3], slope, curvature;
+            const float raw = tiles.out[4 * t] + field_bias(params, p[0], p[1], p[2], gradient);
+            params.density[i] = field_activate(params.activation, raw, slope, curvature);
+            if (params.features) {
+#pragma unroll
+                for (int c = 0; c < 3; ++c) params.features[3 * i + c] = tiles.out[4 * t + 1 + c];
+            }
+            if constexpr (kNormals) {
+                add_gradient<T, F>(params, tiles, gradient);
+                float normal[3];
+                field_normal(gradient, slope, normal);
+#pragma unroll
+                for (int d = 0; d < 3; ++d) params.normal[3 * i + d] = normal[d];
+            }
+        }
+        // The next tile's rows are written by their own threads, but read by the whole warp.
+        __syncwarp();
+    }
+}
+
+// u of one feature; see field.h.
+template <class T, bool kNormals>
+__device__ __forceinline__ float to_g(const Tiles<T, true, kNormals>& tiles, int k, float r,
+                                      const float (&v)[3], float scale) {
+    const int n = blockDim.x, t = threadIdx.x;
+    float u = r * static_cast<float>(tiles.e[t * tiles.kRow + k]);
+    if (kNormals) {
+        float along = 0.0f;
+#pragma unroll
+        for (int d = 0; d < 3; ++d) along += v[d] * static_cast<float>(tiles.jac[(3 * k + d) * n + t]);
+        u += scale * along;
+    }
+    return u;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+}
+
+// As the forward kernel, then: a thread adds its sample's gradient to 8 entries a level, and the
+// block adds the tile to its sums of weight gradients, which go to global memory at the end.
+template <class T, int F, bool kNormals>
+__global__ void __launch_bounds__(kBlockMax) field_bwd_kernel(
+    const __grid_constant__ FieldParams params) {
+    extern __shared__ __align__(16) char memory[];
+    Tiles<T, true, kNormals> tiles;
+    tiles.lay_out(memory, blockDim.x);
+    load_weights(params, tiles);
+    const int t = threadIdx.x, n_warps = blockDim.x / kWarp;
+    const bool features = params.grad_features != nullptr;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < params.n_points;
+         first += stride) {
+        const int64_t i = first + t;
+        const bool valid = i < params.n_points;
+        float p[3] = {}, unit[3];
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            if (valid) p[d] = params.points[3 * i + d];
+            unit[d] = field_unit(p[d], params.inverse_diameter);
+        }
+        encode<T, F>(params, tiles, unit);
+        // Gradients may be far below what half can hold: rows are divided by their largest.
+        float q[3] = {}, q_largest = 0.0f;
+        if (features && valid) {
+#pragma unroll
+            for (int c = 0; c < 3; ++c) {
+                q[c] = params.grad_features[3 * i + c];
+                q_largest = fmaxf(q_largest, fabsf(q[c]));
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 3; ++c) tiles.q[3 * t + c] = q_largest > 0.0f ? q[c] / q_largest : 0.0f;
+        heads(tiles, features);
+
+        float gradient[3], v[3] = {}, grad_normal[3] = {}, r = 0.0f;
+        const float raw = tiles.out[4 * t] + field_bias(params, p[0], p[1], p[2], gradient);
+        if constexpr (kNormals) {
+            add_gradient<T, F>(params, tiles, gradient);
+#pragma unroll
+            for (int d = 0; d < 3; ++d) {
+                if (valid) grad_normal[d] = params.grad_normal[3 * i + d];
+            }
+        }
+        const float grad_density =
+            params.grad_density && valid ? params.grad_density[i] : 0.0f;
+        r = field_head_gradient(params, raw, gradient, grad_density, grad_normal, v);
+        if (!valid) r = v[0] = v[1] = v[2] = 0.0f;
+
+        float u_largest = 0.0f;
+        for (int l = 0; l < params.n_active; ++l) {
+#pragma unroll
+            for (int f = 0; f < F; ++f) {
+                const float u = to_g(tiles, l * F + f, r, v, params.levels[l].scale);
+                u_largest = fmaxf(u_largest, fabsf(u));
+            }
+        }
+        const float u_inverse = u_largest > 0.0f ? 1.0f / u_largest : 0.0f;
+        const float u_tile = warp_max(u_largest), q_tile = warp_max(q_largest);
+        if (t % kWarp == 0) {
+            tiles.largest[t / kWarp] = u_tile;
+            tiles.largest[n_warps + t / kWarp] = q_tile;
+        }
+        __syncthreads();
+        float scale_u = 0.0f, scale_q = 0.0f;
+        for (int w = 0; w < n_warps; ++w) {
+            scale_u = fmaxf(scale_u, tiles.largest[w]);
+            scale_q = fmaxf(scale_q, tiles.largest[n_warps + w]);
+        }
+        tiles.ratio[2 * t] = scale_u > 0.0f ? u_largest / scale_u : 0.0f;
+        tiles.ratio[2 * t + 1] = scale_q > 0.0f ? q_largest / scale_q : 0.0f;
+
+        const bool any = u_largest > 0.0f || q_largest > 0.0f || r != 0.0f || v[0] != 0.0f ||
+                         v[1] != 0.0f || v[2] != 0.0f;
+        for (int l = 0; l < params.n_active; ++l) {
+            const GridLevel& level = params.levels[l];
+            float corner[F][8];
+            const FieldCell cell = field_cell(level, unit[0], unit[1], unit[2]);
+#pragma unroll
+            for (int f = 0; f < F; ++f) {
+                const int k = l * F + f;
+                T* row = tiles.g + t * tiles.kRow + k;
+                const float g = *row;
+                const float to_e =
+                    r * g + q_largest * static_cast<float>(tiles.ge[t * tiles.kRow + k]);
+                if (kNormals) {
+                    const float gj = g * level.scale;
+                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, to_e, gj * v[0], gj * v[1],
+                                          gj * v[2], corner[f]);
+                } else {
+                    grid_corner_weights(cell.fx, cell.fy, cell.fz, to_e, corner[f]);
+                }
+                *row = u_inverse * to_g(tiles, k, r, v, level.scale);
+            }
+            if (!any) continue;
+            float* grad = params.grad_table + level.offset * F;
+#pragma unroll
+            for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, corner, c);
+        }
+        // Columns beyond the active levels: their encoding is zero, and so is u.
+        for (int k = params.n_active * F; k < kW; ++k) tiles.g[t * tiles.kRow + k] = 0.0f;
+        __syncthreads();
+        weight_sums(tiles, features, scale_u, scale_q);
+        __syncthreads();
+    }
+    const int width = params.n_levels * F;
+    for (int i = t; i < kH * kW; i += blockDim.x) {
+        const int j = i / kW, k = i % kW;
+        if (k >= width) continue;
+        atomicAdd(params.grad_w1d + j * width + k, tiles.w2[j] * tiles.sum_s[i]);
+        if (features) atomicAdd(params.grad_w1f + j * width + k, tiles.sum_w1f[i]);
+    }
+    for (int j = t; j < kH; j += blockDim.x) {
+        float sum = 0.0f;
+        for (int k = 0; k < width; ++k) sum += params.w1d[j * width + k] * tiles.sum_s[j * kW + k];
+        atomicAdd(params.grad_w2d + j, sum);
+        for (int c = 0; features && c < 3; ++c) {
+            atomicAdd(params.grad_w2f + c * kH + j, tiles.sum_w2f[c * kH + j]);
+        }
+    }
+}
+
+// As many blocks as run at once, of as many threads as shared memory allows. Asks the driver for
+// properties only, so it may be captured.
+template <class T, bool kBackward, bool kNormals, class Kernel>
+void launch_persistent(Kernel kernel, const FieldParams& params, void* stream, const char* what) {
+    int device = 0, n_sms = 0, limit = 0, per_sm = 0;
+    check(cudaGetDevice(&device), what);
+    check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device), what);
+    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+    int block = kBlockMax;
+    size_t bytes = 0;
+    for (;; block /= 2) {
+        bytes = Tiles<T, kBackward, kNormals>().lay_out(nullptr, block);
+        if (bytes <= static_cast<size_t>(limit) || block == kWarp) break;
+    }
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          what);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, block, bytes), what);
+    const int64_t needed = (params.n_points + block - 1) / block;
+    const int64_t most = static_cast<int64_t>(n_sms) * (per_sm > 0 ? per_sm : 1);
+    const auto blocks = static_cast<unsigned int>(needed < most ? needed : most);
+    kernel<<<blocks, block, bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    check(cudaGetLastError(), what);
+}
+
+template <class T, int F, bool kNormals>
+void launch(const FieldParams& params, bool backward, void* stream) {
+    if (backward) {
+        launch_persistent<T, true, kNormals>(field_bwd_kernel<T, F, kNormals>, params, stream,
+                                             "field_bwd");
+    } else {
+        launch_persistent<T, false, kNormals>(field_fwd_kernel<T, F, kNormals>, params, stream,
+                                              "field_fwd");
+    }
+}
+
+void choose(const FieldParams& params, bool normals, bool backward, void* stream) {
+    const int index = (params.half_table ? 4 : 0) + (params.n_features == 4 ? 2 : 0) + normals;
+    using Launch = void (*)(const FieldParams&, bool, void*);
+    constexpr Launch kLaunches[] = {
+        launch<float, 2, false>,  launch<float, 2, true>,  launch<float, 4, false>,
+        launch<float, 4, true>,   launch<__half, 2, false>, launch<__half, 2, true>,
+        launch<__half, 4, false>, launch<__half, 4, true>};
+    kLaunches[index](params, backward, stream);
+}
+
+}  // namespace
+
+void field_fwd(const FieldParams& params, void* stream) {
+    choose(params, params.normal != nullptr, false, stream);
+}
+
+void field_bwd(const FieldParams& params, void* stream) {
+    choose(params, params.grad_normal != nullptr, true, stream);
+}
+
+}  // namespace dsd::cuda
