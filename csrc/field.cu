@@ -1,5 +1,7 @@
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "field.h"
 
 namespace dsd::cuda {
@@ -375,12 +377,13 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
                     (j < 32 ? mask[down].x : mask[down].y) |= bits << (column & 31);
                 }
             }
-            if (!kG) continue;
+            if constexpr (kG) {
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                unsigned int b0, b1;
-                load_b_rows(tiles.w1 + j * kRow + k * 8, kRow, b0, b1);
-                multiply(sum[k], m, b0, b1);
+                for (int k = 0; k < 4; ++k) {
+                    unsigned int b0, b1;
+                    load_b_rows(tiles.w1 + j * kRow + k * 8, kRow, b0, b1);
+                    multiply(sum[k], m, b0, b1);
+                }
             }
         }
         if (kG) {
@@ -397,7 +400,9 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
             float q[2][3] = {};
             if (kBackward) {
 #pragma unroll
-                for (int i = 0; i < 6; ++i) q[i / 3][i % 3] = tiles.q[3 * (sample + i / 3 * 8) + i % 3];
+                for (int i = 0; i < 6; ++i) {
+                    q[i / 3][i % 3] = tiles.q[3 * (sample + i / 3 * 8) + i % 3];
+                }
             }
 #pragma unroll
             for (int j = 0; j < kH; j += 16) {
@@ -432,12 +437,13 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
                         m[2 * half + down] = pack(p0 > 0.0f ? q0 : 0.0f, p1 > 0.0f ? q1 : 0.0f);
                     }
                 }
-                if (!kBackward) continue;
+                if constexpr (kBackward) {
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    unsigned int b0, b1;
-                    load_b_rows(tiles.w1 + (kH + j) * kRow + k * 8, kRow, b0, b1);
-                    multiply(sum[k], m, b0, b1);
+                    for (int k = 0; k < 4; ++k) {
+                        unsigned int b0, b1;
+                        load_b_rows(tiles.w1 + (kH + j) * kRow + k * 8, kRow, b0, b1);
+                        multiply(sum[k], m, b0, b1);
+                    }
                 }
             }
         }
@@ -488,7 +494,9 @@ __device__ __forceinline__ void weight_sums(const Tiles<__half, true, kNormals>&
         float sum_s[4][4] = {}, sum_w[4][4] = {}, sum_h[4] = {};
         float w2[2][3];
 #pragma unroll
-        for (int i = 0; i < 6; ++i) w2[i / 3][i % 3] = tiles.w2[(i % 3 + 1) * kH + j0 + r + i / 3 * 8];
+        for (int i = 0; i < 6; ++i) {
+            w2[i / 3][i % 3] = tiles.w2[(i % 3 + 1) * kH + j0 + r + i / 3 * 8];
+        }
 #pragma unroll 1
         for (int first = 0; first < n; first += 16) {
             unsigned int m[4], q[4] = {}, h[4] = {}, b[2] = {};
@@ -641,7 +649,9 @@ __device__ __forceinline__ float to_g(const Tiles<T, true, kNormals>& tiles, int
     if (kNormals) {
         float along = 0.0f;
 #pragma unroll
-        for (int d = 0; d < 3; ++d) along += v[d] * static_cast<float>(tiles.jac[(3 * k + d) * n + t]);
+        for (int d = 0; d < 3; ++d) {
+            along += v[d] * static_cast<float>(tiles.jac[(3 * k + d) * n + t]);
+        }
         u += scale * along;
     }
     return u;

@@ -3,6 +3,7 @@
 (``torch.ops.dsd_fast.<name>``, with fake and, where it makes sense, autograd) and a test."""
 
 from dsd_fast.ops.composite import Composited, composite, composite_full, visibility
+from dsd_fast.ops.field import FieldShape, fused_field
 from dsd_fast.ops.hashgrid import GridSpec, hashgrid, hashgrid_jacobian
 from dsd_fast.ops.march import march
 from dsd_fast.ops.occupancy import occupancy_threshold, occupancy_update
@@ -10,9 +11,11 @@ from dsd_fast.ops.sh import spherical_harmonics
 
 __all__ = [
     "Composited",
+    "FieldShape",
     "GridSpec",
     "composite",
     "composite_full",
+    "fused_field",
     "hashgrid",
     "hashgrid_jacobian",
     "march",
