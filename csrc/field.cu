@@ -110,7 +110,8 @@ __device__ __forceinline__ void encode(const FieldParams& params,
     const int n = blockDim.x, t = threadIdx.x;
     T* row = tiles.e + t * tiles.kRow;
     const T* table = static_cast<const T*>(params.table);
-#pragma unroll 2
+// Loads of several levels in flight: blocks are few, so threads must hide the latency.
+#pragma unroll(sizeof(T) == 2 ? 4 : 2)
     for (int l = 0; l < params.n_active; ++l) {
         const GridLevel& level = params.levels[l];
         const FieldCell cell = field_cell(level, unit[0], unit[1], unit[2]);
@@ -509,8 +510,9 @@ __device__ __forceinline__ void weight_sums(const Tiles<__half, true, kNormals>&
 #pragma unroll
                 for (int down = 0; down < 2; ++down) {
                     const int j = j0 + r + 8 * down;
-                    m[2 * right + down] = pack(low >> (j & 31) & 1u ? tiles.ratio[2 * t] : 0.0f,
-                                               high >> (j & 31) & 1u ? tiles.ratio[2 * t + 2] : 0.0f);
+                    const unsigned int bit = 1u << (j & 31);
+                    m[2 * right + down] = pack(low & bit ? tiles.ratio[2 * t] : 0.0f,
+                                               high & bit ? tiles.ratio[2 * t + 2] : 0.0f);
                     if (!features) continue;
                     const float h0 = __half2float(tiles.h[t * kRowH + j]);
                     const float h1 = __half2float(tiles.h[(t + 1) * kRowH + j]);
@@ -664,9 +666,10 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 
 // As the forward kernel, then: a thread adds its sample's gradient to 8 entries a level, and the
-// block adds the tile to its sums of weight gradients, which go to global memory at the end.
+// block adds the tile to its sums of weight gradients, which go to global memory at the end. Shared
+// memory has room for two blocks at a time, so a thread may have many registers.
 template <class T, int F, bool kNormals>
-__global__ void __launch_bounds__(kBlockMax) field_bwd_kernel(
+__global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
     const __grid_constant__ FieldParams params) {
     extern __shared__ __align__(16) char memory[];
     Tiles<T, true, kNormals> tiles;

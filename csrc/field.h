@@ -1,6 +1,6 @@
-// The field in one kernel: hash grid (hashgrid.h), two bias-free heads with one hidden layer each, a
-// density activation with the initial blob, and the density's normal. Nothing per sample is kept for
-// the backward pass, which computes everything again.
+// The field in one kernel: hash grid (hashgrid.h), two bias-free heads with one hidden layer each,
+// a density activation with the initial blob, and the density's normal. Nothing per sample is kept
+// for the backward pass, which computes everything again.
 //
 // With e the encoding [E], J its Jacobian [E, 3] to the unit cube, and per head a first layer W1
 // [64, E] and a second W2:

@@ -19,6 +19,16 @@ COLORS = {"rgbs": torch.zeros(5, 3)}
 
 # Arguments that each operator accepts; the first tensor decides the device.
 ACCEPTED = {
+    "fused_field": {
+        "points": torch.zeros(5, 3),
+        "table": torch.zeros(SPEC.n_params),
+        "w1d": torch.zeros(64, SPEC.n_outputs),
+        "w2d": torch.zeros(1, 64),
+        "w1f": torch.zeros(64, SPEC.n_outputs),
+        "w2f": torch.zeros(3, 64),
+        "shape": ops.FieldShape(SPEC),
+        "half_table": torch.zeros(SPEC.n_params, dtype=torch.float16),
+    },
     "hashgrid": GRID,
     "hashgrid_jacobian": GRID,
     "spherical_harmonics": {"dirs": torch.zeros(5, 3)},
