@@ -331,7 +331,7 @@ def fused_field(
             half_table=half_table,
         )
     n_active = _active_levels("fused_field", shape.spec, n_active_levels)
-    tensors = (points.detach(), table, half_table, w1d, w2d, w1f, w2f)
+    tensors = (points, table, half_table, w1d, w2d, w1f, w2f)
     _check_inputs(tensors, shape.spec)
     outputs = _field_op(*tensors, features, normals, *_numbers(shape, n_active))
     return outputs[0], outputs[1] if features else None, outputs[2] if normals else None
