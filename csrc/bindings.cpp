@@ -200,11 +200,23 @@ void field_fwd(Address points, Address table, const std::array<Address, 4>& weig
     field_launch(params, false, device, stream, n_threads);
 }
 
+// Bytes of the workspace that field_bwd asks for on CUDA.
+int64_t field_workspace(int64_t n_points, int n_levels, int n_features, bool half_table,
+                        bool normals) {
+#if defined(DSD_WITH_CUDA)
+    return dsd::cuda::field_workspace(n_points, n_levels, n_features, half_table, normals);
+#else
+    (void)n_points, (void)n_levels, (void)n_features, (void)half_table, (void)normals;
+    return 0;
+#endif
+}
+
 // `grads`: of density, features, normal (0: none came), then those to add to: table, weights.
 void field_bwd(Address points, Address table, const std::array<Address, 4>& weights,
-               const std::array<Address, 8>& grads, int64_t n_points, int n_active, int n_features,
-               const std::string& levels, bool half_table, int bias_kind, int activation,
-               const std::array<double, 3>& numbers, int device, Address stream, int n_threads) {
+               const std::array<Address, 8>& grads, Address workspace, int64_t n_points,
+               int n_active, int n_features, const std::string& levels, bool half_table,
+               int bias_kind, int activation, const std::array<double, 3>& numbers, int device,
+               Address stream, int n_threads) {
     auto params = field_params(points, table, weights, n_points, n_active, n_features, levels,
                                half_table, bias_kind, activation, numbers);
     params.grad_density = pointer<const float>(grads[0]);
@@ -215,6 +227,7 @@ void field_bwd(Address points, Address table, const std::array<Address, 4>& weig
     params.grad_w2d = pointer<float>(grads[5]);
     params.grad_w1f = pointer<float>(grads[6]);
     params.grad_w2f = pointer<float>(grads[7]);
+    params.workspace = pointer<void>(workspace);
     field_launch(params, true, device, stream, n_threads);
 }
 
@@ -369,6 +382,7 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("field_fwd", &field_fwd);
     m.def("field_bwd", &field_bwd);
+    m.def("field_workspace", &field_workspace);
 
     m.def("sh_fwd", &sh_fwd);
     m.def("sh_bwd", &sh_bwd);

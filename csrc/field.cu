@@ -15,6 +15,39 @@ constexpr int kWarp = 32;
 constexpr int kW = kFieldWidth;
 constexpr int kH = kFieldHidden;
 
+// The backward pass goes through chunks of samples, so that what lies between its two kernels stays
+// small: 144 bytes a sample with normals, 16 levels and a half table.
+constexpr int64_t kChunk = int64_t{1} << 18;
+constexpr int kScatterBlock = 256;
+// Levels that a block of the second kernel goes through. All blocks do the same levels at about the
+// same time: their part of the table's gradient stays in the L2 cache.
+constexpr int kScatterLevels = 4;
+// Sums of runs pay where a warp has at most this many.
+constexpr int kMostRuns = 16;
+
+// Rows of floats then end at a multiple of 16 bytes.
+__host__ __device__ constexpr int64_t round_up_to_4(int64_t n) { return (n + 3) / 4 * 4; }
+
+// Between the kernels of the backward pass: for each level and sample dL/de of the level's
+// features, in type T divided by the sample's largest, and with kNormals g as well; for each sample
+// that largest, and with kNormals v (see field.h).
+template <class T, int F, bool kNormals>
+struct Between {
+    static constexpr int kPack = kNormals ? 2 * F : F;
+    static constexpr int kRow = kNormals ? 4 : 1;
+    static constexpr int kBytes = kPack * sizeof(T);
+    struct alignas(kBytes < 16 ? kBytes : 16) Pack {
+        T value[kPack];
+    };
+
+    Pack* packs;  // [n_active, n]
+    float* rows;  // [n, kRow]: the largest, v
+
+    __device__ Between(void* memory, int64_t n)
+        : packs(reinterpret_cast<Pack*>(static_cast<float*>(memory) + round_up_to_4(n) * kRow)),
+          rows(static_cast<float*>(memory)) {}
+};
+
 // Columns of padding: rows of a tile then start in different banks, and at multiples of 16 bytes
 // for half, as ldmatrix needs.
 template <class T>
@@ -80,51 +113,102 @@ struct Tiles {
 
 // ---- table --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void load_entry(const float* at, float (&v)[2]) {
-    const float2 entry = __ldg(reinterpret_cast<const float2*>(at));
-    v[0] = entry.x, v[1] = entry.y;
+// F numbers of type T from 4-byte words.
+template <class T, int F>
+__device__ __forceinline__ void unpack(const unsigned int* words, float (&v)[F]) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int f = 0; f < F; ++f) v[f] = __uint_as_float(words[f]);
+    } else {
+#pragma unroll
+        for (int f = 0; f < F; f += 2) {
+            const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(words + f / 2));
+            v[f] = pair.x, v[f + 1] = pair.y;
+        }
+    }
 }
-__device__ __forceinline__ void load_entry(const float* at, float (&v)[4]) {
-    const float4 entry = __ldg(reinterpret_cast<const float4*>(at));
-    v[0] = entry.x, v[1] = entry.y, v[2] = entry.z, v[3] = entry.w;
-}
-__device__ __forceinline__ void split_half2(unsigned int bits, float& low, float& high) {
-    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
-    low = pair.x, high = pair.y;
-}
-__device__ __forceinline__ void load_entry(const __half* at, float (&v)[2]) {
-    split_half2(__ldg(reinterpret_cast<const unsigned int*>(at)), v[0], v[1]);
-}
-__device__ __forceinline__ void load_entry(const __half* at, float (&v)[4]) {
-    const uint2 entry = __ldg(reinterpret_cast<const uint2*>(at));
-    split_half2(entry.x, v[0], v[1]);
-    split_half2(entry.y, v[2], v[3]);
-}
+
+// An entry of the table as 4-byte words, and as many of them as 16 bytes hold.
+template <class T, int F>
+struct Entry {
+    static constexpr int kWords = F * sizeof(T) / 4;
+    static constexpr uint32_t kGroup = 4 / kWords;
+    unsigned int words[kWords];
+
+    // `entry` of its group.
+    __device__ __forceinline__ Entry(const uint4& group, uint32_t entry) {
+        if constexpr (kWords == 4) {
+            words[0] = group.x, words[1] = group.y, words[2] = group.z, words[3] = group.w;
+        } else if constexpr (kWords == 2) {
+            words[0] = entry & 1 ? group.z : group.x;
+            words[1] = entry & 1 ? group.w : group.y;
+        } else {
+            const unsigned int low = entry & 1 ? group.y : group.x;
+            const unsigned int high = entry & 1 ? group.w : group.z;
+            words[0] = entry & 2 ? high : low;
+        }
+    }
+};
+
+// The 8 entries of a cell. Corners 2 i and 2 i + 1 are neighbours along x: fetching 16 bytes at a
+// time, both come at once in most cells (three in four in a half table of pairs, one in two in a
+// half table of fours or a float table of pairs).
+template <class T, int F>
+struct Corners {
+    using E = Entry<T, F>;
+    uint4 group[4];   // of the even corners
+    uint4 other[4];   // of the odd ones, where it is another
+    bool apart[4];
+
+    __device__ __forceinline__ Corners(const T* entries, const FieldCell& cell) {
+        const uint4* groups = reinterpret_cast<const uint4*>(entries);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t a = cell.entry[2 * i] / E::kGroup, b = cell.entry[2 * i + 1] / E::kGroup;
+            apart[i] = a != b;
+            group[i] = __ldg(groups + a);
+            other[i] = make_uint4(0, 0, 0, 0);
+            if (apart[i]) other[i] = __ldg(groups + b);
+        }
+    }
+
+    __device__ __forceinline__ void values(const FieldCell& cell, float (&v)[F][8]) const {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            const uint32_t entry = cell.entry[c] % E::kGroup;
+            E e(group[c / 2], entry);
+            if (c % 2) {
+                const E far(other[c / 2], entry);
+#pragma unroll
+                for (int w = 0; w < E::kWords; ++w) {
+                    e.words[w] = apart[c / 2] ? far.words[w] : e.words[w];
+                }
+            }
+            float entry_values[F];
+            unpack<T, F>(e.words, entry_values);
+#pragma unroll
+            for (int f = 0; f < F; ++f) v[f][c] = entry_values[f];
+        }
+    }
+};
 
 // Writes this thread's row of e and, with kNormals, its column of jac. Levels that are not active
 // and padding read zero.
-template <class T, int F, bool kBackward, bool kNormals>
-__device__ __forceinline__ void encode(const FieldParams& params,
-                                       const Tiles<T, kBackward, kNormals>& tiles,
-                                       const float (&unit)[3]) {
+template <class T, int F, bool kInside, bool kBackward, bool kNormals>
+__device__ __forceinline__ void encode_cells(const FieldParams& params,
+                                             const Tiles<T, kBackward, kNormals>& tiles,
+                                             const float (&unit)[3]) {
     const int n = blockDim.x, t = threadIdx.x;
     T* row = tiles.e + t * tiles.kRow;
     const T* table = static_cast<const T*>(params.table);
 // Loads of several levels in flight: blocks are few, so threads must hide the latency.
-#pragma unroll(sizeof(T) == 2 ? 4 : 2)
+#pragma unroll(!kInside ? 1 : sizeof(T) == 2 ? 4 : 2)
     for (int l = 0; l < params.n_active; ++l) {
         const GridLevel& level = params.levels[l];
-        const FieldCell cell = field_cell(level, unit[0], unit[1], unit[2]);
+        const FieldCell cell = field_cell<kInside>(level, unit[0], unit[1], unit[2]);
         const T* entries = table + level.offset * F;
         float v[F][8];
-        // Corners 2 i and 2 i + 1 are neighbours along x: mostly one sector of memory.
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-            float entry[F];
-            load_entry(entries + static_cast<int64_t>(cell.entry[c]) * F, entry);
-#pragma unroll
-            for (int f = 0; f < F; ++f) v[f][c] = entry[f];
-        }
+        Corners<T, F>(entries, cell).values(cell, v);
 #pragma unroll
         for (int f = 0; f < F; ++f) {
             const int k = l * F + f;
@@ -140,6 +224,25 @@ __device__ __forceinline__ void encode(const FieldParams& params,
         }
     }
     for (int k = params.n_active * F; k < kW; ++k) row[k] = 0.0f;
+}
+
+// True for a point in the unit cube; false for NaN.
+__device__ __forceinline__ bool is_inside(const float (&unit)[3]) {
+    bool inside = true;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) inside = inside && unit[d] >= 0.0f && unit[d] <= 1.0f;
+    return inside;
+}
+
+template <class T, int F, bool kBackward, bool kNormals>
+__device__ __forceinline__ void encode(const FieldParams& params,
+                                       const Tiles<T, kBackward, kNormals>& tiles,
+                                       const float (&unit)[3]) {
+    if (__all_sync(~0u, is_inside(unit))) {
+        encode_cells<T, F, true>(params, tiles, unit);
+    } else {
+        encode_cells<T, F, false>(params, tiles, unit);
+    }
 }
 
 // Adds to F numbers of the table's gradient. Compute capability 9 adds vectors in one instruction.
@@ -175,6 +278,38 @@ __device__ __forceinline__ void add_pair(float* grad, const FieldCell& cell,
 #endif
     add_entry<F>(grad + static_cast<int64_t>(a) * F, g, c);
     add_entry<F>(grad + static_cast<int64_t>(b) * F, g, c + 1);
+}
+
+// Lanes hold neighbouring samples. Where runs of them lie in one cell, as along a ray on coarse
+// levels, the first lane of a run takes the run's sum: atomics to one address would wait for each
+// other. Returns whether this lane has something to add. For the whole warp.
+template <int F>
+__device__ __forceinline__ bool combine_runs(const FieldCell& cell, float (&g)[F][8], bool any) {
+    const int lane = threadIdx.x % kWarp;
+    const bool same = __shfl_up_sync(~0u, cell.x, 1) == cell.x &
+                      __shfl_up_sync(~0u, cell.y, 1) == cell.y &
+                      __shfl_up_sync(~0u, cell.z, 1) == cell.z;
+    const unsigned int firsts = __ballot_sync(~0u, lane == 0 || !same);
+    if (__popc(firsts) > kMostRuns) return any;
+    const unsigned int after = lane + 1 < kWarp ? firsts >> (lane + 1) : 0u;
+    const int following = after ? __ffs(after) - 1 : kWarp - 1 - lane;  // lanes of the run behind
+    int longest = following;
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+        longest = max(longest, __shfl_xor_sync(~0u, longest, step));
+    }
+    for (int step = 1; step <= longest; step *= 2) {
+#pragma unroll
+        for (int f = 0; f < F; ++f) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+                const float other = __shfl_down_sync(~0u, g[f][c], step);
+                if (step <= following) g[f][c] += other;
+            }
+        }
+    }
+    const unsigned int live = __ballot_sync(~0u, any) >> lane & ((2u << following) - 1u);
+    return (firsts >> lane & 1u) && live != 0u;
 }
 
 // ---- heads in float32 ---------------------------------------------------------------------------
@@ -601,7 +736,7 @@ __device__ __forceinline__ void add_gradient(const FieldParams& params,
 // A block goes through tiles of blockDim.x samples, a thread gathers one sample's corners, and the
 // heads run on the tile. Reads points, table and weights; writes density and what else is wanted.
 template <class T, int F, bool kNormals>
-__global__ void __launch_bounds__(kBlockMax) field_fwd_kernel(
+__global__ void __launch_bounds__(kBlockMax, 4) field_fwd_kernel(
     const __grid_constant__ FieldParams params) {
     extern __shared__ __align__(16) char memory[];
     Tiles<T, false, kNormals> tiles;
@@ -659,13 +794,16 @@ __device__ __forceinline__ float to_g(const Tiles<T, true, kNormals>& tiles, int
     return u;
 }
 
+// NaN if one of them is: gradients that are not finite must show.
+__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
+
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    for (int step = 16; step > 0; step /= 2) x = larger(x, __shfl_xor_sync(~0u, x, step));
     return x;
 }
 
-// As the forward kernel, then: a thread adds its sample's gradient to 8 entries a level, and the
+// As the forward kernel, then: a thread writes what its sample's gradient to the table needs, and the
 // block adds the tile to its sums of weight gradients, which go to global memory at the end. Shared
 // memory has room for two blocks at a time, so a thread may have many registers.
 template <class T, int F, bool kNormals>
@@ -674,6 +812,7 @@ __global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
     extern __shared__ __align__(16) char memory[];
     Tiles<T, true, kNormals> tiles;
     tiles.lay_out(memory, blockDim.x);
+    const Between<T, F, kNormals> between(params.workspace, params.n_points);
     load_weights(params, tiles);
     const int t = threadIdx.x, n_warps = blockDim.x / kWarp;
     const bool features = params.grad_features != nullptr;
@@ -695,11 +834,11 @@ __global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
 #pragma unroll
             for (int c = 0; c < 3; ++c) {
                 q[c] = params.grad_features[3 * i + c];
-                q_largest = fmaxf(q_largest, fabsf(q[c]));
+                q_largest = larger(q_largest, fabsf(q[c]));
             }
         }
 #pragma unroll
-        for (int c = 0; c < 3; ++c) tiles.q[3 * t + c] = q_largest > 0.0f ? q[c] / q_largest : 0.0f;
+        for (int c = 0; c < 3; ++c) tiles.q[3 * t + c] = q_largest != 0.0f ? q[c] / q_largest : 0.0f;
         heads(tiles, features);
 
         float gradient[3], v[3] = {}, grad_normal[3] = {}, r = 0.0f;
@@ -716,15 +855,20 @@ __global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
         r = field_head_gradient(params, raw, gradient, grad_density, grad_normal, v);
         if (!valid) r = v[0] = v[1] = v[2] = 0.0f;
 
-        float u_largest = 0.0f;
+        const auto to_e = [&](int k) {
+            return r * static_cast<float>(tiles.g[t * tiles.kRow + k]) +
+                   q_largest * static_cast<float>(tiles.ge[t * tiles.kRow + k]);
+        };
+        float u_largest = 0.0f, e_largest = 0.0f;
         for (int l = 0; l < params.n_active; ++l) {
 #pragma unroll
-            for (int f = 0; f < F; ++f) {
-                const float u = to_g(tiles, l * F + f, r, v, params.levels[l].scale);
-                u_largest = fmaxf(u_largest, fabsf(u));
+            for (int k = l * F; k < l * F + F; ++k) {
+                const float u = to_g(tiles, k, r, v, params.levels[l].scale);
+                u_largest = larger(u_largest, fabsf(u));
+                e_largest = larger(e_largest, fabsf(to_e(k)));
             }
         }
-        const float u_inverse = u_largest > 0.0f ? 1.0f / u_largest : 0.0f;
+        const float u_inverse = u_largest != 0.0f ? 1.0f / u_largest : 0.0f;
         const float u_tile = warp_max(u_largest), q_tile = warp_max(q_largest);
         if (t % kWarp == 0) {
             tiles.largest[t / kWarp] = u_tile;
@@ -733,38 +877,32 @@ __global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
         __syncthreads();
         float scale_u = 0.0f, scale_q = 0.0f;
         for (int w = 0; w < n_warps; ++w) {
-            scale_u = fmaxf(scale_u, tiles.largest[w]);
-            scale_q = fmaxf(scale_q, tiles.largest[n_warps + w]);
+            scale_u = larger(scale_u, tiles.largest[w]);
+            scale_q = larger(scale_q, tiles.largest[n_warps + w]);
         }
-        tiles.ratio[2 * t] = scale_u > 0.0f ? u_largest / scale_u : 0.0f;
-        tiles.ratio[2 * t + 1] = scale_q > 0.0f ? q_largest / scale_q : 0.0f;
+        tiles.ratio[2 * t] = scale_u != 0.0f ? u_largest / scale_u : 0.0f;
+        tiles.ratio[2 * t + 1] = scale_q != 0.0f ? q_largest / scale_q : 0.0f;
 
-        const bool any = u_largest > 0.0f || q_largest > 0.0f || r != 0.0f || v[0] != 0.0f ||
-                         v[1] != 0.0f || v[2] != 0.0f;
+        if (valid) {
+            float* row = between.rows + i * between.kRow;
+            if constexpr (kNormals) {
+                *reinterpret_cast<float4*>(row) = make_float4(e_largest, v[0], v[1], v[2]);
+            } else {
+                *row = e_largest;
+            }
+        }
+        const float e_inverse = e_largest != 0.0f ? 1.0f / e_largest : 0.0f;
         for (int l = 0; l < params.n_active; ++l) {
-            const GridLevel& level = params.levels[l];
-            float corner[F][8];
-            const FieldCell cell = field_cell(level, unit[0], unit[1], unit[2]);
+            typename Between<T, F, kNormals>::Pack pack;
 #pragma unroll
             for (int f = 0; f < F; ++f) {
                 const int k = l * F + f;
-                T* row = tiles.g + t * tiles.kRow + k;
-                const float g = *row;
-                const float to_e =
-                    r * g + q_largest * static_cast<float>(tiles.ge[t * tiles.kRow + k]);
-                if (kNormals) {
-                    const float gj = g * level.scale;
-                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, to_e, gj * v[0], gj * v[1],
-                                          gj * v[2], corner[f]);
-                } else {
-                    grid_corner_weights(cell.fx, cell.fy, cell.fz, to_e, corner[f]);
-                }
-                *row = u_inverse * to_g(tiles, k, r, v, level.scale);
+                T* g = tiles.g + t * tiles.kRow + k;
+                pack.value[f] = e_inverse * to_e(k);
+                if constexpr (kNormals) pack.value[F + f] = *g;
+                *g = u_inverse * to_g(tiles, k, r, v, params.levels[l].scale);
             }
-            if (!any) continue;
-            float* grad = params.grad_table + level.offset * F;
-#pragma unroll
-            for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, corner, c);
+            if (valid) between.packs[l * params.n_points + i] = pack;
         }
         // Columns beyond the active levels: their encoding is zero, and so is u.
         for (int k = params.n_active * F; k < kW; ++k) tiles.g[t * tiles.kRow + k] = 0.0f;
@@ -786,6 +924,62 @@ __global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
         for (int c = 0; features && c < 3; ++c) {
             atomicAdd(params.grad_w2f + c * kH + j, tiles.sum_w2f[c * kH + j]);
         }
+    }
+}
+
+// The second kernel of the backward pass: a thread adds one sample's gradient to 8 entries on each of
+// a few levels (blockIdx.y).
+template <class T, int F, bool kNormals>
+__global__ void __launch_bounds__(kScatterBlock) field_scatter_kernel(
+    const __grid_constant__ FieldParams params) {
+    const Between<T, F, kNormals> between(params.workspace, params.n_points);
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kScatterBlock + threadIdx.x;
+    const bool valid = i < params.n_points;
+    float unit[3], v[3] = {}, largest = 0.0f;
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+        unit[d] = field_unit(valid ? params.points[3 * i + d] : 0.0f, params.inverse_diameter);
+    }
+    if (valid) {
+        if constexpr (kNormals) {
+            const float4 row = *reinterpret_cast<const float4*>(between.rows + 4 * i);
+            largest = row.x, v[0] = row.y, v[1] = row.z, v[2] = row.w;
+        } else {
+            largest = between.rows[i];
+        }
+    }
+    const bool any = largest != 0.0f || v[0] != 0.0f || v[1] != 0.0f || v[2] != 0.0f;
+    const auto add_levels = [&](auto inside) {
+        const int first = blockIdx.y * kScatterLevels;
+        const int last = min(first + kScatterLevels, params.n_active);
+        for (int l = first; l < last; ++l) {
+            const GridLevel& level = params.levels[l];
+            const FieldCell cell =
+                field_cell<decltype(inside)::value>(level, unit[0], unit[1], unit[2]);
+            typename Between<T, F, kNormals>::Pack pack = {};
+            if (valid) pack = between.packs[l * params.n_points + i];
+            float corner[F][8];
+#pragma unroll
+            for (int f = 0; f < F; ++f) {
+                const float to_e = largest * static_cast<float>(pack.value[f]);
+                if constexpr (kNormals) {
+                    const float g = level.scale * static_cast<float>(pack.value[F + f]);
+                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, to_e, g * v[0], g * v[1],
+                                          g * v[2], corner[f]);
+                } else {
+                    grid_corner_weights(cell.fx, cell.fy, cell.fz, to_e, corner[f]);
+                }
+            }
+            if (!combine_runs<F>(cell, corner, any)) continue;
+            float* grad = params.grad_table + level.offset * F;
+#pragma unroll
+            for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, corner, c);
+        }
+    };
+    if (__all_sync(~0u, is_inside(unit))) {
+        add_levels(std::true_type());
+    } else {
+        add_levels(std::false_type());
     }
 }
 
@@ -817,8 +1011,25 @@ void launch_persistent(Kernel kernel, const FieldParams& params, void* stream, c
 template <class T, int F, bool kNormals>
 void launch(const FieldParams& params, bool backward, void* stream) {
     if (backward) {
-        launch_persistent<T, true, kNormals>(field_bwd_kernel<T, F, kNormals>, params, stream,
-                                             "field_bwd");
+        FieldParams chunk = params;
+        for (int64_t begin = 0; begin < params.n_points; begin += kChunk) {
+            const auto from = [&](const float* rows, int width) {
+                return rows == nullptr ? nullptr : rows + begin * width;
+            };
+            chunk.n_points = params.n_points - begin < kChunk ? params.n_points - begin : kChunk;
+            chunk.points = from(params.points, 3);
+            chunk.grad_density = from(params.grad_density, 1);
+            chunk.grad_features = from(params.grad_features, 3);
+            chunk.grad_normal = from(params.grad_normal, 3);
+            launch_persistent<T, true, kNormals>(field_bwd_kernel<T, F, kNormals>, chunk, stream,
+                                                 "field_bwd");
+            if (params.n_active == 0) continue;
+            const dim3 grid(blocks_for(chunk.n_points, kScatterBlock),
+                            (params.n_active + kScatterLevels - 1) / kScatterLevels);
+            field_scatter_kernel<T, F, kNormals>
+                <<<grid, kScatterBlock, 0, static_cast<cudaStream_t>(stream)>>>(chunk);
+            check(cudaGetLastError(), "field_scatter");
+        }
     } else {
         launch_persistent<T, false, kNormals>(field_fwd_kernel<T, F, kNormals>, params, stream,
                                               "field_fwd");
@@ -836,6 +1047,13 @@ void choose(const FieldParams& params, bool normals, bool backward, void* stream
 }
 
 }  // namespace
+
+int64_t field_workspace(int64_t n_points, int n_active, int n_features, bool half_table,
+                        bool normals) {
+    const int64_t n = n_points < kChunk ? n_points : kChunk;
+    const int64_t packs = n_active * n_features * (normals ? 2 : 1) * (half_table ? 2 : 4);
+    return n * packs + round_up_to_4(n) * (normals ? 4 : 1) * sizeof(float);
+}
 
 void field_fwd(const FieldParams& params, void* stream) {
     choose(params, params.normal != nullptr, false, stream);

@@ -62,6 +62,7 @@ struct FieldParams {
     float* grad_w2d;
     float* grad_w1f;
     float* grad_w2f;
+    void* workspace;    // CUDA's backward pass: as many bytes as field_workspace says
     GridLevel levels[kGridMaxLevels];
 };
 
@@ -141,21 +142,25 @@ DSD_HD float field_head_gradient(const FieldParams& params, float raw, const flo
 
 // The point's cell on one level; corner c as in hashgrid.h.
 struct FieldCell {
+    uint32_t x, y, z;
     float fx, fy, fz;
     uint32_t entry[8];
 };
+// With kInside the point lies in the unit cube. Then there is no branch, so that the loads of
+// several levels can be in flight: an entry before the modulo is less than two sizes.
+template <bool kInside>
 DSD_HD FieldCell field_cell(const GridLevel& level, float x, float y, float z) {
     FieldCell cell;
-    uint32_t cx, cy, cz;
-    grid_cell(x, level.scale, cx, cell.fx);
-    grid_cell(y, level.scale, cy, cell.fy);
-    grid_cell(z, level.scale, cz, cell.fz);
+    grid_cell(x, level.scale, cell.x, cell.fx);
+    grid_cell(y, level.scale, cell.y, cell.fy);
+    grid_cell(z, level.scale, cell.z, cell.fz);
     for (uint32_t c = 0; c < 8; ++c) {
-        const uint32_t px = cx + (c & 1), py = cy + (c >> 1 & 1), pz = cz + (c >> 2 & 1);
-        cell.entry[c] =
-            level.hashed
-                ? grid_entry_hashed(level.size, px, py, pz)
-                : grid_entry_wrap(level.size, grid_entry_dense(level.resolution, px, py, pz));
+        const uint32_t px = cell.x + (c & 1), py = cell.y + (c >> 1 & 1), pz = cell.z + (c >> 2 & 1);
+        const uint32_t hashed = grid_entry_hashed(level.size, px, py, pz);
+        const uint32_t dense = grid_entry_dense(level.resolution, px, py, pz);
+        const uint32_t wrapped = kInside ? dense - (dense >= level.size ? level.size : 0)
+                                         : grid_entry_wrap(level.size, dense);
+        cell.entry[c] = level.hashed ? hashed : wrapped;
     }
     return cell;
 }
@@ -171,6 +176,9 @@ void field_fwd(const FieldParams&, int n_threads);
 void field_bwd(const FieldParams&, int n_threads);
 
 namespace cuda {
+// Bytes that field_bwd needs, at an address that is a multiple of 16.
+int64_t field_workspace(int64_t n_points, int n_active, int n_features, bool half_table,
+                        bool normals);
 // field_bwd adds with atomics: its last bits change from run to run.
 void field_fwd(const FieldParams&, void* stream);
 void field_bwd(const FieldParams&, void* stream);

@@ -161,6 +161,51 @@ def test_all_points_in_one_cell(device, monkeypatch) -> None:
     compare(fused(field, points, grads), exact(field, points, grads, monkeypatch), 5e-5)
 
 
+def test_points_along_rays(device, monkeypatch) -> None:
+    """Runs of neighbours in one cell, that end within a group of 32 and go on into the next."""
+    field = make_field("wide")
+    start, end = make_points(7, device), make_points(8, device)[1:]
+    t = torch.linspace(0, 1, 61, device=device)[None, :, None]
+    points = (start[:, None] + t * (end - start)[:, None]).reshape(-1, 3).contiguous()
+    grads = cotangents(len(points), points)
+    compare(fused(field, points, grads), exact(field, points, grads, monkeypatch), 1e-4)
+
+
+def test_some_points_outside_the_box(device) -> None:
+    field, points = make_field(), make_points(131, device)
+    points[::7] *= 3.0
+    grads = cotangents(131, points)
+    got = fused(field, points, grads)
+    compare(got, fused(field, points, grads, fused_field_reference), 1e-4)
+
+
+@cuda_only
+@pytest.mark.parametrize("half", [False, True])
+def test_many_points_are_taken_in_chunks(half) -> None:
+    device, n = torch.device("cuda"), (1 << 18) + 77
+    field, points = make_field(), make_points(n, device)
+    grads = cotangents(n, points)
+    parts = [
+        fused(field, points[part], tuple(g[part] for g in grads), half=half)
+        for part in (slice(0, 1 << 18), slice(1 << 18, n))
+    ]
+    outputs = [torch.cat(columns) for columns in zip(*(part[:3] for part in parts))]
+    want = outputs + [a + b for a, b in zip(*(part[3:] for part in parts))]
+    compare(fused(field, points, grads, half=half), want, 1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("output", [0, 1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_show(half, output, value, device) -> None:
+    field, points = make_field(), make_points(65, device)
+    grads = cotangents(65, points)
+    grads[output][40] = value
+    table, w1d, w2d, w1f, w2f = fused(field, points, grads, half=half)[3:]
+    reached = (table, w1f, w2f) if output == 1 else (table, w1d, w2d)
+    assert not any(bool(g.isfinite().all()) for g in reached)
+
+
 @pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (1, 2)])
 def test_outputs_without_gradients(missing, device, monkeypatch) -> None:
     field, points = make_field(), make_points(65, device)
@@ -240,6 +285,7 @@ def test_captures(normals) -> None:
     field, points = make_field("wide"), make_points(4099, device)
     grads = cotangents(4099, points)
     grads = grads if normals else (*grads[:2], None)
+    field.to(device)
     fused(field, points, grads, half=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

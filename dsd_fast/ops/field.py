@@ -5,6 +5,7 @@ computes everything again. On the CPU results are the same, bit for bit, for any
 On CUDA the gradients are summed with atomics, so their last bits change from run to run.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -173,7 +174,13 @@ def _check_inputs(tensors: tuple, spec: GridSpec) -> None:
         check_tensor(op, name, weight, torch.float32, shape, points.device)
 
 
-def _launch(kernel: str, tensors: tuple, others: list[Tensor | None], numbers: tuple) -> None:
+def _launch(
+    kernel: str,
+    tensors: tuple,
+    others: list[Tensor | None],
+    numbers: tuple,
+    workspace: Sequence[Tensor] = (),
+) -> None:
     points, table, half_table, *weights = tensors
     spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
     radius, bias_kind, bias_scale, bias_std, activation = numbers[_N_SPEC:]
@@ -192,6 +199,7 @@ def _launch(kernel: str, tensors: tuple, others: list[Tensor | None], numbers: t
         address(read),
         [address(weight) for weight in weights],
         [address(tensor) for tensor in others],
+        *(address(tensor) for tensor in workspace),
         points.shape[0],
         n_active,
         spec.n_features,
@@ -237,8 +245,20 @@ def _field_bwd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             check_tensor(op, f"grad_{name}", grad, torch.float32, shape, tensors[0].device)
     out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:]))
     if n > 0 and any(grad is not None for grad in grads):
-        _launch("field_bwd", tensors, [*grads, *out], numbers)
+        _launch("field_bwd", tensors, [*grads, *out], numbers, [_workspace(tensors, grads, numbers)])
     return out
+
+
+def _workspace(tensors: tuple, grads: tuple, numbers: tuple) -> Tensor:
+    """Memory of the backward pass; empty on the CPU."""
+    points, _, half_table, *_ = tensors
+    n_bytes = 0
+    if points.is_cuda:
+        spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
+        n_bytes = extension().field_workspace(
+            points.shape[0], n_active, spec.n_features, half_table is not None, grads[2] is not None
+        )
+    return points.new_empty(n_bytes, dtype=torch.uint8)
 
 
 def _empty_outputs(points: Tensor, features: bool, normals: bool) -> tuple[Tensor, Tensor, Tensor]:
