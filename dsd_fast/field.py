@@ -1,6 +1,8 @@
 """The 3D field: hash grid → density, features, normals ("implicit volume").
 
-All arithmetic is float32 with autocast off (or float64, for a field converted to double).
+All arithmetic is float32 with autocast off (or float64, for a field converted to double). On CUDA
+one fused operator does the work of a field of the usual shape (`ops.fused_field`), and reads a
+float16 copy of the table unless `FieldConfig.half_table` is off.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsd_fast import ops
+from dsd_fast._backend import use_reference
 from dsd_fast.encoding import HashGrid
 from dsd_fast.mlp import MLP
+from dsd_fast.ops.field import FieldShape, can_fuse
 
 NORMAL_TYPES = ("analytic", "finite_difference", "finite_difference_laplacian", "pred")
 DENSITY_ACTIVATIONS = ("softplus", "exp", "trunc_exp")
@@ -75,6 +80,9 @@ class FieldConfig:
     n_neurons: int = 64
     # Hidden layers of each network.
     n_hidden_layers: int = 1
+    # On CUDA, look up features in a float16 copy of the table and run the networks on tensor cores;
+    # the table itself, its gradient and the optimizer stay float32.
+    half_table: bool = True
 
 
 class FieldOutput(NamedTuple):
@@ -146,6 +154,13 @@ class Field(nn.Module):
         self.density_network = network(1)
         self.feature_network = network(3)
         self.normal_network = network(3) if cfg.normal_type == "pred" else None
+        self._can_fuse = (
+            cfg.normal_type != "pred"
+            and cfg.n_hidden_layers == 1
+            and can_fuse(self.grid.spec, cfg.n_neurons)
+        )
+        self._half_table: Tensor | None = None
+        self._half_of: tuple[int, int] | None = None  # address and version that were copied
         self.set_step(0)
 
     def set_step(self, step: int) -> None:
@@ -160,7 +175,7 @@ class Field(nn.Module):
         Without gradients the points are taken in blocks, so that memory stays small.
         """
         with torch.autocast(points.device.type, enabled=False):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or self._is_fused(points):
                 return self._density(points)
             density = points.new_empty(len(points))
             for block in _blocks(points):
@@ -173,7 +188,7 @@ class Field(nn.Module):
         Gradients go to the grid and the networks, from normals too; not to the points.
         """
         with torch.autocast(points.device.type, enabled=False):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or self._is_fused(points):
                 return self._evaluate(points, normals)
             outputs = [self._evaluate(points[block], normals) for block in _blocks(points)]
             if not outputs:
@@ -183,7 +198,50 @@ class Field(nn.Module):
                 torch.cat(density), torch.cat(features), torch.cat(normal) if normals else None
             )
 
+    def half_table(self) -> Tensor:
+        """The float16 copy of the table, [spec.n_params]; made anew when the table has changed."""
+        table = self.grid.table
+        now = (table.data_ptr(), table._version)
+        if self._half_of != now:
+            if self._half_table is None or self._half_table.device != table.device:
+                self._half_table = torch.empty_like(table, dtype=torch.float16)
+            self._half_table.copy_(table.detach())
+            self._half_of = now
+        return self._half_table
+
+    def _is_fused(self, points: Tensor) -> bool:
+        is_float = points.dtype == self.grid.table.dtype == torch.float32
+        return self._can_fuse and points.is_cuda and is_float and not use_reference()
+
+    def _fused(self, points: Tensor, features: bool, normals: bool) -> tuple[Tensor | None, ...]:
+        cfg = self.cfg
+        networks = (self.density_network, self.feature_network)
+        shape = FieldShape(
+            self.grid.spec,
+            cfg.radius,
+            cfg.density_bias,
+            cfg.density_blob_scale,
+            cfg.density_blob_std,
+            cfg.density_activation,
+        )
+        return ops.fused_field(
+            points.contiguous(),
+            self.grid.table,
+            *(network.layers[i].weight for network in networks for i in (0, 2)),
+            shape,
+            self.grid.n_active_levels,
+            features=features,
+            normals=normals,
+            half_table=self.half_table() if cfg.half_table else None,
+        )
+
     def _evaluate(self, points: Tensor, normals: bool) -> FieldOutput:
+        if self._is_fused(points):
+            analytic = self.cfg.normal_type == "analytic"
+            density, features, normal = self._fused(points, True, normals and analytic)
+            if normals and not analytic:
+                normal = self._difference_normal(points, density)
+            return FieldOutput(density, features, normal)
         if normals and self.cfg.normal_type == "analytic":
             encoded, jacobian = self.grid.value_and_jacobian(self._to_unit_cube(points))
             density, normal = self._density_and_normal(points, encoded, jacobian)
@@ -201,6 +259,8 @@ class Field(nn.Module):
         return FieldOutput(density, features, normal)
 
     def _density(self, points: Tensor) -> Tensor:
+        if self._is_fused(points):
+            return self._fused(points, False, False)[0]
         encoded = self.grid(self._to_unit_cube(points))
         return self._activate(self.density_network(encoded)[:, 0] + density_bias(points, self.cfg))
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import cuda_only
 
 from dsd_fast.field import Field, FieldConfig, GridConfig
 from dsd_fast.ops.hashgrid import hashgrid_reference
@@ -117,7 +118,7 @@ def test_gradient_of_normals_alone_reaches_grid_and_density_network(reference_op
 
 
 def test_compiled_float32_agrees_with_double_reference(device, monkeypatch):
-    field = _field().to(device)
+    field = _field(half_table=False).to(device)
     points = _points().to(device)
     outputs = field(points)
     weights = torch.randn(131, 3, generator=_generator(5)).to(device)
@@ -233,6 +234,36 @@ def test_no_points(with_gradients, device):
     if with_gradients:
         (output.density.sum() + output.features.sum() + output.normal.sum()).backward()
         assert all(p.grad is not None and not p.grad.any() for p in field.parameters())
+
+
+@cuda_only
+def test_half_table_follows_the_table():
+    """Values as of a field whose table was rounded, and gradients to the float32 table."""
+    half, exact = _field().cuda(), _field(half_table=False).cuda()
+    for scale in (1.0, 0.5):  # the second time the copy is stale
+        with torch.no_grad():
+            half.grid.table.mul_(scale)
+            exact.grid.table.copy_(half.grid.table.half())
+        for value, close in zip(half(_points().cuda()), exact(_points().cuda())):
+            torch.testing.assert_close(value, close, rtol=2e-2, atol=2e-2)
+    half(_points().cuda()).density.sum().backward()
+    exact(_points().cuda()).density.sum().backward()
+    gradient, expected = half.grid.table.grad, exact.grid.table.grad
+    assert gradient.dtype == torch.float32
+    assert (gradient - expected).norm() < 2e-2 * expected.norm()
+    assert not any("half" in name for name in half.state_dict())
+
+
+@cuda_only
+@pytest.mark.parametrize("changes", [{"normal_type": "pred"}, {"n_neurons": 32},
+                                     {"normal_type": "finite_difference"}])
+def test_fields_of_another_shape_run_on_cuda(changes):
+    field = _field(**changes).cuda()
+    output = field(_points().cuda())
+    sum(x.sum() for x in output).backward()
+    expected = _field(**changes)(_points())
+    for value, close in zip(output, expected):
+        torch.testing.assert_close(value.cpu(), close, rtol=3e-2, atol=3e-2)
 
 
 def test_autocast_does_not_lower_the_precision(device):

@@ -55,6 +55,11 @@ class FieldShape(NamedTuple):
     activation: Literal["softplus", "exp", "trunc_exp"] = "softplus"
 
 
+def can_fuse(spec: GridSpec, n_neurons: int) -> bool:
+    """Whether `fused_field` is compiled for heads of one hidden layer of this shape."""
+    return n_neurons == _HIDDEN and spec.n_outputs <= _MAX_WIDTH and spec.n_features in (2, 4)
+
+
 # ---- reference ----------------------------------------------------------------------------------
 
 
