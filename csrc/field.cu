@@ -68,21 +68,24 @@ struct Tiles {
     static constexpr int kRow = kW + Pad<T>::value;      // a row of an [., E] tile
     static constexpr int kRowH = kH + Pad<T>::value;     // a row of an [., 64] tile
     static constexpr bool kG = kBackward || kNormals;
+    // Tensor cores compute hidden values again and keep sums of weight gradients in registers.
+    static constexpr bool kInMemory = kBackward && sizeof(T) == 4;
 
     T* w1;           // [128, kRow]: both first layers
     T* e;            // [n, kRow]: encoding
     T* g;            // [n, kRow]: gradient of raw to e; then u, each row divided by its largest
     T* ge;           // [n, kRow]: W1f^T q, each row divided by its largest dL/dfeatures
-    T* h;            // [n, kRowH]: W1f e where positive, else 0
+    T* h;            // [n, kRowH], if kInMemory: W1f e where positive, else 0
     T* jac;          // [E * 3, n]: Jacobian without the level's scale
     float* w2;       // [4, 64]: both second layers
     float* out;      // [n, 4]: raw density without bias, features
     float* q;        // [n, 3]: dL/dfeatures of a row, divided by the largest
     float* ratio;    // [n, 2]: rows' divisors of u and q, over the tile's
+    float* largest;  // [2, warps]
+    // If kInMemory:
     float* sum_s;    // [64, E]
     float* sum_w1f;  // [64, E]
     float* sum_w2f;  // [3, 64]
-    float* largest;  // [2, warps]
     uint2* mask;     // [n]
 
     // Sets the pointers and returns the bytes behind the last.
@@ -96,17 +99,17 @@ struct Tiles {
         take(e, n * kRow);
         take(g, kG ? n * kRow : 0);
         take(ge, kBackward ? n * kRow : 0);
-        take(h, kBackward ? n * kRowH : 0);
+        take(h, kInMemory ? n * kRowH : 0);
         take(jac, kNormals ? kW * 3 * n : 0);
         take(w2, 4 * kH);
         take(out, 4 * n);
         take(q, kBackward ? 3 * n : 0);
         take(ratio, kBackward ? 2 * n : 0);
-        take(sum_s, kBackward ? kH * kW : 0);
-        take(sum_w1f, kBackward ? kH * kW : 0);
-        take(sum_w2f, kBackward ? 3 * kH : 0);
         take(largest, kBackward ? 2 * kBlockMax / kWarp : 0);
-        take(mask, kBackward ? n : 0);
+        take(sum_s, kInMemory ? kH * kW : 0);
+        take(sum_w1f, kInMemory ? kH * kW : 0);
+        take(sum_w2f, kInMemory ? 3 * kH : 0);
+        take(mask, kInMemory ? n : 0);
         return at;
     }
 };
@@ -375,40 +378,69 @@ __device__ __forceinline__ void heads(const Tiles<float, kBackward, kNormals>& t
     for (int c = 0; c < 3; ++c) tiles.out[4 * t + 1 + c] = y[c];
 }
 
-// Adds the tile's samples to the sums of the weight gradients; every sum has one thread.
-template <bool kNormals>
-__device__ __forceinline__ void weight_sums(const Tiles<float, true, kNormals>& tiles,
-                                            bool features, float scale_u, float scale_q) {
-    constexpr int kRow = Tiles<float, true, kNormals>::kRow;
-    constexpr int kRowH = Tiles<float, true, kNormals>::kRowH;
-    const int n = blockDim.x;
-    for (int i = threadIdx.x; i < kH * kW; i += n) {
-        const int j = i / kW, k = i % kW;
-        float s = 0.0f, w = 0.0f;
-        for (int t = 0; t < n; ++t) {
-            const uint2 mask = tiles.mask[t];
-            if ((j < 32 ? mask.x : mask.y) >> (j & 31) & 1u) {
-                s += tiles.ratio[2 * t] * tiles.g[t * kRow + k];
+// Sums of the weight gradients over a block's tiles: S (see field.h), dL/dW1f and dL/dW2f. In float32
+// they lie in shared memory and every sum has one thread.
+template <class T, bool kNormals, int kParts>
+struct WeightSums;
+
+template <bool kNormals, int kParts>
+struct WeightSums<float, kNormals, kParts> {
+    using Tile = Tiles<float, true, kNormals>;
+
+    __device__ __forceinline__ void add(const Tile& tiles, bool features, float scale_u,
+                                        float scale_q) {
+        constexpr int kRow = Tile::kRow, kRowH = Tile::kRowH;
+        const int n = blockDim.x;
+        for (int i = threadIdx.x; i < kH * kW; i += n) {
+            const int j = i / kW, k = i % kW;
+            float s = 0.0f, w = 0.0f;
+            for (int t = 0; t < n; ++t) {
+                const uint2 mask = tiles.mask[t];
+                if ((j < 32 ? mask.x : mask.y) >> (j & 31) & 1u) {
+                    s += tiles.ratio[2 * t] * tiles.g[t * kRow + k];
+                }
+                if (features && tiles.h[t * kRowH + j] > 0.0f) {
+                    float q = 0.0f;
+    #pragma unroll
+                    for (int c = 0; c < 3; ++c) q += tiles.w2[(c + 1) * kH + j] * tiles.q[3 * t + c];
+                    w += q * tiles.ratio[2 * t + 1] * tiles.e[t * kRow + k];
+                }
             }
-            if (features && tiles.h[t * kRowH + j] > 0.0f) {
-                float q = 0.0f;
-#pragma unroll
-                for (int c = 0; c < 3; ++c) q += tiles.w2[(c + 1) * kH + j] * tiles.q[3 * t + c];
-                w += q * tiles.ratio[2 * t + 1] * tiles.e[t * kRow + k];
+            tiles.sum_s[i] += scale_u * s;
+            tiles.sum_w1f[i] += scale_q * w;
+        }
+        for (int i = threadIdx.x; features && i < 3 * kH; i += n) {
+            const int c = i / kH, j = i % kH;
+            float w = 0.0f;
+            for (int t = 0; t < n; ++t) {
+                w += tiles.q[3 * t + c] * tiles.ratio[2 * t + 1] * tiles.h[t * kRowH + j];
+            }
+            tiles.sum_w2f[i] += scale_q * w;
+        }
+    }
+
+    // Adds the sums to the gradients.
+    __device__ __forceinline__ void flush(const FieldParams& params, const Tile& tiles,
+                                          bool features) const {
+        const int width = params.n_levels * params.n_features;
+        for (int i = threadIdx.x; i < kH * kW; i += blockDim.x) {
+            const int j = i / kW, k = i % kW;
+            if (k >= width) continue;
+            atomicAdd(params.grad_w1d + j * width + k, tiles.w2[j] * tiles.sum_s[i]);
+            if (features) atomicAdd(params.grad_w1f + j * width + k, tiles.sum_w1f[i]);
+        }
+        for (int j = threadIdx.x; j < kH; j += blockDim.x) {
+            float sum = 0.0f;
+            for (int k = 0; k < width; ++k) {
+                sum += params.w1d[j * width + k] * tiles.sum_s[j * kW + k];
+            }
+            atomicAdd(params.grad_w2d + j, sum);
+            for (int c = 0; features && c < 3; ++c) {
+                atomicAdd(params.grad_w2f + c * kH + j, tiles.sum_w2f[c * kH + j]);
             }
         }
-        tiles.sum_s[i] += scale_u * s;
-        tiles.sum_w1f[i] += scale_q * w;
     }
-    for (int i = threadIdx.x; features && i < 3 * kH; i += n) {
-        const int c = i / kH, j = i % kH;
-        float w = 0.0f;
-        for (int t = 0; t < n; ++t) {
-            w += tiles.q[3 * t + c] * tiles.ratio[2 * t + 1] * tiles.h[t * kRowH + j];
-        }
-        tiles.sum_w2f[i] += scale_q * w;
-    }
-}
+};
 
 // ---- heads on tensor cores ----------------------------------------------------------------------
 
@@ -475,7 +507,6 @@ template <bool kBackward, bool kNormals>
 __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& tiles,
                                       bool features) {
     constexpr int kRow = Tiles<__half, kBackward, kNormals>::kRow;
-    constexpr int kRowH = Tiles<__half, kBackward, kNormals>::kRowH;
     constexpr bool kG = Tiles<__half, kBackward, kNormals>::kG;
     const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
     __syncwarp();
@@ -492,7 +523,6 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
             a[k][3] = load_pair(e + 8 * kRow + 8);
         }
         float raw[2] = {}, y[2][3] = {};
-        uint2 mask[2] = {};
         float sum[4][4] = {};
 #pragma unroll
         for (int j = 0; j < kH; j += 16) {
@@ -509,8 +539,6 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
                     const float m0 = p0 > 0.0f ? w.x : 0.0f, m1 = p1 > 0.0f ? w.y : 0.0f;
                     raw[down] += m0 * p0 + m1 * p1;
                     m[2 * half + down] = pack(m0, m1);
-                    const unsigned int bits = (p0 > 0.0f ? 1u : 0u) | (p1 > 0.0f ? 2u : 0u);
-                    (j < 32 ? mask[down].x : mask[down].y) |= bits << (column & 31);
                 }
             }
             if constexpr (kG) {
@@ -562,8 +590,6 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
                             for (int o = 0; o < 3; ++o) y[down][o] += w[o].x * p0 + w[o].y * p1;
                             continue;
                         }
-                        __half* h = tiles.h + (sample + 8 * down) * kRowH + column;
-                        *reinterpret_cast<unsigned int*>(h) = pack(p0, p1);
                         float q0 = 0.0f, q1 = 0.0f;
 #pragma unroll
                         for (int o = 0; o < 3; ++o) {
@@ -597,10 +623,7 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
 #pragma unroll
             for (int step = 1; step < 4; step *= 2) {
                 raw[down] += __shfl_xor_sync(~0u, raw[down], step);
-                if (kBackward) {
-                    mask[down].x |= __shfl_xor_sync(~0u, mask[down].x, step);
-                    mask[down].y |= __shfl_xor_sync(~0u, mask[down].y, step);
-                } else {
+                if constexpr (!kBackward) {
 #pragma unroll
                     for (int o = 0; o < 3; ++o) {
                         y[down][o] += __shfl_xor_sync(~0u, y[down][o], step);
@@ -611,59 +634,101 @@ __device__ __forceinline__ void heads(const Tiles<__half, kBackward, kNormals>& 
                 const int row = sample + 8 * down;
                 *reinterpret_cast<float4*>(tiles.out + 4 * row) =
                     make_float4(raw[down], y[down][0], y[down][1], y[down][2]);
-                if (kBackward) tiles.mask[row] = mask[down];
             }
         }
     }
     __syncwarp();
 }
 
-// As above, samples as the multiplication's k. A warp takes 16 hidden neurons at a time.
-template <bool kNormals>
-__device__ __forceinline__ void weight_sums(const Tiles<__half, true, kNormals>& tiles,
-                                            bool features, float scale_u, float scale_q) {
-    constexpr int kRow = Tiles<__half, true, kNormals>::kRow;
-    constexpr int kRowH = Tiles<__half, true, kNormals>::kRowH;
+// The a fragments of 16 rows of a first layer.
+__device__ __forceinline__ void load_a(const __half* w1, int row, unsigned int (&a)[2][4]) {
     const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
-    const int n = blockDim.x, n_warps = n / kWarp;
-    for (int j0 = threadIdx.x / kWarp * 16; j0 < kH; j0 += n_warps * 16) {
-        float sum_s[4][4] = {}, sum_w[4][4] = {}, sum_h[4] = {};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        const __half* w = w1 + r * row + k * 16 + 2 * s;
+        a[k][0] = load_pair(w);
+        a[k][1] = load_pair(w + 8 * row);
+        a[k][2] = load_pair(w + 8);
+        a[k][3] = load_pair(w + 8 * row + 8);
+    }
+}
+
+// As above, samples as the multiplication's k. A warp has kParts times 16 neurons, whose sums stay in
+// its registers; the warps of a block share all kH neurons.
+template <bool kNormals, int kParts>
+struct WeightSums<__half, kNormals, kParts> {
+    using Tile = Tiles<__half, true, kNormals>;
+
+    float s_[kParts][4][4] = {}, w1f_[kParts][4][4] = {}, w2f_[kParts][4] = {};
+
+    __device__ __forceinline__ static int first_neuron(int part) {
+        return (threadIdx.x / kWarp * kParts + part) * 16;
+    }
+
+    __device__ __forceinline__ void add(const Tile& tiles, bool features, float scale_u,
+                                        float scale_q) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            add_part(tiles, features, scale_u, scale_q, part);
+        }
+    }
+
+    __device__ __forceinline__ void add_part(const Tile& tiles, bool features, float scale_u,
+                                             float scale_q, int part) {
+        constexpr int kRow = Tile::kRow;
+        const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
+        const int n = blockDim.x, j0 = first_neuron(part);
+        unsigned int w1d[2][4], w1f[2][4];
+        load_a(tiles.w1 + j0 * kRow, kRow, w1d);
+        load_a(tiles.w1 + (kH + j0) * kRow, kRow, w1f);
         float w2[2][3];
 #pragma unroll
         for (int i = 0; i < 6; ++i) {
             w2[i / 3][i % 3] = tiles.w2[(i % 3 + 1) * kH + j0 + r + i / 3 * 8];
         }
+        float sum_s[4][4] = {}, sum_w[4][4] = {}, sum_h[4] = {};
 #pragma unroll 1
         for (int first = 0; first < n; first += 16) {
             unsigned int m[4], q[4] = {}, h[4] = {}, b[2] = {};
 #pragma unroll
             for (int right = 0; right < 2; ++right) {
                 const int t = first + right * 8 + 2 * s;  // and t + 1
-                const uint2 bits0 = tiles.mask[t], bits1 = tiles.mask[t + 1];
-                const unsigned int low = j0 < 32 ? bits0.x : bits0.y;
-                const unsigned int high = j0 < 32 ? bits1.x : bits1.y;
+                // Hidden values of neurons r, r + 8 for samples t, t + 1.
+                const __half* e = tiles.e + (first + right * 8 + r) * kRow + 2 * s;
+                const unsigned int e0 = load_pair(e), e1 = load_pair(e + 8);
+                const unsigned int e2 = load_pair(e + 16), e3 = load_pair(e + 24);
+                float p[4] = {};
+                multiply(p, w1d[0], e0, e1);
+                multiply(p, w1d[1], e2, e3);
 #pragma unroll
                 for (int down = 0; down < 2; ++down) {
-                    const int j = j0 + r + 8 * down;
-                    const unsigned int bit = 1u << (j & 31);
-                    m[2 * right + down] = pack(low & bit ? tiles.ratio[2 * t] : 0.0f,
-                                               high & bit ? tiles.ratio[2 * t + 2] : 0.0f);
-                    if (!features) continue;
-                    const float h0 = __half2float(tiles.h[t * kRowH + j]);
-                    const float h1 = __half2float(tiles.h[(t + 1) * kRowH + j]);
-                    float q0 = 0.0f, q1 = 0.0f;
-#pragma unroll
-                    for (int o = 0; o < 3; ++o) {
-                        q0 += w2[down][o] * tiles.q[3 * t + o];
-                        q1 += w2[down][o] * tiles.q[3 * t + 3 + o];
-                    }
-                    q[2 * right + down] = pack(h0 > 0.0f ? q0 * tiles.ratio[2 * t + 1] : 0.0f,
-                                               h1 > 0.0f ? q1 * tiles.ratio[2 * t + 3] : 0.0f);
-                    h[2 * right + down] = pack(h0, h1);
+                    m[2 * right + down] =
+                        pack(p[2 * down] > 0.0f ? tiles.ratio[2 * t] : 0.0f,
+                             p[2 * down + 1] > 0.0f ? tiles.ratio[2 * t + 2] : 0.0f);
                 }
-                if (features && r < 3) {
-                    b[right] = pack(tiles.q[3 * t + r] * tiles.ratio[2 * t + 1],
-                                    tiles.q[3 * t + 3 + r] * tiles.ratio[2 * t + 3]);
+                if (!features) continue;
+                float y[4] = {}, q_t[2][3];
+                multiply(y, w1f[0], e0, e1);
+                multiply(y, w1f[1], e2, e3);
+#pragma unroll
+                for (int i = 0; i < 6; ++i) {
+                    q_t[i / 3][i % 3] = tiles.q[3 * t + i] * tiles.ratio[2 * (t + i / 3) + 1];
+                }
+#pragma unroll
+                for (int down = 0; down < 2; ++down) {
+                    float to_hidden[2] = {};
+#pragma unroll
+                    for (int i = 0; i < 6; ++i) {
+                        to_hidden[i / 3] += w2[down][i % 3] * q_t[i / 3][i % 3];
+                    }
+                    const float y0 = fmaxf(y[2 * down], 0.0f), y1 = fmaxf(y[2 * down + 1], 0.0f);
+                    q[2 * right + down] = pack(y0 > 0.0f ? to_hidden[0] : 0.0f,
+                                               y1 > 0.0f ? to_hidden[1] : 0.0f);
+                    h[2 * right + down] = pack(y0, y1);
+                }
+                if (r < 3) {
+                    b[right] = pack(r == 0 ? q_t[0][0] : r == 1 ? q_t[0][1] : q_t[0][2],
+                                    r == 0 ? q_t[1][0] : r == 1 ? q_t[1][1] : q_t[1][2]);
                 }
             }
 #pragma unroll
@@ -679,16 +744,48 @@ __device__ __forceinline__ void weight_sums(const Tiles<__half, true, kNormals>&
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int j = j0 + r + i / 2 * 8, column = 2 * s + i % 2;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                tiles.sum_s[j * kW + k * 8 + column] += scale_u * sum_s[k][i];
-                tiles.sum_w1f[j * kW + k * 8 + column] += scale_q * sum_w[k][i];
+                s_[part][k][i] += scale_u * sum_s[k][i];
+                w1f_[part][k][i] += scale_q * sum_w[k][i];
             }
-            if (column < 3) tiles.sum_w2f[column * kH + j] += scale_q * sum_h[i];
+            w2f_[part][i] += scale_q * sum_h[i];
         }
     }
-}
+
+    __device__ __forceinline__ void flush(const FieldParams& params, const Tile& tiles,
+                                          bool features) const {
+        const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
+        const int width = params.n_levels * params.n_features;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            float to_w2d[2] = {};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int j = first_neuron(part) + r + i / 2 * 8, column = 2 * s + i % 2;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const int at = j * width + k * 8 + column;
+                    if (k * 8 + column >= width) continue;
+                    to_w2d[i / 2] += params.w1d[at] * s_[part][k][i];
+                    atomicAdd(params.grad_w1d + at, tiles.w2[j] * s_[part][k][i]);
+                    if (features) atomicAdd(params.grad_w1f + at, w1f_[part][k][i]);
+                }
+                if (features && column < 3) {
+                    atomicAdd(params.grad_w2f + column * kH + j, w2f_[part][i]);
+                }
+            }
+#pragma unroll
+            for (int down = 0; down < 2; ++down) {
+                // The columns of a row lie with four neighbouring lanes.
+                to_w2d[down] += __shfl_xor_sync(~0u, to_w2d[down], 1);
+                to_w2d[down] += __shfl_xor_sync(~0u, to_w2d[down], 2);
+                const int j = first_neuron(part) + r + 8 * down;
+                if (s == 0) atomicAdd(params.grad_w2d + j, to_w2d[down]);
+            }
+        }
+    }
+};
 
 // ---- kernels ------------------------------------------------------------------------------------
 
@@ -704,7 +801,7 @@ __device__ __forceinline__ void load_weights(const FieldParams& params,
     for (int i = threadIdx.x; i < 4 * kH; i += blockDim.x) {
         tiles.w2[i] = i < kH ? params.w2d[i] : params.w2f[i - kH];
     }
-    if (kBackward) {
+    if (tiles.kInMemory) {
         for (int i = threadIdx.x; i < kH * kW; i += blockDim.x) {
             tiles.sum_s[i] = tiles.sum_w1f[i] = 0.0f;
         }
@@ -804,10 +901,11 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 
 // As the forward kernel, then: a thread writes what its sample's gradient to the table needs, and the
-// block adds the tile to its sums of weight gradients, which go to global memory at the end. Shared
-// memory has room for two blocks at a time, so a thread may have many registers.
-template <class T, int F, bool kNormals>
-__global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
+// block adds the tile to its sums of weight gradients, which go to global memory at the end. A block of
+// the half kind has kBlockMax / kParts threads.
+template <class T, int F, bool kNormals, int kParts>
+__global__ void __launch_bounds__(kBlockMax / kParts, (sizeof(T) == 2 ? 3 : 1) * kParts)
+field_bwd_kernel(
     const __grid_constant__ FieldParams params) {
     extern __shared__ __align__(16) char memory[];
     Tiles<T, true, kNormals> tiles;
@@ -816,6 +914,7 @@ __global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
     load_weights(params, tiles);
     const int t = threadIdx.x, n_warps = blockDim.x / kWarp;
     const bool features = params.grad_features != nullptr;
+    WeightSums<T, kNormals, kParts> sums;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < params.n_points;
          first += stride) {
@@ -907,24 +1006,10 @@ __global__ void __launch_bounds__(kBlockMax, 2) field_bwd_kernel(
         // Columns beyond the active levels: their encoding is zero, and so is u.
         for (int k = params.n_active * F; k < kW; ++k) tiles.g[t * tiles.kRow + k] = 0.0f;
         __syncthreads();
-        weight_sums(tiles, features, scale_u, scale_q);
+        sums.add(tiles, features, scale_u, scale_q);
         __syncthreads();
     }
-    const int width = params.n_levels * F;
-    for (int i = t; i < kH * kW; i += blockDim.x) {
-        const int j = i / kW, k = i % kW;
-        if (k >= width) continue;
-        atomicAdd(params.grad_w1d + j * width + k, tiles.w2[j] * tiles.sum_s[i]);
-        if (features) atomicAdd(params.grad_w1f + j * width + k, tiles.sum_w1f[i]);
-    }
-    for (int j = t; j < kH; j += blockDim.x) {
-        float sum = 0.0f;
-        for (int k = 0; k < width; ++k) sum += params.w1d[j * width + k] * tiles.sum_s[j * kW + k];
-        atomicAdd(params.grad_w2d + j, sum);
-        for (int c = 0; features && c < 3; ++c) {
-            atomicAdd(params.grad_w2f + c * kH + j, tiles.sum_w2f[c * kH + j]);
-        }
-    }
+    sums.flush(params, tiles, features);
 }
 
 // The second kernel of the backward pass: a thread adds one sample's gradient to 8 entries on each of
@@ -983,29 +1068,47 @@ __global__ void __launch_bounds__(kScatterBlock) field_scatter_kernel(
     }
 }
 
-// As many blocks as run at once, of as many threads as shared memory allows. Asks the driver for
-// properties only, so it may be captured.
-template <class T, bool kBackward, bool kNormals, class Kernel>
-void launch_persistent(Kernel kernel, const FieldParams& params, void* stream, const char* what) {
-    int device = 0, n_sms = 0, limit = 0, per_sm = 0;
+// Threads of a block for which shared memory suffices.
+template <class T, bool kBackward, bool kNormals>
+int choose_block(const char* what) {
+    int device = 0, limit = 0;
     check(cudaGetDevice(&device), what);
-    check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device), what);
     check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
     int block = kBlockMax;
-    size_t bytes = 0;
-    for (;; block /= 2) {
-        bytes = Tiles<T, kBackward, kNormals>().lay_out(nullptr, block);
-        if (bytes <= static_cast<size_t>(limit) || block == kWarp) break;
+    while (Tiles<T, kBackward, kNormals>().lay_out(nullptr, block) > static_cast<size_t>(limit) &&
+           block > kWarp) {
+        block /= 2;
     }
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(bytes)),
-          what);
+    return block;
+}
+
+// As many blocks as run at once. Asks the driver for properties only, so it may be captured.
+template <class T, bool kBackward, bool kNormals, class Kernel>
+void launch_persistent(Kernel kernel, int block, const FieldParams& params, void* stream,
+                       const char* what) {
+    int device = 0, n_sms = 0, per_sm = 0;
+    const auto bytes =
+        static_cast<int>(Tiles<T, kBackward, kNormals>().lay_out(nullptr, block));
+    check(cudaGetDevice(&device), what);
+    check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device), what);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, block, bytes), what);
     const int64_t needed = (params.n_points + block - 1) / block;
     const int64_t most = static_cast<int64_t>(n_sms) * (per_sm > 0 ? per_sm : 1);
     const auto blocks = static_cast<unsigned int>(needed < most ? needed : most);
     kernel<<<blocks, block, bytes, static_cast<cudaStream_t>(stream)>>>(params);
     check(cudaGetLastError(), what);
+}
+
+template <class T, int F, bool kNormals>
+void launch_bwd(const FieldParams& params, void* stream) {
+    const int block = choose_block<T, true, kNormals>("field_bwd");
+    auto kernel = field_bwd_kernel<T, F, kNormals, 1>;
+    if constexpr (sizeof(T) == 2) {
+        // Every card has shared memory for 64 threads of the half kind.
+        if (block < kBlockMax) kernel = field_bwd_kernel<T, F, kNormals, 2>;
+    }
+    launch_persistent<T, true, kNormals>(kernel, block, params, stream, "field_bwd");
 }
 
 template <class T, int F, bool kNormals>
@@ -1021,8 +1124,7 @@ void launch(const FieldParams& params, bool backward, void* stream) {
             chunk.grad_density = from(params.grad_density, 1);
             chunk.grad_features = from(params.grad_features, 3);
             chunk.grad_normal = from(params.grad_normal, 3);
-            launch_persistent<T, true, kNormals>(field_bwd_kernel<T, F, kNormals>, chunk, stream,
-                                                 "field_bwd");
+            launch_bwd<T, F, kNormals>(chunk, stream);
             if (params.n_active == 0) continue;
             const dim3 grid(blocks_for(chunk.n_points, kScatterBlock),
                             (params.n_active + kScatterLevels - 1) / kScatterLevels);
@@ -1031,8 +1133,9 @@ void launch(const FieldParams& params, bool backward, void* stream) {
             check(cudaGetLastError(), "field_scatter");
         }
     } else {
-        launch_persistent<T, false, kNormals>(field_fwd_kernel<T, F, kNormals>, params, stream,
-                                              "field_fwd");
+        launch_persistent<T, false, kNormals>(field_fwd_kernel<T, F, kNormals>,
+                                              choose_block<T, false, kNormals>("field_fwd"),
+                                              params, stream, "field_fwd");
     }
 }
 

@@ -250,7 +250,8 @@ def _field_bwd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             check_tensor(op, f"grad_{name}", grad, torch.float32, shape, tensors[0].device)
     out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:]))
     if n > 0 and any(grad is not None for grad in grads):
-        _launch("field_bwd", tensors, [*grads, *out], numbers, [_workspace(tensors, grads, numbers)])
+        workspace = _workspace(tensors, grads, numbers)
+        _launch("field_bwd", tensors, [*grads, *out], numbers, [workspace])
     return out
 
 
