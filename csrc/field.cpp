@@ -31,7 +31,7 @@ void encode(const FieldParams& params, bool normals, Sample& s) {
     }
     for (int l = 0; l < params.n_active; ++l) {
         const GridLevel& level = params.levels[l];
-        const FieldCell cell = field_cell<false>(level, s.unit[0], s.unit[1], s.unit[2]);
+        const GridCell cell = grid_locate<false>(level, s.unit[0], s.unit[1], s.unit[2]);
         for (int f = 0; f < f_count; ++f) {
             float v[8];
             for (int c = 0; c < 8; ++c) {
@@ -141,7 +141,7 @@ void scatter_level(const FieldParams& params, int l, const TableGradient* sample
     const int f_count = params.n_features;
     for (int64_t i = 0; i < n; ++i) {
         const TableGradient& s = samples[i];
-        const FieldCell cell = field_cell<false>(level, s.unit[0], s.unit[1], s.unit[2]);
+        const GridCell cell = grid_locate<false>(level, s.unit[0], s.unit[1], s.unit[2]);
         for (int f = 0; f < f_count; ++f) {
             const int k = l * f_count + f;
             const float gj = s.g[k] * level.scale;

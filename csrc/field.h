@@ -140,31 +140,6 @@ DSD_HD float field_head_gradient(const FieldParams& params, float raw, const flo
     return grad_density * slope + to_slope * curvature;
 }
 
-// The point's cell on one level; corner c as in hashgrid.h.
-struct FieldCell {
-    uint32_t x, y, z;
-    float fx, fy, fz;
-    uint32_t entry[8];
-};
-// With kInside the point lies in the unit cube. Then there is no branch, so that the loads of
-// several levels can be in flight: an entry before the modulo is less than two sizes.
-template <bool kInside>
-DSD_HD FieldCell field_cell(const GridLevel& level, float x, float y, float z) {
-    FieldCell cell;
-    grid_cell(x, level.scale, cell.x, cell.fx);
-    grid_cell(y, level.scale, cell.y, cell.fy);
-    grid_cell(z, level.scale, cell.z, cell.fz);
-    for (uint32_t c = 0; c < 8; ++c) {
-        const uint32_t px = cell.x + (c & 1), py = cell.y + (c >> 1 & 1), pz = cell.z + (c >> 2 & 1);
-        const uint32_t hashed = grid_entry_hashed(level.size, px, py, pz);
-        const uint32_t dense = grid_entry_dense(level.resolution, px, py, pz);
-        const uint32_t wrapped = kInside ? dense - (dense >= level.size ? level.size : 0)
-                                         : grid_entry_wrap(level.size, dense);
-        cell.entry[c] = level.hashed ? hashed : wrapped;
-    }
-    return cell;
-}
-
 // World to unit cube. One rounding, as torch.add(0.5, p, alpha=0.5 / radius) makes where it is
 // vectorised: fine levels multiply what a second one would lose.
 DSD_HD float field_unit(float p, float inverse_diameter) {

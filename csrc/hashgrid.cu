@@ -1,79 +1,35 @@
-#include "hashgrid.h"
+#include "hashgrid.cuh"
+
+#include <type_traits>
 
 namespace dsd::cuda {
 namespace {
 
-// One table entry, moved with one load or store.
-template <int F>
-struct EntryOf;
-template <>
-struct EntryOf<2> {
-    using type = float2;
-};
-template <>
-struct EntryOf<4> {
-    using type = float4;
-};
-template <int F>
-using Entry = typename EntryOf<F>::type;
+// Levels that a block of the backward kernel goes through: see field.cu.
+constexpr int kLevels = 4;
 
-__device__ __forceinline__ float2 make_entry(const float (&v)[2]) {
-    return make_float2(v[0], v[1]);
-}
-__device__ __forceinline__ float4 make_entry(const float (&v)[4]) {
-    return make_float4(v[0], v[1], v[2], v[3]);
-}
-__device__ __forceinline__ void split_entry(float2 entry, int c, float (&v)[2][8]) {
-    v[0][c] = entry.x, v[1][c] = entry.y;
-}
-__device__ __forceinline__ void split_entry(float4 entry, int c, float (&v)[4][8]) {
-    v[0][c] = entry.x, v[1][c] = entry.y, v[2][c] = entry.z, v[3][c] = entry.w;
+// The point of this thread; the last one for threads behind it, so that warps stay whole.
+__device__ __forceinline__ int64_t point_of_thread(const HashGridParams& params, bool& valid) {
+    const int64_t point = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
+    valid = point < params.n_points;
+    return valid ? point : params.n_points - 1;
 }
 
-struct Cell {
-    float fx, fy, fz;
-    uint32_t entry[8];
-};
-
-__device__ __forceinline__ Cell locate(const GridLevel& level, const float* __restrict__ x,
-                                       int64_t point) {
-    Cell cell;
-    uint32_t cx, cy, cz;
-    grid_cell(x[3 * point], level.scale, cx, cell.fx);
-    grid_cell(x[3 * point + 1], level.scale, cy, cell.fy);
-    grid_cell(x[3 * point + 2], level.scale, cz, cell.fz);
-#pragma unroll
-    for (uint32_t c = 0; c < 8; ++c) {
-        const uint32_t px = cx + (c & 1), py = cy + (c >> 1 & 1), pz = cz + (c >> 2 & 1);
-        cell.entry[c] =
-            level.hashed
-                ? grid_entry_hashed(level.size, px, py, pz)
-                : grid_entry_wrap(level.size, grid_entry_dense(level.resolution, px, py, pz));
+// Calls function(std::true_type) if all points of the warp lie in the unit cube, else false_type.
+template <class Function>
+__device__ __forceinline__ void for_cube(const float (&x)[3], Function function) {
+    if (__all_sync(~0u, is_inside(x))) {
+        function(std::true_type());
+    } else {
+        function(std::false_type());
     }
-    return cell;
 }
 
+// F numbers, moved at once.
 template <int F>
-__device__ __forceinline__ void gather(const float* __restrict__ table, const GridLevel& level,
-                                       const Cell& cell, float (&v)[F][8]) {
-    const auto* entries = reinterpret_cast<const Entry<F>*>(table) + level.offset;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) split_entry(__ldg(entries + cell.entry[c]), c, v);
-}
-
-// grad[0..F) += g[0..F). GPUs of compute capability 9 and up add pairs with one instruction.
-template <int F>
-__device__ __forceinline__ void add(float* grad, const float (&g)[F]) {
-#if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
-#pragma unroll
-    for (int f = 0; f < F; f += 2) {
-        atomicAdd(reinterpret_cast<float2*>(grad + f), make_float2(g[f], g[f + 1]));
-    }
-#else
-#pragma unroll
-    for (int f = 0; f < F; ++f) atomicAdd(grad + f, g[f]);
-#endif
-}
+struct alignas(4 * F) Numbers {
+    float value[F];
+};
 
 // A thread owns one point on one level (blockIdx.y, so that the blocks in flight share a level's
 // part of the table in L2). It reads 8 entries and writes F values and, with kJacobian, 3 F
@@ -81,28 +37,32 @@ __device__ __forceinline__ void add(float* grad, const float (&g)[F]) {
 template <int F, bool kJacobian>
 __global__ void __launch_bounds__(kBlock) hashgrid_fwd_kernel(
     const __grid_constant__ HashGridParams params) {
-    const int64_t point = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
-    if (point >= params.n_points) return;
+    bool valid;
+    const int64_t point = point_of_thread(params, valid);
     const int l = static_cast<int>(blockIdx.y);
     const int64_t at = (point * params.n_levels + l) * F;
-    float y[F] = {};
+    Numbers<F> y = {};
     float jac[F][3] = {};
     if (l < params.n_active) {
+        const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
         const GridLevel& level = params.levels[l];
-        const Cell cell = locate(level, params.x, point);
-        float v[F][8];
-        gather<F>(params.table, level, cell, v);
+        for_cube(x, [&](auto inside) {
+            const GridCell cell = grid_locate<decltype(inside)::value>(level, x[0], x[1], x[2]);
+            float v[F][8];
+            Corners<float, F>(params.table + level.offset * F, cell).values(cell, v);
 #pragma unroll
-        for (int f = 0; f < F; ++f) {
-            if (kJacobian) {
-                y[f] = grid_value_jacobian(v[f], cell.fx, cell.fy, cell.fz, level.scale,
-                                           jac[f][0], jac[f][1], jac[f][2]);
-            } else {
-                y[f] = grid_value(v[f], cell.fx, cell.fy, cell.fz);
+            for (int f = 0; f < F; ++f) {
+                if (kJacobian) {
+                    y.value[f] = grid_value_jacobian(v[f], cell.fx, cell.fy, cell.fz, level.scale,
+                                                     jac[f][0], jac[f][1], jac[f][2]);
+                } else {
+                    y.value[f] = grid_value(v[f], cell.fx, cell.fy, cell.fz);
+                }
             }
-        }
+        });
     }
-    *reinterpret_cast<Entry<F>*>(params.y + at) = make_entry(y);
+    if (!valid) return;
+    *reinterpret_cast<Numbers<F>*>(params.y + at) = y;
     if (kJacobian) {
         // 3 F floats from 3 at: aligned to 8 bytes for even F.
         auto* out = reinterpret_cast<float2*>(params.jac + 3 * at);
@@ -112,36 +72,44 @@ __global__ void __launch_bounds__(kBlock) hashgrid_fwd_kernel(
     }
 }
 
-// A thread owns one point on one active level (blockIdx.y). It reads the gradients of its F values
-// and, with kJacobian, of its 3 F derivatives, and adds one combined gradient to each of 8 entries.
+// A thread owns one point on a few active levels (blockIdx.y). It reads the gradients of their F
+// values and, with kJacobian, of their 3 F derivatives, and adds one combined gradient to each of 8
+// entries a level.
 template <int F, bool kJacobian>
 __global__ void __launch_bounds__(kBlock) hashgrid_bwd_table_kernel(
     const __grid_constant__ HashGridParams params) {
-    const int64_t point = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
-    if (point >= params.n_points) return;
-    const int l = static_cast<int>(blockIdx.y);
-    const GridLevel& level = params.levels[l];
-    const int64_t at = (point * params.n_levels + l) * F;
-    const Cell cell = locate(level, params.x, point);
-    float g[F][8];
+    bool valid;
+    const int64_t point = point_of_thread(params, valid);
+    const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
+    const int first = blockIdx.y * kLevels, last = min(first + kLevels, params.n_active);
+    for_cube(x, [&](auto inside) {
+        for (int l = first; l < last; ++l) {
+            const GridLevel& level = params.levels[l];
+            const int64_t at = (point * params.n_levels + l) * F;
+            const GridCell cell = grid_locate<decltype(inside)::value>(level, x[0], x[1], x[2]);
+            Numbers<F> gy = {};
+            if (valid && params.grad_y) gy = *reinterpret_cast<const Numbers<F>*>(params.grad_y + at);
+            float g[F][8];
 #pragma unroll
-    for (int f = 0; f < F; ++f) {
-        const float gy = params.grad_y ? params.grad_y[at + f] : 0.0f;
-        if (kJacobian) {
-            const float* gj = params.grad_jac + 3 * (at + f);
-            grid_corner_gradients(cell.fx, cell.fy, cell.fz, gy, level.scale * gj[0],
-                                  level.scale * gj[1], level.scale * gj[2], g[f]);
-        } else {
-            grid_corner_weights(cell.fx, cell.fy, cell.fz, gy, g[f]);
+            for (int f = 0; f < F; ++f) {
+                if (kJacobian) {
+                    float gj[3] = {};
+#pragma unroll
+                    for (int d = 0; d < 3; ++d) {
+                        if (valid) gj[d] = level.scale * params.grad_jac[3 * (at + f) + d];
+                    }
+                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, gy.value[f], gj[0], gj[1],
+                                          gj[2], g[f]);
+                } else {
+                    grid_corner_weights(cell.fx, cell.fy, cell.fz, gy.value[f], g[f]);
+                }
+            }
+            if (!combine_runs<F>(cell, g, valid)) continue;
+            float* grad = params.grad_table + level.offset * F;
+#pragma unroll
+            for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, g, c);
         }
-    }
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-        float corner[F];
-#pragma unroll
-        for (int f = 0; f < F; ++f) corner[f] = g[f][c];
-        add<F>(params.grad_table + (level.offset + cell.entry[c]) * F, corner);
-    }
+    });
 }
 
 // A thread owns one point. It goes through the active levels, reads 8 entries and the gradients of
@@ -149,27 +117,31 @@ __global__ void __launch_bounds__(kBlock) hashgrid_bwd_table_kernel(
 template <int F>
 __global__ void __launch_bounds__(kBlock) hashgrid_bwd_input_kernel(
     const __grid_constant__ HashGridParams params) {
-    const int64_t point = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
-    if (point >= params.n_points) return;
+    bool valid;
+    const int64_t point = point_of_thread(params, valid);
+    const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
     float sum[3] = {};
-    for (int l = 0; l < params.n_active; ++l) {
-        const GridLevel& level = params.levels[l];
-        const int64_t at = (point * params.n_levels + l) * F;
-        const Cell cell = locate(level, params.x, point);
-        float v[F][8];
-        gather<F>(params.table, level, cell, v);
+    for_cube(x, [&](auto inside) {
+        for (int l = 0; l < params.n_active; ++l) {
+            const GridLevel& level = params.levels[l];
+            const int64_t at = (point * params.n_levels + l) * F;
+            const GridCell cell = grid_locate<decltype(inside)::value>(level, x[0], x[1], x[2]);
+            float v[F][8];
+            Corners<float, F>(params.table + level.offset * F, cell).values(cell, v);
 #pragma unroll
-        for (int f = 0; f < F; ++f) {
-            const float gy = params.grad_y ? params.grad_y[at + f] : 0.0f;
-            float gj[3] = {};
-            if (params.grad_jac) {
+            for (int f = 0; f < F; ++f) {
+                const float gy = params.grad_y ? params.grad_y[at + f] : 0.0f;
+                float gj[3] = {};
+                if (params.grad_jac) {
 #pragma unroll
-                for (int d = 0; d < 3; ++d) gj[d] = params.grad_jac[3 * (at + f) + d];
+                    for (int d = 0; d < 3; ++d) gj[d] = params.grad_jac[3 * (at + f) + d];
+                }
+                grid_input_gradient(v[f], cell.fx, cell.fy, cell.fz, level.scale, gy, gj[0], gj[1],
+                                    gj[2], sum);
             }
-            grid_input_gradient(v[f], cell.fx, cell.fy, cell.fz, level.scale, gy, gj[0], gj[1],
-                                gj[2], sum);
         }
-    }
+    });
+    if (!valid) return;
 #pragma unroll
     for (int d = 0; d < 3; ++d) params.grad_x[3 * point + d] = sum[d];
 }
@@ -189,7 +161,7 @@ void hashgrid_fwd(const HashGridParams& params, void* stream) {
 
 void hashgrid_bwd_table(const HashGridParams& params, void* stream) {
     if (params.n_active == 0) return;
-    const dim3 grid(blocks_for(params.n_points), params.n_active);
+    const dim3 grid(blocks_for(params.n_points), (params.n_active + kLevels - 1) / kLevels);
     const auto kernel = params.n_features == 2
                             ? (params.grad_jac ? hashgrid_bwd_table_kernel<2, true>
                                                : hashgrid_bwd_table_kernel<2, false>)

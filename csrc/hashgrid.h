@@ -77,7 +77,31 @@ DSD_HD uint32_t grid_entry_wrap(uint32_t size, uint32_t entry) {
     return entry < size ? entry : entry % size;
 }
 
-// Corner c has offset (c & 1, c >> 1 & 1, c >> 2 & 1).
+// A point's cell on one level. Corner c has offset (c & 1, c >> 1 & 1, c >> 2 & 1).
+struct GridCell {
+    uint32_t x, y, z;
+    float fx, fy, fz;
+    uint32_t entry[8];
+};
+// With kInside the point lies in the unit cube. Then there is no branch, so that the loads of
+// several levels can be in flight: an entry before the modulo is less than two sizes.
+template <bool kInside>
+DSD_HD GridCell grid_locate(const GridLevel& level, float x, float y, float z) {
+    GridCell cell;
+    grid_cell(x, level.scale, cell.x, cell.fx);
+    grid_cell(y, level.scale, cell.y, cell.fy);
+    grid_cell(z, level.scale, cell.z, cell.fz);
+    for (uint32_t c = 0; c < 8; ++c) {
+        const uint32_t px = cell.x + (c & 1), py = cell.y + (c >> 1 & 1), pz = cell.z + (c >> 2 & 1);
+        const uint32_t hashed = grid_entry_hashed(level.size, px, py, pz);
+        const uint32_t dense = grid_entry_dense(level.resolution, px, py, pz);
+        const uint32_t wrapped = kInside ? dense - (dense >= level.size ? level.size : 0)
+                                         : grid_entry_wrap(level.size, dense);
+        cell.entry[c] = level.hashed ? hashed : wrapped;
+    }
+    return cell;
+}
+
 DSD_HD float mix(float a, float b, float f) { return a + f * (b - a); }
 
 // Value of one feature from its 8 corner values.

@@ -241,13 +241,15 @@ def _check_inputs(
 def _launch(kernel: str, x: Tensor, *tensors: Tensor | None, args: _SpecArgs) -> None:
     """Runs a compiled kernel on `x` and `tensors`, in the order of csrc/bindings.cpp."""
     spec, n_active = _spec(*args[:-1]), args[-1]
-    entry_bytes = 4 * spec.n_features
-    # CUDA moves entries whole. torch's own allocations start at far rounder addresses.
-    if x.is_cuda and any(address(tensor) % entry_bytes for tensor in tensors):
-        raise ValueError(
-            f"{kernel}: on CUDA tensors must start at a multiple of {entry_bytes} bytes, got a view"
-            " that does not; call .clone() on it"
-        )
+    # CUDA moves 16 bytes of a table at a time, and a level's features of the others. torch's own
+    # allocations start at far rounder addresses.
+    for tensor in tensors if x.is_cuda else ():
+        alignment = 16 if tensor is not None and tensor.ndim == 1 else 4 * spec.n_features
+        if address(tensor) % alignment:
+            raise ValueError(
+                f"{kernel}: on CUDA this tensor must start at a multiple of {alignment} bytes, got "
+                f"a view of shape {list(tensor.shape)} that does not; call .clone() on it"
+            )
     getattr(extension(), kernel)(
         *(address(tensor) for tensor in (x, *tensors)),
         x.shape[0],
