@@ -146,7 +146,7 @@ void hashgrid_bwd_input(Address x, Address table, Address grad_y, Address grad_j
 
 // `weights` are W1 and W2 of the density head, then of the feature head; `numbers` are radius, and
 // height (or the constant) and size of the blob.
-dsd::FieldParams field_params(Address points, Address table, const std::array<Address, 4>& weights,
+dsd::FieldParams field_params(Address points, Address n_valid, Address table, const std::array<Address, 4>& weights,
                               int64_t n_points, int n_active, int n_features,
                               const std::string& levels, bool half_table, int bias_kind,
                               int activation, const std::array<double, 3>& numbers) {
@@ -167,6 +167,7 @@ dsd::FieldParams field_params(Address points, Address table, const std::array<Ad
     params.bias_scale = static_cast<float>(numbers[1]);
     params.bias_std = static_cast<float>(numbers[2]);
     params.points = pointer<const float>(points);
+    params.n_valid = pointer<const int64_t>(n_valid);
     params.table = pointer<const void>(table);
     params.w1d = pointer<const float>(weights[0]);
     params.w2d = pointer<const float>(weights[1]);
@@ -187,12 +188,12 @@ void field_launch(const dsd::FieldParams& params, bool backward, int device, Add
 }
 
 // `outputs`: density, features (0: none), normal (0: none).
-void field_fwd(Address points, Address table, const std::array<Address, 4>& weights,
+void field_fwd(Address points, Address n_valid, Address table, const std::array<Address, 4>& weights,
                const std::array<Address, 3>& outputs, int64_t n_points, int n_active,
                int n_features, const std::string& levels, bool half_table, int bias_kind,
                int activation, const std::array<double, 3>& numbers, int device, Address stream,
                int n_threads) {
-    auto params = field_params(points, table, weights, n_points, n_active, n_features, levels,
+    auto params = field_params(points, n_valid, table, weights, n_points, n_active, n_features, levels,
                                half_table, bias_kind, activation, numbers);
     params.density = pointer<float>(outputs[0]);
     params.features = pointer<float>(outputs[1]);
@@ -212,12 +213,12 @@ int64_t field_workspace(int64_t n_points, int n_levels, int n_features, bool hal
 }
 
 // `grads`: of density, features, normal (0: none came), then those to add to: table, weights.
-void field_bwd(Address points, Address table, const std::array<Address, 4>& weights,
+void field_bwd(Address points, Address n_valid, Address table, const std::array<Address, 4>& weights,
                const std::array<Address, 8>& grads, Address workspace, int64_t n_points,
                int n_active, int n_features, const std::string& levels, bool half_table,
                int bias_kind, int activation, const std::array<double, 3>& numbers, int device,
                Address stream, int n_threads) {
-    auto params = field_params(points, table, weights, n_points, n_active, n_features, levels,
+    auto params = field_params(points, n_valid, table, weights, n_points, n_active, n_features, levels,
                                half_table, bias_kind, activation, numbers);
     params.grad_density = pointer<const float>(grads[0]);
     params.grad_features = pointer<const float>(grads[1]);

@@ -159,9 +159,14 @@ void scatter_level(const FieldParams& params, int l, const TableGradient* sample
 
 void field_fwd(const FieldParams& params, int n_threads) {
     const bool normals = params.normal != nullptr, features = params.features != nullptr;
+    const int64_t n_valid = field_count(params);
     parallel_chunks(params.n_points, kChunk, n_threads, [&](int64_t begin, int64_t end) {
         Sample s;
         for (int64_t i = begin; i < end; ++i) {
+            if (i >= n_valid) {
+                field_clear(params, i);
+                continue;
+            }
             evaluate(params, i, normals, features, s);
             float slope, curvature;
             params.density[i] = field_activate(params.activation, s.raw, slope, curvature);
@@ -183,10 +188,11 @@ void field_bwd(const FieldParams& params, int n_threads) {
     // A round at a time, so that memory stays bounded: samples side by side, then levels.
     constexpr int64_t kRound = kParts * kChunk;
     std::vector<WeightSums> parts(kParts);
-    std::vector<TableGradient> samples(params.n_points < kRound ? params.n_points : kRound);
+    const int64_t n_valid = field_count(params);
+    std::vector<TableGradient> samples(n_valid < kRound ? n_valid : kRound);
     for (WeightSums& part : parts) part = {};
-    for (int64_t start = 0; start < params.n_points; start += kRound) {
-        const int64_t n = params.n_points - start < kRound ? params.n_points - start : kRound;
+    for (int64_t start = 0; start < n_valid; start += kRound) {
+        const int64_t n = n_valid - start < kRound ? n_valid - start : kRound;
         parallel_chunks(n, kChunk, n_threads, [&](int64_t begin, int64_t end) {
             WeightSums& part = parts[begin / kChunk];
             for (int64_t i = begin; i < end; ++i) {

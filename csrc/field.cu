@@ -679,11 +679,16 @@ __global__ void __launch_bounds__(kBlockMax, 4) field_fwd_kernel(
     tiles.lay_out(memory, blockDim.x);
     load_weights(params, tiles);
     const int t = threadIdx.x;
+    const int64_t n_valid = field_count(params);
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < params.n_points;
          first += stride) {
         const int64_t i = first + t;
-        const bool valid = i < params.n_points;
+        const bool valid = i < n_valid;
+        if (first >= n_valid) {
+            if (i < params.n_points) field_clear(params, i);
+            continue;
+        }
         float p[3] = {}, unit[3];
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
@@ -707,6 +712,8 @@ __global__ void __launch_bounds__(kBlockMax, 4) field_fwd_kernel(
 #pragma unroll
                 for (int d = 0; d < 3; ++d) params.normal[3 * i + d] = normal[d];
             }
+        } else if (i < params.n_points) {
+            field_clear(params, i);
         }
         // The next tile's rows are written by their own threads, but read by the whole warp.
         __syncwarp();
@@ -754,11 +761,13 @@ field_bwd_kernel(
     const int t = threadIdx.x, n_warps = blockDim.x / kWarp;
     const bool features = params.grad_features != nullptr;
     WeightSums<T, kNormals, kParts> sums;
+    const int64_t n_valid = field_count(params);
+    if (static_cast<int64_t>(blockIdx.x) * blockDim.x >= n_valid) return;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < params.n_points;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < n_valid;
          first += stride) {
         const int64_t i = first + t;
-        const bool valid = i < params.n_points;
+        const bool valid = i < n_valid;
         float p[3] = {}, unit[3];
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
@@ -858,7 +867,9 @@ __global__ void __launch_bounds__(kScatterBlock) field_scatter_kernel(
     const __grid_constant__ FieldParams params) {
     const Between<T, F, kNormals> between(params.workspace, params.n_points);
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kScatterBlock + threadIdx.x;
-    const bool valid = i < params.n_points;
+    const int64_t n_valid = field_count(params);
+    if (static_cast<int64_t>(blockIdx.x) * kScatterBlock >= n_valid) return;
+    const bool valid = i < n_valid;
     float unit[3], v[3] = {}, largest = 0.0f;
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
@@ -958,6 +969,7 @@ void launch(const FieldParams& params, bool backward, void* stream) {
             const auto from = [&](const float* rows, int width) {
                 return rows == nullptr ? nullptr : rows + begin * width;
             };
+            chunk.n_before = begin;
             chunk.n_points = params.n_points - begin < kChunk ? params.n_points - begin : kChunk;
             chunk.points = from(params.points, 3);
             chunk.grad_density = from(params.grad_density, 1);

@@ -33,9 +33,11 @@ enum FieldActivation : int32_t { kSoftplus = 0, kExp = 1, kTruncExp = 2 };
 // Shapes: points [N, 3] in world units, table [entries, F], w1d and w1f [64, L F], w2d [1, 64],
 // w2f [3, 64], density [N], features and normal [N, 3]; a gradient has the shape of what it belongs
 // to. Null are: features and normal where they are not wanted, gradients of outputs that none came
-// for. The backward pass adds to the gradients of the table and of the weights.
+// for. Points from *n_valid on get zeros, and have no part in gradients. The backward pass adds to the gradients of the table and of the weights.
 struct FieldParams {
     int64_t n_points;
+    int64_t n_before;        // points of earlier chunks, which count in *n_valid
+    const int64_t* n_valid;  // where the points are; null: all are valid
     int32_t n_levels;
     int32_t n_active;
     int32_t n_features;
@@ -65,6 +67,21 @@ struct FieldParams {
     void* workspace;    // CUDA's backward pass: as many bytes as field_workspace says
     GridLevel levels[kGridMaxLevels];
 };
+
+DSD_HD int64_t field_count(const FieldParams& params) {
+    if (params.n_valid == nullptr) return params.n_points;
+    const int64_t n = *params.n_valid - params.n_before;
+    return n < 0 ? 0 : n < params.n_points ? n : params.n_points;
+}
+
+// Zeros for a point that is not valid.
+DSD_HD void field_clear(const FieldParams& params, int64_t i) {
+    params.density[i] = 0.0f;
+    for (int c = 0; c < 3; ++c) {
+        if (params.features) params.features[3 * i + c] = 0.0f;
+        if (params.normal) params.normal[3 * i + c] = 0.0f;
+    }
+}
 
 // What is added to the raw density at p, and its gradient.
 DSD_HD float field_bias(const FieldParams& params, float px, float py, float pz, float slope[3]) {

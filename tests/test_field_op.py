@@ -86,7 +86,9 @@ def exact(field: Field, points: Tensor, grads, monkeypatch) -> list[Tensor]:
     ]
 
 
-def fused(field: Field, points: Tensor, grads, op=fused_field, half=False) -> list[Tensor]:
+def fused(
+    field: Field, points: Tensor, grads, op=fused_field, half=False, n_valid=None
+) -> list[Tensor]:
     tensors = [t.detach().to(points.device).requires_grad_() for t in tensors_of(field)]
     half_table = tensors[0].detach().half() if half else None
     outputs = op(
@@ -96,6 +98,7 @@ def fused(field: Field, points: Tensor, grads, op=fused_field, half=False) -> li
         field.grid.n_active_levels,
         normals=grads[2] is not None,
         half_table=half_table,
+        n_valid=n_valid,
     )
     pairs = [(o, g) for o, g in zip(outputs, grads) if g is not None]
     got = torch.autograd.grad(
@@ -179,6 +182,22 @@ def test_some_points_outside_the_box(device) -> None:
     compare(got, fused(field, points, grads, fused_field_reference), 1e-4)
 
 
+@pytest.mark.parametrize("op", [fused_field, fused_field_reference])
+@pytest.mark.parametrize("n_valid", [0, 1, 128, 200, 333, 400])
+@pytest.mark.parametrize("half", [False, True])
+def test_rows_that_are_not_valid(op, n_valid, half, device) -> None:
+    field, points = make_field(), make_points(333, device)
+    n = min(n_valid, 333)
+    points[n:] = float("nan")
+    grads = cotangents(333, points)
+    count = torch.tensor(n_valid, device=device)
+    got = fused(field, points, grads, op, half, count)
+    want = fused(field, points[:n], tuple(g[:n] for g in grads), op, half)
+    for output in got[:3]:
+        assert (output[n:] == 0).all()
+    compare([x[:n] for x in got[:3]] + got[3:], want, 1e-4)
+
+
 @cuda_only
 @pytest.mark.parametrize("half", [False, True])
 def test_many_points_are_taken_in_chunks(half) -> None:
@@ -192,6 +211,11 @@ def test_many_points_are_taken_in_chunks(half) -> None:
     outputs = [torch.cat(columns) for columns in zip(*(part[:3] for part in parts))]
     want = outputs + [a + b for a, b in zip(*(part[3:] for part in parts))]
     compare(fused(field, points, grads, half=half), want, 1e-4)
+    count = torch.tensor((1 << 18) + 5, device=device)
+    part = slice(0, (1 << 18) + 5)
+    want = fused(field, points[part], tuple(g[part] for g in grads), half=half)
+    got = fused(field, points, grads, half=half, n_valid=count)
+    compare([x[part] for x in got[:3]] + got[3:], want, 1e-4)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -301,7 +325,7 @@ def test_opcheck(device) -> None:
     field, points = make_field(), make_points(9, device)
     table, *weights = (t.detach().to(device).requires_grad_() for t in tensors_of(field))
     numbers = _numbers(shape_of(field), 6)
-    tensors = (points, table, None, *weights)
+    tensors = (points, table, None, *weights, torch.tensor(7, device=device))
     operators = torch.ops.dsd_fast
     torch.library.opcheck(operators.fused_field.default, (*tensors, True, True, *numbers))
     detached = tuple(None if t is None else t.detach() for t in tensors)
@@ -315,6 +339,8 @@ def test_errors_name_what_was_expected() -> None:
     points = torch.zeros(4, 3)
     with pytest.raises(TypeError, match="points must be float32"):
         fused_field(points.double(), *tensors, shape_of(field))
+    with pytest.raises(TypeError, match="n_valid must be int64"):
+        fused_field(points, *tensors, shape_of(field), n_valid=torch.tensor(1.0))
     with pytest.raises(ValueError, match="w2f must have shape"):
         fused_field(points, *tensors[:4], tensors[4][:2], shape_of(field))
     with pytest.raises(ValueError, match="at most 32 columns"):

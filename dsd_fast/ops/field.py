@@ -99,9 +99,14 @@ def fused_field_reference(
     features: bool = True,
     normals: bool = True,
     half_table: Tensor | None = None,
+    n_valid: Tensor | None = None,
 ) -> _Outputs:
     """`fused_field` in pure torch: any floating dtype and device, differentiable by autograd."""
     points = points.detach()
+    is_valid = None
+    if n_valid is not None:
+        is_valid = torch.arange(len(points), device=points.device) < n_valid
+        points = torch.where(is_valid[:, None], points, 0.0)
     if half_table is not None:
         # Values of the copy, gradients to the table.
         table = half_table.to(table.dtype) + (table - table.detach())
@@ -120,15 +125,19 @@ def fused_field_reference(
         gradient = torch.bmm(to_encoding[:, None], jacobian)[:, 0] / (2 * shape.radius)
         normal = -F.normalize((gradient + bias_slope) * slope[:, None], dim=-1, eps=1e-12)
     output = F.linear(F.relu(F.linear(encoded, w1f)), w2f) if features else None
+    if is_valid is not None:
+        density = torch.where(is_valid, density, 0.0)
+        output = None if output is None else torch.where(is_valid[:, None], output, 0.0)
+        normal = None if normal is None else torch.where(is_valid[:, None], normal, 0.0)
     return density, output, normal
 
 
 # ---- operators ----------------------------------------------------------------------------------
 
-# points, table, the half copy of the table, the weights; then numbers.
+# points, table, the half copy of the table, the weights, the count of points; then numbers.
 _TENSORS = (
     "Tensor points, Tensor table, Tensor? half_table, Tensor w1d, Tensor w2d, Tensor w1f, "
-    "Tensor w2f"
+    "Tensor w2f, Tensor? n_valid"
 )
 _NUMBERS = f"{_SPEC}, float radius, int bias_kind, float bias_scale, float bias_std, int activation"
 _N_SPEC = 6
@@ -163,7 +172,7 @@ def _numbers(shape: FieldShape, n_active: int) -> tuple[Any, ...]:
 
 def _check_inputs(tensors: tuple, spec: GridSpec) -> None:
     op = "fused_field"
-    points, table, half_table, *weights = tensors
+    points, table, half_table, *weights, n_valid = tensors
     width = spec.n_outputs
     if width > _MAX_WIDTH:
         raise ValueError(
@@ -175,6 +184,8 @@ def _check_inputs(tensors: tuple, spec: GridSpec) -> None:
     if half_table is not None:
         check_tensor(op, "half_table", half_table, torch.float16, [spec.n_params], points.device)
     shapes = ([_HIDDEN, width], [1, _HIDDEN], [_HIDDEN, width], [3, _HIDDEN])
+    if n_valid is not None:
+        check_tensor(op, "n_valid", n_valid, torch.int64, [], points.device)
     for name, weight, shape in zip(("w1d", "w2d", "w1f", "w2f"), weights, shapes):
         check_tensor(op, name, weight, torch.float32, shape, points.device)
 
@@ -186,7 +197,7 @@ def _launch(
     numbers: tuple,
     workspace: Sequence[Tensor] = (),
 ) -> None:
-    points, table, half_table, *weights = tensors
+    points, table, half_table, *weights, n_valid = tensors
     spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
     radius, bias_kind, bias_scale, bias_std, activation = numbers[_N_SPEC:]
     read = table
@@ -201,6 +212,7 @@ def _launch(
         )
     getattr(extension(), kernel)(
         address(points),
+        address(n_valid),
         address(read),
         [address(weight) for weight in weights],
         [address(tensor) for tensor in others],
@@ -223,7 +235,7 @@ def _launch(
     schema=f"({_TENSORS}, bool features, bool normals, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
 )
 def _field_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, (features, normals), numbers = args[:7], args[7:9], args[9:]
+    tensors, (features, normals), numbers = args[:8], args[8:10], args[10:]
     _check_inputs(tensors, _spec(*numbers[: _N_SPEC - 1]))
     outputs = _empty_outputs(tensors[0], features, normals)
     if tensors[0].shape[0] > 0:
@@ -241,14 +253,14 @@ def _field_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     ),
 )
 def _field_bwd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, grads, numbers = args[:7], args[7:10], args[10:]
+    tensors, grads, numbers = args[:8], args[8:11], args[11:]
     _check_inputs(tensors, _spec(*numbers[: _N_SPEC - 1]))
     n = tensors[0].shape[0]
     for name, grad, shape in zip(("density", "features", "normal"), grads, ([n], [n, 3], [n, 3])):
         if grad is not None:
             op = "fused_field_bwd"
             check_tensor(op, f"grad_{name}", grad, torch.float32, shape, tensors[0].device)
-    out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:]))
+    out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:7]))
     if n > 0 and any(grad is not None for grad in grads):
         workspace = _workspace(tensors, grads, numbers)
         _launch("field_bwd", tensors, [*grads, *out], numbers, [workspace])
@@ -279,7 +291,7 @@ def _empty_outputs(points: Tensor, features: bool, normals: bool) -> tuple[Tenso
 
 @_field_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(args[0], args[7], args[8])
+    return _empty_outputs(args[0], args[8], args[9])
 
 
 @_field_bwd_op.register_fake
@@ -288,8 +300,8 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.asked, ctx.numbers = inputs[7:9], inputs[9:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.asked, ctx.numbers = inputs[8:10], inputs[10:]
     ctx.set_materialize_grads(False)
 
 
@@ -298,7 +310,7 @@ def _backward(ctx: Any, grad_density: Any, grad_features: Any, grad_normal: Any)
     grads = [grad_density, grad_features if features else None, grad_normal if normals else None]
     grads = [None if grad is None else grad.contiguous() for grad in grads]
     table, *weights = _field_bwd_op(*ctx.saved_tensors, *grads, *ctx.numbers)
-    return None, table, None, *weights, None, None, *(None for _ in ctx.numbers)
+    return None, table, None, *weights, None, None, None, *(None for _ in ctx.numbers)
 
 
 _field_op.register_autograd(_backward, setup_context=_save)
@@ -320,6 +332,7 @@ def fused_field(
     features: bool = True,
     normals: bool = True,
     half_table: Tensor | None = None,
+    n_valid: Tensor | None = None,
 ) -> _Outputs:
     """Density, features and normals of a field with one hidden layer of 64 neurons in each head.
 
@@ -334,6 +347,8 @@ def fused_field(
         half_table: float16 copy of the table to read instead of it. On CUDA it halves the traffic
             and runs the heads on tensor cores: float16 operands, float32 sums. Without it all is
             float32.
+        n_valid: 0-dim int64 on the points' device: rows of `points` from this one on are skipped
+            without asking the host. They get zeros, and take no part in gradients. None: all rows.
 
     Returns:
         (density [N], features [N, 3] or None, normal [N, 3] or None), float32. Differentiable once
@@ -355,9 +370,10 @@ def fused_field(
             features=features,
             normals=normals,
             half_table=half_table,
+            n_valid=n_valid,
         )
     n_active = _active_levels("fused_field", shape.spec, n_active_levels)
-    tensors = (points, table, half_table, w1d, w2d, w1f, w2f)
+    tensors = (points, table, half_table, w1d, w2d, w1f, w2f, n_valid)
     _check_inputs(tensors, shape.spec)
     outputs = _field_op(*tensors, features, normals, *_numbers(shape, n_active))
     return outputs[0], outputs[1] if features else None, outputs[2] if normals else None
