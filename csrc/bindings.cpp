@@ -19,6 +19,7 @@
 #include "hashgrid.h"
 #include "march.h"
 #include "occupancy.h"
+#include "prune.h"
 #include "sh.h"
 
 namespace py = pybind11;
@@ -271,82 +272,137 @@ dsd::MarchParams march_params(Address origins, Address dirs, Address jitter, Add
     return params;
 }
 
+// Scratch is (counts, bases, total). Packed is (offsets, n_dropped, ray_indices, t_starts, t_ends),
+// the first two 0 where they are not wanted; `wide` ray indices are int64, others int32.
+using Scratch = std::array<Address, 3>;
+using Packed = std::array<Address, 5>;
+
+dsd::PackParams pack_params(int64_t n_rays, const Scratch& scratch) {
+    dsd::PackParams params = {};
+    params.n_rays = n_rays;
+    params.counts = pointer<int>(scratch[0]);
+    params.bases = pointer<int64_t>(scratch[1]);
+    params.total = pointer<int64_t>(scratch[2]);
+    return params;
+}
+
+dsd::PackParams pack_params(int64_t n_rays, const Scratch& scratch, int64_t capacity,
+                            const Packed& packed, bool wide) {
+    auto params = pack_params(n_rays, scratch);
+    params.capacity = capacity;
+    params.offsets = pointer<int64_t>(packed[0]);
+    params.n_dropped = pointer<int64_t>(packed[1]);
+    params.ray_indices = wide ? pointer<int64_t>(packed[2]) : nullptr;
+    params.ray_indices32 = wide ? nullptr : pointer<int32_t>(packed[2]);
+    params.t_starts = pointer<float>(packed[3]);
+    params.t_ends = pointer<float>(packed[4]);
+    return params;
+}
+
 void march_count(Address origins, Address dirs, Address jitter, Address occupancy, int64_t n_rays,
                  int n_cells, const std::array<double, 6>& aabb, double step, double near,
-                 double far, Address counts, Address firsts, int device, Address stream,
+                 double far, Address runs, const Scratch& scratch, int device, Address stream,
                  int n_threads) {
     auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
                                far);
-    params.counts = pointer<int64_t>(counts);
-    params.firsts = pointer<int>(firsts);
+    params.runs = pointer<dsd::MarchRun>(runs);
+    params.out = pack_params(n_rays, scratch);
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::march_count(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::march_count(params, stream)));
 }
 
 void march_write(Address origins, Address dirs, Address jitter, Address occupancy, int64_t n_rays,
                  int n_cells, const std::array<double, 6>& aabb, double step, double near,
-                 double far, Address counts, Address firsts, Address offsets, Address ray_indices,
-                 Address t_starts, Address t_ends, int device, Address stream, int n_threads) {
+                 double far, Address runs, const Scratch& scratch, int64_t capacity,
+                 const Packed& packed, bool wide, int device, Address stream, int n_threads) {
     auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
                                far);
-    params.counts = pointer<int64_t>(counts);
-    params.firsts = pointer<int>(firsts);
-    params.offsets = pointer<const int64_t>(offsets);
-    params.ray_indices = pointer<int64_t>(ray_indices);
-    params.t_starts = pointer<float>(t_starts);
-    params.t_ends = pointer<float>(t_ends);
+    params.runs = pointer<dsd::MarchRun>(runs);
+    params.out = pack_params(n_rays, scratch, capacity, packed, wide);
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::march_write(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::march_write(params, stream)));
 }
 
+dsd::VisibilityParams visibility_params(Address sigmas, Address t_starts, Address t_ends,
+                                        Address offsets, Address alpha_threshold,
+                                        double transmittance_threshold, int64_t n_rays,
+                                        int64_t n_samples, Address visible) {
+    return {pointer<const float>(sigmas),
+            pointer<const float>(t_starts),
+            pointer<const float>(t_ends),
+            pointer<const int64_t>(offsets),
+            pointer<const float>(alpha_threshold),
+            static_cast<float>(transmittance_threshold),
+            n_rays,
+            n_samples,
+            pointer<uint8_t>(visible)};
+}
+
 void visibility(Address sigmas, Address t_starts, Address t_ends, Address offsets,
                 Address alpha_threshold, double transmittance_threshold, int64_t n_rays,
-                Address visible, int device, Address stream, int n_threads) {
-    const dsd::VisibilityParams params = {
-        pointer<const float>(sigmas),          pointer<const float>(t_starts),
-        pointer<const float>(t_ends),          pointer<const int64_t>(offsets),
-        pointer<const float>(alpha_threshold), static_cast<float>(transmittance_threshold),
-        n_rays,                                pointer<uint8_t>(visible)};
+                int64_t n_samples, Address visible, int device, Address stream, int n_threads) {
+    const auto params =
+        visibility_params(sigmas, t_starts, t_ends, offsets, alpha_threshold,
+                          transmittance_threshold, n_rays, n_samples, visible);
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::visibility(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::visibility(params, stream)));
 }
 
+// Both passes: the second needs no number that the host would have to wait for.
+void prune(Address sigmas, Address t_starts, Address t_ends, Address offsets,
+           Address alpha_threshold, double transmittance_threshold, int64_t n_rays,
+           int64_t n_samples, Address visible, const Scratch& scratch, int64_t capacity,
+           const Packed& packed, int device, Address stream, int n_threads) {
+    const dsd::PruneParams params = {
+        visibility_params(sigmas, t_starts, t_ends, offsets, alpha_threshold,
+                          transmittance_threshold, n_rays, n_samples, visible),
+        pack_params(n_rays, scratch, capacity, packed, false)};
+    launch({device, stream, n_threads},
+           DSD_CPU_CALL(dsd::prune_count(params, n_threads); dsd::prune_write(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::prune_count(params, stream);
+                         dsd::cuda::prune_write(params, stream)));
+}
+
 void composite_fwd(Address sigmas, Address rgbs, Address normals, Address t_starts, Address t_ends,
-                   Address offsets, int64_t n_rays, Address color, Address opacity, Address depth,
-                   Address z_variance, Address normal, Address weights, int device, Address stream,
+                   Address offsets, Address dirs, int64_t n_rays, int64_t n_samples, Address color,
+                   Address opacity, Address depth, Address z_variance, Address normal,
+                   Address weights, Address orientation, int device, Address stream,
                    int n_threads) {
     const dsd::CompositeParams params = {
         pointer<const float>(sigmas),   pointer<const float>(rgbs),
         pointer<const float>(normals),  pointer<const float>(t_starts),
         pointer<const float>(t_ends),   pointer<const int64_t>(offsets),
-        n_rays,                         pointer<float>(color),
+        pointer<const float>(dirs),     n_rays,
+        n_samples,                      pointer<float>(color),
         pointer<float>(opacity),        pointer<float>(depth),
         pointer<float>(z_variance),     pointer<float>(normal),
-        pointer<float>(weights)};
+        pointer<float>(weights),        pointer<float>(orientation)};
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::composite_fwd(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::composite_fwd(params, stream)));
 }
 
 void composite_bwd(Address sigmas, Address rgbs, Address normals, Address t_starts, Address t_ends,
-                   Address offsets, int64_t n_rays, Address opacity, Address depth,
-                   Address z_variance, Address grad_color, Address grad_opacity,
-                   Address grad_depth, Address grad_z_variance, Address grad_normal,
-                   Address grad_weights, Address grad_sigmas, Address grad_rgbs,
-                   Address grad_normals, int device, Address stream, int n_threads) {
+                   Address offsets, Address dirs, int64_t n_rays, int64_t n_samples,
+                   Address opacity, Address depth, Address z_variance, Address grad_color,
+                   Address grad_opacity, Address grad_depth, Address grad_z_variance,
+                   Address grad_normal, Address grad_weights, Address grad_orientation,
+                   Address grad_sigmas, Address grad_rgbs, Address grad_normals, int device,
+                   Address stream, int n_threads) {
     const dsd::CompositeParams params = {
-        pointer<const float>(sigmas),  pointer<const float>(rgbs),
-        pointer<const float>(normals), pointer<const float>(t_starts),
-        pointer<const float>(t_ends),  pointer<const int64_t>(offsets),
-        n_rays,                        nullptr,
-        pointer<float>(opacity),       pointer<float>(depth),
-        pointer<float>(z_variance),    nullptr,
-        nullptr};
+        pointer<const float>(sigmas),   pointer<const float>(rgbs),
+        pointer<const float>(normals),  pointer<const float>(t_starts),
+        pointer<const float>(t_ends),   pointer<const int64_t>(offsets),
+        pointer<const float>(dirs),     n_rays,
+        n_samples,                      nullptr,
+        pointer<float>(opacity),        pointer<float>(depth),
+        pointer<float>(z_variance),     nullptr,
+        nullptr,                        nullptr};
     const dsd::CompositeGrads grads = {
-        pointer<const float>(grad_color),  pointer<const float>(grad_opacity),
-        pointer<const float>(grad_depth),  pointer<const float>(grad_z_variance),
-        pointer<const float>(grad_normal), pointer<const float>(grad_weights),
-        pointer<float>(grad_sigmas),       pointer<float>(grad_rgbs),
-        pointer<float>(grad_normals)};
+        pointer<const float>(grad_color),   pointer<const float>(grad_opacity),
+        pointer<const float>(grad_depth),   pointer<const float>(grad_z_variance),
+        pointer<const float>(grad_normal),  pointer<const float>(grad_weights),
+        pointer<const float>(grad_orientation), pointer<float>(grad_sigmas),
+        pointer<float>(grad_rgbs),          pointer<float>(grad_normals)};
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::composite_bwd(params, grads, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::composite_bwd(params, grads, stream)));
 }
@@ -392,6 +448,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("march_write", &march_write);
 
     m.def("visibility", &visibility);
+    m.def("prune", &prune);
     m.def("composite_fwd", &composite_fwd);
     m.def("composite_bwd", &composite_bwd);
 

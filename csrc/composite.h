@@ -5,8 +5,12 @@
 // g_i = dL/dw_i the gradient is dL/dx_i = g_i exp(-X_{i+1}) - sum_{j>i} g_j w_j: nothing is divided
 // by a transmittance, so opaque samples (alpha = 1) get their true gradient.
 //
-// Per-sample arithmetic is float. Sums along a ray are carried in double: an optical depth of 10
-// summed over hundreds of samples in float would put 1e-5 of error into the transmittance.
+// Per-sample arithmetic is float. Sums along a ray are carried in double, or in two floats on CUDA:
+// an optical depth of 10 summed over hundreds of samples in float would put 1e-5 of error into the
+// transmittance.
+//
+// Samples behind the last ray's, of arrays with a fixed capacity, are not read; their weights and
+// gradients are zero.
 #pragma once
 
 #include <cmath>
@@ -25,7 +29,9 @@ struct CompositeParams {
     const float* t_starts;   // [S]
     const float* t_ends;     // [S]
     const int64_t* offsets;  // [n_rays + 1] where each ray's samples begin
+    const float* dirs;       // [n_rays, 3], null leaves orientation out; needs normals
     int64_t n_rays;
+    int64_t n_samples;  // S
     // Results of the forward pass; opacity, depth and z_variance are inputs of the backward pass.
     float* color;       // [n_rays, 3]
     float* opacity;     // [n_rays]
@@ -33,6 +39,7 @@ struct CompositeParams {
     float* z_variance;  // [n_rays], null leaves z_variance and normal out
     float* normal;      // [n_rays, 3]
     float* weights;     // [S]
+    float* orientation;  // [n_rays]
 };
 
 // Gradients; each incoming one may be null, meaning zero.
@@ -43,8 +50,9 @@ struct CompositeGrads {
     const float* z_variance;  // [n_rays]
     const float* normal;      // [n_rays, 3]
     const float* weights;     // [S]
-    float* sigmas;            // [S] out; holds transmittances between the two sweeps
-    float* rgbs;              // [S, 3] out
+    const float* orientation;  // [n_rays]
+    float* sigmas;            // [S] out; on the CPU holds transmittances between the two sweeps
+    float* rgbs;              // [S, 3] out; on CUDA holds optical depths between the two sweeps
     float* normals;           // [S, 3] out, if there are normals
 };
 
@@ -56,18 +64,42 @@ struct VisibilityParams {
     const float* alpha_threshold;  // one number, where the samples are: no copy to the host
     float transmittance_threshold;
     int64_t n_rays;
+    int64_t n_samples;
     uint8_t* visible;  // [S] out, 0 or 1
 };
 
 namespace composite {
+
+// Where the samples of a ray begin and end. Offsets without sense give wrong numbers, but never an
+// access out of bounds.
+template <class Params>
+DSD_HD int64_t begin_of(const Params& p, int64_t ray) {
+    const int64_t begin = p.offsets[ray];
+    return begin < 0 ? 0 : begin;
+}
+
+template <class Params>
+DSD_HD int64_t end_of(const Params& p, int64_t ray) {
+    const int64_t end = p.offsets[ray + 1];
+    return end < p.n_samples ? end : p.n_samples;
+}
+
+// Where the samples without a ray begin.
+template <class Params>
+DSD_HD int64_t end_of_all(const Params& p) {
+    const int64_t end = p.offsets[p.n_rays];
+    return end < 0 ? 0 : end;
+}
 
 template <class Params>
 DSD_HD float thickness(const Params& p, int64_t i) {
     return p.sigmas[i] * (p.t_ends[i] - p.t_starts[i]);
 }
 
+DSD_HD float middle(float t_start, float t_end) { return 0.5f * (t_start + t_end); }
+
 DSD_HD float middle(const CompositeParams& p, int64_t i) {
-    return 0.5f * (p.t_starts[i] + p.t_ends[i]);
+    return middle(p.t_starts[i], p.t_ends[i]);
 }
 
 DSD_HD float alpha(float thickness) { return -expm1f(-thickness); }
@@ -82,16 +114,21 @@ DSD_HD bool visible(const VisibilityParams& p, float transmittance, float alpha)
 
 DSD_HD float mean_depth(float opacity, float depth) { return depth / fmaxf(opacity, kMinOpacity); }
 
-// What is the same for all samples of a ray in dL/dw.
+// How far a normal faces away: its product with the ray's direction, at least 0.
+DSD_HD float facing_away(float product) { return product > 0.0f ? product : 0.0f; }
+
+// What is the same for all samples of a ray in the gradients.
 struct RayGrad {
     float color[3];
     float normal[3];
+    float dir[3];
     float opacity;
     float depth;
     float z_variance;  // dL/d(z_variance) / max(opacity, kMinOpacity)
     float mean;
     float constant;  // d(z_variance)/dw_i times the denominator is
     float slope;     // (t_i - mean)^2 + slope * t_i + constant
+    float orientation;
 };
 
 DSD_HD float at(const float* values, int64_t i) { return values == nullptr ? 0.0f : values[i]; }
@@ -104,6 +141,7 @@ DSD_HD RayGrad load_ray_grad(const CompositeParams& p, const CompositeGrads& g, 
     r.depth = at(g.depth, ray);
     if (kFull) {
         for (int c = 0; c < 3; ++c) r.normal[c] = at(g.normal, 3 * ray + c);
+        for (int c = 0; c < 3; ++c) r.dir[c] = at(p.dirs, 3 * ray + c);
         const float opacity = p.opacity[ray];
         r.z_variance = at(g.z_variance, ray) / fmaxf(opacity, kMinOpacity);
         r.mean = mean_depth(opacity, p.depth[ray]);
@@ -112,31 +150,27 @@ DSD_HD RayGrad load_ray_grad(const CompositeParams& p, const CompositeGrads& g, 
         const bool above = opacity >= kMinOpacity;
         r.constant = above ? -p.z_variance[ray] : 0.0f;
         r.slope = above ? 0.0f : -2.0f * r.mean * (1.0f - opacity / kMinOpacity);
+        r.orientation = at(g.orientation, ray);
     }
     return r;
 }
 
-// dL/dw of sample i.
+// dL/dw of sample i, whose middle is t; `values` is the product of its colour and normal with their
+// gradients. The orientation takes the weights as given.
 template <bool kFull>
-DSD_HD float weight_grad(const CompositeParams& p, const CompositeGrads& g, const RayGrad& r,
-                         int64_t i) {
-    const float t = middle(p, i);
-    float sum = at(g.weights, i) + r.opacity + r.depth * t;
-    for (int c = 0; c < 3; ++c) sum += r.color[c] * p.rgbs[3 * i + c];
+DSD_HD float weight_grad(const CompositeGrads& g, const RayGrad& r, int64_t i, float t,
+                         float values) {
+    float sum = at(g.weights, i) + r.opacity + r.depth * t + values;
     if (kFull) {
-        for (int c = 0; c < 3; ++c) sum += r.normal[c] * p.normals[3 * i + c];
         const float from_mean = t - r.mean;
         sum += r.z_variance * (from_mean * from_mean + r.slope * t + r.constant);
     }
     return sum;
 }
 
-template <bool kFull>
-DSD_HD void write_value_grads(const CompositeGrads& g, const RayGrad& r, float weight, int64_t i) {
-    for (int c = 0; c < 3; ++c) g.rgbs[3 * i + c] = weight * r.color[c];
-    if (kFull) {
-        for (int c = 0; c < 3; ++c) g.normals[3 * i + c] = weight * r.normal[c];
-    }
+// Times the direction the orientation's gradient of a normal; `product` is normal times direction.
+DSD_HD float orientation_grad(const RayGrad& r, float weight, float product) {
+    return 2.0f * r.orientation * weight * facing_away(product);
 }
 
 }  // namespace composite

@@ -8,12 +8,21 @@
 
 #include <cmath>
 
-#include "common.h"
+#include "pack.h"
 
 namespace dsd {
 
 // float counts whole steps exactly up to here; a ray's lattice ends there.
 constexpr int kMaxMarchSteps = 1 << 24;
+
+// Runs of a ray that are kept from counting for writing; a ray with more is walked again from there.
+constexpr int kMarchRuns = 4;
+
+// Samples begin <= k < end without a gap.
+struct MarchRun {
+    int begin;
+    int end;
+};
 
 struct MarchParams {
     const float* origins;      // [n_rays, 3]
@@ -30,14 +39,8 @@ struct MarchParams {
     float steps_per_unit;
     float near;
     float far;
-    // Written by march_count, read by march_write.
-    int64_t* counts;  // [n_rays] samples of each ray
-    int* firsts;      // [n_rays] lattice index of the first one
-    // Read and written by march_write.
-    const int64_t* offsets;  // [n_rays] where each ray's samples begin
-    int64_t* ray_indices;    // [S]
-    float* t_starts;         // [S]
-    float* t_ends;           // [S]
+    MarchRun* runs;  // [kMarchRuns, n_rays] the first runs of each ray; written by march_count
+    PackParams out;
 };
 
 namespace march {
@@ -79,10 +82,15 @@ DSD_HD int step_index(float k) {
     return static_cast<int>(smaller(larger(k, 0.0f), static_cast<float>(kMaxMarchSteps)));
 }
 
+// t of the first lattice point.
+DSD_HD float lattice_start(const MarchParams& p, int64_t ray) {
+    return p.jitter == nullptr ? p.near : add(p.near, mul(p.jitter[ray], p.step));
+}
+
 // The walk of a ray from the box's entry to its exit; a ray that is not finite has an empty one.
 DSD_HD Walk begin_walk(const MarchParams& p, int64_t ray) {
     Walk w;
-    w.start = p.jitter == nullptr ? p.near : add(p.near, mul(p.jitter[ray], p.step));
+    w.start = lattice_start(p, ray);
     bool finite = std::isfinite(w.start), moving = false;
     float entry = p.near, exit = p.far;
     for (int a = 0; a < 3; ++a) {
@@ -148,38 +156,61 @@ DSD_HD bool next_run(const MarchParams& p, Walk& w, int& begin, int& end) {
     return false;
 }
 
-DSD_HD void count_ray(const MarchParams& p, int64_t ray) {
-    int64_t count = 0;
-    int first = 0;
+// Gives the number of samples of a ray and writes its first runs.
+DSD_HD int count_ray(const MarchParams& p, int64_t ray) {
+    int count = 0, n_runs = 0;
+    MarchRun run{0, 0};
     Walk walk = begin_walk(p, ray);
     for (int begin, end; next_run(p, walk, begin, end);) {
-        if (count == 0) first = begin;
         count += end - begin;
+        if (begin != run.end) {  // a gap since the run so far, which may be none yet
+            if (run.begin < run.end && n_runs < kMarchRuns) p.runs[n_runs++ * p.n_rays + ray] = run;
+            run.begin = begin;
+        }
+        run.end = end;
     }
-    p.counts[ray] = count;
-    p.firsts[ray] = first;
+    if (run.begin < run.end && n_runs < kMarchRuns) p.runs[n_runs * p.n_rays + ray] = run;
+    return count;
 }
 
-// Walks again, but only from the first sample to the last.
-DSD_HD void write_ray(const MarchParams& p, int64_t ray) {
-    int64_t out = p.offsets[ray];
-    const int64_t out_end = out + p.counts[ray];
-    if (out == out_end) return;
+// Writes samples begin <= k < end to places from `out` on and before `out_end`; lane l of n takes
+// every n-th.
+DSD_HD void write_run(const MarchParams& p, int64_t ray, float start, const MarchRun& run,
+                      int64_t out, int64_t out_end, int lane, int n_lanes) {
+    const int64_t n = pack::smaller(run.end - run.begin, out_end - out);
+    for (int64_t i = lane; i < n; i += n_lanes) {
+        const int k = run.begin + static_cast<int>(i);
+        pack::put(p.out, out + i, ray, lattice(p, start, k), lattice(p, start, k + 1));
+    }
+}
+
+// Writes the samples of a ray to places begin to end, as many as count_ray found or fewer; the lanes
+// of a warp do it together.
+DSD_HD void write_ray(const MarchParams& p, int64_t ray, int64_t begin, int64_t end, int lane,
+                      int n_lanes) {
+    if (begin >= end) return;
+    const float start = lattice_start(p, ray);
+    int64_t out = begin;
+    MarchRun run{0, 0};
+    for (int r = 0; r < kMarchRuns && out < end; ++r) {
+        run = p.runs[r * p.n_rays + ray];
+        write_run(p, ray, start, run, out, end, lane, n_lanes);
+        out += run.end - run.begin;
+    }
+    if (out >= end) return;
     Walk walk = begin_walk(p, ray);
-    walk.k = p.firsts[ray];
-    for (int begin, end; out < out_end && next_run(p, walk, begin, end);) {
-        for (int k = begin; k < end; ++k, ++out) {
-            p.ray_indices[out] = ray;
-            p.t_starts[out] = lattice(p, walk.start, k);
-            p.t_ends[out] = lattice(p, walk.start, k + 1);
-        }
+    walk.k = run.end;
+    while (out < end && next_run(p, walk, run.begin, run.end)) {
+        write_run(p, ray, start, run, out, end, lane, n_lanes);
+        out += run.end - run.begin;
     }
 }
 
 }  // namespace march
 
-// Counts each ray's samples; the caller turns counts into offsets and runs march_write.
+// Counts the samples: fills the runs and the scratch of `out`.
 void march_count(const MarchParams& p, int n_threads);
+// Writes the results of `out` from there.
 void march_write(const MarchParams& p, int n_threads);
 
 namespace cuda {

@@ -2,25 +2,30 @@
 (``<name>_reference`` in its module), a CPU and a CUDA kernel (csrc), a torch.library operator
 (``torch.ops.dsd_fast.<name>``, with fake and, where it makes sense, autograd) and a test."""
 
+from dsd_fast.ops._pack import PackedSamples
 from dsd_fast.ops.composite import Composited, composite, composite_full, visibility
 from dsd_fast.ops.field import FieldShape, fused_field
 from dsd_fast.ops.hashgrid import GridSpec, hashgrid, hashgrid_jacobian
-from dsd_fast.ops.march import march
+from dsd_fast.ops.march import march, march_packed
 from dsd_fast.ops.occupancy import occupancy_threshold, occupancy_update
+from dsd_fast.ops.prune import prune
 from dsd_fast.ops.sh import spherical_harmonics
 
 __all__ = [
     "Composited",
     "FieldShape",
     "GridSpec",
+    "PackedSamples",
     "composite",
     "composite_full",
     "fused_field",
     "hashgrid",
     "hashgrid_jacobian",
     "march",
+    "march_packed",
     "occupancy_threshold",
     "occupancy_update",
+    "prune",
     "spherical_harmonics",
     "visibility",
 ]

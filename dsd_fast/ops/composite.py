@@ -8,6 +8,11 @@ Packed samples: all rays' samples one ray after the other, each from near to far
 [S] int64 names the ray of each sample and must be sorted and in [0, n_rays). The CPU backend
 refuses other ray indices with a ValueError. On CUDA, where looking would cost a synchronisation,
 they give wrong numbers, but never an access out of bounds.
+
+In their place `offsets` [R + 1] int64 may say where each ray begins (`march_packed` and `prune`
+give them). The last entry is the number of samples, and arrays may be longer: what is behind is not
+read, and its weights and gradients are zero. Offsets must rise from 0 to at most S, with the same
+consequences where they do not.
 """
 
 from typing import NamedTuple
@@ -18,6 +23,7 @@ from torch.autograd.function import FunctionCtx
 
 from dsd_fast._backend import address, extension, target, use_reference
 from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._pack import check_offsets, check_offsets_tensor, unpack
 
 # Floor of the opacity that normalises the weights of the z-variance.
 MIN_OPACITY = 1e-5
@@ -32,16 +38,19 @@ class Composited(NamedTuple):
     z_variance: Tensor  # [R, 1]  variance of t under the weights w / max(opacity, MIN_OPACITY)
     normal: Tensor  # [R, 3]  sum of w n, not normalised
     weights: Tensor  # [S]
+    orientation: Tensor  # [R, 1]  sum of w max(0, n d)^2, w as given; [0, 1] without directions d
 
 
 def visibility(
     sigmas: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
+    ray_indices: Tensor | None,
+    n_rays: int | None,
     alpha_threshold: float | Tensor,
     transmittance_threshold: float = 1e-4,
+    *,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Which samples can be seen: T_i >= transmittance_threshold and alpha_i >= alpha_threshold.
 
@@ -50,19 +59,20 @@ def visibility(
     Args:
         sigmas: float32 [S], contiguous, as all tensors here.
         t_starts, t_ends: float32 [S].
-        ray_indices: int64 [S], sorted.
-        n_rays: number of rays R.
+        ray_indices: int64 [S], sorted; None with `offsets`.
+        n_rays: number of rays R; None with `offsets`.
         alpha_threshold: a number, or a float32 tensor [] on the device of the samples
             (`occupancy_threshold` gives one; it is not copied to the host).
         transmittance_threshold: a number.
+        offsets: int64 [R + 1] in place of `ray_indices` and `n_rays`.
 
     Returns:
-        bool [S]. Not differentiable.
+        bool [S], False behind the last ray. Not differentiable.
 
     Raises:
         TypeError, ValueError: see `composite`.
     """
-    _check_samples("visibility", sigmas, t_starts, t_ends, ray_indices, n_rays)
+    n_rays = _check_samples("visibility", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     if not isinstance(alpha_threshold, Tensor):
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("visibility", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
@@ -75,6 +85,7 @@ def visibility(
         n_rays,
         alpha_threshold.detach(),
         transmittance_threshold,
+        offsets,
     )
 
 
@@ -83,15 +94,17 @@ def composite(
     rgbs: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
+    ray_indices: Tensor | None = None,
+    n_rays: int | None = None,
+    *,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Render colours of packed samples.
 
     color = sum w c, opacity = sum w and depth = sum w t over a ray, zeros if it has no samples.
 
-    Arithmetic is float32 with sums along a ray in double. Deterministic on CPU (for any number of
-    threads) and CUDA.
+    Arithmetic is float32 with sums along a ray in double, or in two floats on CUDA. Deterministic
+    on CPU (for any number of threads) and CUDA. With `offsets` no step waits for the device.
 
     Args:
         sigmas: float32 [S] densities, contiguous, as all tensors here.
@@ -99,6 +112,7 @@ def composite(
         t_starts, t_ends: float32 [S], the samples' intervals.
         ray_indices: int64 [S], sorted.
         n_rays: number of rays R.
+        offsets: int64 [R + 1] in place of `ray_indices` and `n_rays`.
 
     Returns:
         (color [R, 3], opacity [R, 1], depth [R, 1], weights [S]), float32. All four pass gradients
@@ -106,8 +120,8 @@ def composite(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: another shape or device, not contiguous, or (CPU) ray_indices not sorted or out
-            of range.
+        ValueError: another shape or device, not contiguous, neither or both of `ray_indices` and
+            `offsets`, or (CPU) ray_indices or offsets not sorted or out of range.
 
     Example:
         >>> t = torch.tensor([0.0, 1.0, 2.0])
@@ -115,10 +129,10 @@ def composite(
         >>> composite(torch.ones(2), torch.ones(2, 3), t[:-1], t[1:], rays, n_rays=1)[1]
         tensor([[0.8647]])
     """
-    _check_samples("composite", sigmas, t_starts, t_ends, ray_indices, n_rays)
+    n_rays = _check_samples("composite", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     check_tensor("composite", "rgbs", rgbs, torch.float32, (sigmas.shape[0], 3), sigmas.device)
     function = composite_reference if use_reference() else _composite_op
-    return function(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays)
+    return function(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets)
 
 
 def composite_full(
@@ -127,43 +141,76 @@ def composite_full(
     normals: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
+    ray_indices: Tensor | None = None,
+    n_rays: int | None = None,
+    *,
+    offsets: Tensor | None = None,
+    dirs: Tensor | None = None,
 ) -> Composited:
     """`composite`, and the normals and the spread of depth along each ray.
 
     normal = sum w n. With v_i = w_i / max(opacity, 1e-5) and m = sum v t, z_variance =
-    sum v (t - m)^2, gradients flowing through v.
+    sum v (t - m)^2, gradients flowing through v. With the rays' directions d, orientation =
+    sum w max(0, n d)^2 tells of normals that face away; it passes gradients to the normals alone.
 
     Args:
-        normals: float32 [S, 3]; the other arguments are those of `composite`.
+        normals: float32 [S, 3].
+        dirs: float32 [R, 3], or None for no orientation. The other arguments are those of
+            `composite`.
 
     Returns:
-        A `Composited`. All outputs pass gradients to `sigmas`, `rgbs` and `normals`; intervals get
-        none, and there is no second derivative.
+        A `Composited`. All outputs but the orientation pass gradients to `sigmas`, `rgbs` and
+        `normals`; intervals and directions get none, and there is no second derivative.
 
     Raises:
         TypeError, ValueError: see `composite`.
     """
-    _check_samples("composite_full", sigmas, t_starts, t_ends, ray_indices, n_rays)
+    op = "composite_full"
+    n_rays = _check_samples(op, sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     for name, values in (("rgbs", rgbs), ("normals", normals)):
-        check_tensor(
-            "composite_full", name, values, torch.float32, (sigmas.shape[0], 3), sigmas.device
-        )
+        check_tensor(op, name, values, torch.float32, (sigmas.shape[0], 3), sigmas.device)
+    if dirs is not None:
+        check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), sigmas.device)
+        dirs = dirs.detach()
     function = composite_full_reference if use_reference() else _composite_full_op
-    return Composited(*function(sigmas, rgbs, normals, t_starts, t_ends, ray_indices, n_rays))
+    samples = sigmas, rgbs, normals, t_starts, t_ends
+    return Composited(*function(*samples, ray_indices, n_rays, offsets, dirs))
 
 
 def _check_samples(
-    op: str, sigmas: Tensor, t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor, n_rays: int
-) -> None:
+    op: str,
+    sigmas: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor | None,
+    n_rays: int | None,
+    offsets: Tensor | None,
+) -> int:
+    """Gives the number of rays."""
     check_tensor(op, "sigmas", sigmas, torch.float32, ("S",))
     shape, device = sigmas.shape, sigmas.device
     check_tensor(op, "t_starts", t_starts, torch.float32, shape, device)
     check_tensor(op, "t_ends", t_ends, torch.float32, shape, device)
+    if offsets is not None:
+        if ray_indices is not None or n_rays is not None:
+            raise ValueError(f"{op}: offsets replace ray_indices and n_rays, got both")
+        return check_offsets_tensor(op, offsets, device)
+    if n_rays is None:
+        raise ValueError(f"{op}: either ray_indices and n_rays or offsets are needed, got neither")
     check_tensor(op, "ray_indices", ray_indices, torch.int64, shape, device)
     if n_rays < 0:
         raise ValueError(f"{op}: n_rays must be at least 0, got {n_rays}")
+    return n_rays
+
+
+def _check_places(
+    ray_indices: Tensor | None, n_rays: int, offsets: Tensor | None, n_samples: int
+) -> None:
+    """On the CPU: the values of what says which sample is of which ray."""
+    if offsets is not None:
+        check_offsets(offsets, n_samples)
+    else:
+        _check_ray_indices(ray_indices, n_rays)
 
 
 def _check_ray_indices(ray_indices: Tensor, n_rays: int) -> None:
@@ -176,8 +223,10 @@ def _check_ray_indices(ray_indices: Tensor, n_rays: int) -> None:
         raise ValueError(f"ray_indices must be in [0, {n_rays}), got {first} to {last}")
 
 
-def _ray_offsets(ray_indices: Tensor, n_rays: int) -> Tensor:
+def _ray_offsets(ray_indices: Tensor | None, n_rays: int, offsets: Tensor | None = None) -> Tensor:
     """Where each ray's samples begin in the packed arrays, int64 [R + 1]; the last entry is S."""
+    if offsets is not None:
+        return offsets
     return torch.searchsorted(ray_indices, torch.arange(n_rays + 1, device=ray_indices.device))
 
 
@@ -186,13 +235,14 @@ def _visibility_op(
     sigmas: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
+    ray_indices: Tensor | None,
     n_rays: int,
     alpha_threshold: Tensor,
     transmittance_threshold: float,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    _check_ray_indices(ray_indices, n_rays)
-    offsets = _ray_offsets(ray_indices, n_rays)
+    _check_places(ray_indices, n_rays, offsets, len(sigmas))
+    offsets = _ray_offsets(ray_indices, n_rays, offsets)
     visible = torch.empty_like(sigmas, dtype=torch.bool)
     extension().visibility(
         address(sigmas),
@@ -202,6 +252,7 @@ def _visibility_op(
         address(alpha_threshold),
         transmittance_threshold,
         n_rays,
+        len(sigmas),
         address(visible),
         *target(sigmas),
     )
@@ -209,11 +260,20 @@ def _visibility_op(
 
 
 @_visibility_op.register_fake
-def _(sigmas, t_starts, t_ends, ray_indices, n_rays, alpha_threshold, transmittance_threshold):
+def _(
+    sigmas,
+    t_starts,
+    t_ends,
+    ray_indices,
+    n_rays,
+    alpha_threshold,
+    transmittance_threshold,
+    offsets=None,
+):
     return torch.empty_like(sigmas, dtype=torch.bool)
 
 
-def _empty_outputs(sigmas: Tensor, n_rays: int) -> Composited:
+def _empty_outputs(sigmas: Tensor, n_rays: int, dirs: Tensor | None = None) -> Composited:
     return Composited(
         color=sigmas.new_empty(n_rays, 3),
         opacity=sigmas.new_empty(n_rays, 1),
@@ -221,6 +281,7 @@ def _empty_outputs(sigmas: Tensor, n_rays: int) -> Composited:
         z_variance=sigmas.new_empty(n_rays, 1),
         normal=sigmas.new_empty(n_rays, 3),
         weights=torch.empty_like(sigmas),
+        orientation=sigmas.new_empty(0 if dirs is None else n_rays, 1),
     )
 
 
@@ -230,13 +291,15 @@ def _composite_fwd(
     normals: Tensor | None,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
+    ray_indices: Tensor | None,
     n_rays: int,
+    offsets: Tensor | None,
+    dirs: Tensor | None = None,
 ) -> Composited:
     """Without normals, z_variance and normal stay unwritten."""
-    _check_ray_indices(ray_indices, n_rays)
-    offsets = _ray_offsets(ray_indices, n_rays)
-    out = _empty_outputs(sigmas, n_rays)
+    _check_places(ray_indices, n_rays, offsets, len(sigmas))
+    offsets = _ray_offsets(ray_indices, n_rays, offsets)
+    out = _empty_outputs(sigmas, n_rays, dirs)
     asked = out if normals is not None else out._replace(z_variance=None, normal=None)
     extension().composite_fwd(
         address(sigmas),
@@ -245,7 +308,9 @@ def _composite_fwd(
         address(t_starts),
         address(t_ends),
         address(offsets),
+        address(dirs),
         n_rays,
+        len(sigmas),
         *(address(tensor) for tensor in asked),
         *target(sigmas),
     )
@@ -258,15 +323,16 @@ def _composite_op(
     rgbs: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
+    ray_indices: Tensor | None,
     n_rays: int,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = _composite_fwd(sigmas, rgbs, None, t_starts, t_ends, ray_indices, n_rays)
+    out = _composite_fwd(sigmas, rgbs, None, t_starts, t_ends, ray_indices, n_rays, offsets)
     return out.color, out.opacity, out.depth, out.weights
 
 
 @_composite_op.register_fake
-def _(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays):
+def _(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets=None):
     out = _empty_outputs(sigmas, n_rays)
     return out.color, out.opacity, out.depth, out.weights
 
@@ -278,15 +344,18 @@ def _composite_full_op(
     normals: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
+    ray_indices: Tensor | None,
     n_rays: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_composite_fwd(sigmas, rgbs, normals, t_starts, t_ends, ray_indices, n_rays))
+    offsets: Tensor | None = None,
+    dirs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    samples = sigmas, rgbs, normals, t_starts, t_ends
+    return tuple(_composite_fwd(*samples, ray_indices, n_rays, offsets, dirs))
 
 
 @_composite_full_op.register_fake
-def _(sigmas, rgbs, normals, t_starts, t_ends, ray_indices, n_rays):
-    return tuple(_empty_outputs(sigmas, n_rays))
+def _(sigmas, rgbs, normals, t_starts, t_ends, ray_indices, n_rays, offsets=None, dirs=None):
+    return tuple(_empty_outputs(sigmas, n_rays, dirs))
 
 
 @torch.library.custom_op("dsd_fast::composite_bwd", mutates_args=())
@@ -302,18 +371,22 @@ def _composite_bwd_op(
     normals: Tensor | None,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
+    ray_indices: Tensor | None,
     n_rays: int,
     opacity: Tensor,
     depth: Tensor,
     z_variance: Tensor | None,
+    offsets: Tensor | None = None,
+    dirs: Tensor | None = None,
+    grad_orientation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (sigmas, rgbs, normals) for both operators; normals [0, 3] without normals.
 
     Weights and transmittances are computed again rather than kept. An absent gradient is zero.
     """
-    offsets = _ray_offsets(ray_indices, n_rays)
-    grads = (grad_color, grad_opacity, grad_depth, grad_z_variance, grad_normal, grad_weights)
+    offsets = _ray_offsets(ray_indices, n_rays, offsets)
+    grads = [grad_color, grad_opacity, grad_depth, grad_z_variance, grad_normal, grad_weights]
+    grads.append(None if dirs is None else grad_orientation)
     grads = [None if grad is None else grad.contiguous() for grad in grads]
     grad_sigmas, grad_rgbs = torch.empty_like(sigmas), torch.empty_like(rgbs)
     grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
@@ -324,7 +397,9 @@ def _composite_bwd_op(
         address(t_starts),
         address(t_ends),
         address(offsets),
+        address(dirs),
         n_rays,
+        len(sigmas),
         address(opacity),
         address(depth),
         address(z_variance),
@@ -355,21 +430,24 @@ def _(
     opacity,
     depth,
     z_variance,
+    offsets=None,
+    dirs=None,
+    grad_orientation=None,
 ):
     grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
     return torch.empty_like(sigmas), torch.empty_like(rgbs), grad_normals
 
 
 def _save_composite(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-    sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays = inputs
+    sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets = inputs
     _, opacity, depth, _ = output
-    ctx.save_for_backward(sigmas, rgbs, t_starts, t_ends, ray_indices, opacity, depth)
+    ctx.save_for_backward(sigmas, rgbs, t_starts, t_ends, ray_indices, offsets, opacity, depth)
     ctx.n_rays = n_rays
     ctx.set_materialize_grads(False)
 
 
 def _composite_backward(ctx, grad_color, grad_opacity, grad_depth, grad_weights):
-    sigmas, rgbs, t_starts, t_ends, ray_indices, opacity, depth = ctx.saved_tensors
+    sigmas, rgbs, t_starts, t_ends, ray_indices, offsets, opacity, depth = ctx.saved_tensors
     grad_sigmas, grad_rgbs, _ = _composite_bwd_op(
         grad_color,
         grad_opacity,
@@ -387,22 +465,28 @@ def _composite_backward(ctx, grad_color, grad_opacity, grad_depth, grad_weights)
         opacity,
         depth,
         None,
+        offsets,
     )
-    return grad_sigmas, grad_rgbs, None, None, None, None
+    return grad_sigmas, grad_rgbs, None, None, None, None, None
 
 
 def _save_composite_full(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-    *tensors, n_rays = inputs
+    *samples, n_rays, offsets, dirs = inputs
     out = Composited(*output)
-    ctx.save_for_backward(*tensors, out.opacity, out.depth, out.z_variance)
+    kept = out.opacity, out.depth, out.z_variance
+    ctx.save_for_backward(*samples, *kept, offsets, dirs)
     ctx.n_rays = n_rays
     ctx.set_materialize_grads(False)
 
 
 def _composite_full_backward(ctx, *grads):
-    *inputs, opacity, depth, z_variance = ctx.saved_tensors
-    grad_values = _composite_bwd_op(*grads, *inputs, ctx.n_rays, opacity, depth, z_variance)
-    return *grad_values, None, None, None, None
+    *samples, opacity, depth, z_variance, offsets, dirs = ctx.saved_tensors
+    *grads, grad_orientation = grads
+    kept = opacity, depth, z_variance
+    grad_values = _composite_bwd_op(
+        *grads, *samples, ctx.n_rays, *kept, offsets, dirs, grad_orientation
+    )
+    return *grad_values, None, None, None, None, None, None
 
 
 _composite_op.register_autograd(_composite_backward, setup_context=_save_composite)
@@ -438,17 +522,29 @@ def _transmittance_alpha(
     return torch.exp(-before), -torch.expm1(-thickness)
 
 
+def _padded(values: Tensor, size: int) -> Tensor:
+    """Values [n] with zeros behind them -> [size]."""
+    return torch.cat([values, values.new_zeros(size - len(values))])
+
+
 @torch.no_grad()
 def visibility_reference(
     sigmas: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
+    ray_indices: Tensor | None,
+    n_rays: int | None,
     alpha_threshold: float | Tensor,
     transmittance_threshold: float = 1e-4,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """`visibility` in pure torch, any floating dtype and device."""
+    if offsets is not None:
+        rays = unpack(offsets)
+        samples = (values[: len(rays)] for values in (sigmas, t_starts, t_ends))
+        thresholds = alpha_threshold, transmittance_threshold
+        seen = visibility_reference(*samples, rays, len(offsets) - 1, *thresholds)
+        return _padded(seen, len(sigmas))
     transmittance, alpha = _transmittance_alpha(sigmas, t_starts, t_ends, ray_indices, n_rays)
     return (transmittance >= transmittance_threshold) & (alpha >= alpha_threshold)
 
@@ -458,10 +554,16 @@ def composite_reference(
     rgbs: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
+    ray_indices: Tensor | None = None,
+    n_rays: int | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`composite` in pure torch, any floating dtype and device, differentiable by autograd."""
+    if offsets is not None:
+        rays = unpack(offsets)
+        samples = (values[: len(rays)] for values in (sigmas, rgbs, t_starts, t_ends))
+        *sums, weights = composite_reference(*samples, rays, len(offsets) - 1)
+        return *sums, _padded(weights, len(sigmas))
     transmittance, alpha = _transmittance_alpha(sigmas, t_starts, t_ends, ray_indices, n_rays)
     weights = (transmittance * alpha)[:, None]
     middle = 0.5 * (t_starts + t_ends)[:, None]
@@ -479,16 +581,27 @@ def composite_full_reference(
     normals: Tensor,
     t_starts: Tensor,
     t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
+    ray_indices: Tensor | None = None,
+    n_rays: int | None = None,
+    offsets: Tensor | None = None,
+    dirs: Tensor | None = None,
 ) -> Composited:
     """`composite_full` in pure torch, any floating dtype and device, differentiable by autograd."""
+    if offsets is not None:
+        rays = unpack(offsets)
+        samples = (values[: len(rays)] for values in (sigmas, rgbs, normals, t_starts, t_ends))
+        out = composite_full_reference(*samples, rays, len(offsets) - 1, dirs=dirs)
+        return out._replace(weights=_padded(out.weights, len(sigmas)))
     color, opacity, depth, weights = composite_reference(
         sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays
     )
     middle = 0.5 * (t_starts + t_ends)[:, None]
     share = weights[:, None] / opacity.clamp(min=MIN_OPACITY)[ray_indices]
     mean = _ray_sums(share * middle, ray_indices, n_rays)
+    orientation = opacity.new_zeros(0, 1)
+    if dirs is not None:
+        away = (normals * dirs[ray_indices]).sum(-1, keepdim=True).clamp(min=0.0)
+        orientation = _ray_sums(weights.detach()[:, None] * away**2, ray_indices, n_rays)
     return Composited(
         color=color,
         opacity=opacity,
@@ -496,4 +609,5 @@ def composite_full_reference(
         z_variance=_ray_sums(share * (middle - mean[ray_indices]) ** 2, ray_indices, n_rays),
         normal=_ray_sums(weights[:, None] * normals, ray_indices, n_rays),
         weights=weights,
+        orientation=orientation,
     )

@@ -8,12 +8,23 @@ from torch import Tensor
 
 from dsd_fast._backend import address, extension, target, use_reference
 from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._pack import (
+    PackedSamples,
+    addresses,
+    check_capacity,
+    empty_packed,
+    pack_reference,
+    scratch,
+)
 
 # A ray's lattice ends here: float32 counts whole steps exactly up to 2^24.
 MAX_STEPS = 1 << 24
 
 # A cell's flat index must fit 32 bits.
 MAX_CELLS = 1024
+
+# Runs of samples that the kernels keep of a ray from counting for writing (kMarchRuns).
+_RUNS = 4
 
 # The reference looks at rays x steps points at once; this bounds its memory.
 _REFERENCE_POINTS = 1 << 21
@@ -64,32 +75,120 @@ def march(
         >>> march(origins, dirs, ball, (-1, -1, -1, 1, 1, 1), step=0.5)[1]
         tensor([2.0000, 2.5000, 3.0000, 3.5000])
     """
-    aabb = [float(bound) for bound in aabb]
-    check_tensor("march", "origins", origins, torch.float32, ("R", 3))
-    device, n_rays = origins.device, origins.shape[0]
-    check_tensor("march", "dirs", dirs, torch.float32, (n_rays, 3), device)
-    check_tensor("march", "occupancy", occupancy, torch.bool, ("G", "G", "G"), device)
-    n_cells = occupancy.shape[0]
-    if occupancy.shape != (n_cells,) * 3 or not 1 <= n_cells <= MAX_CELLS:
-        raise ValueError(
-            f"march: occupancy must have shape [G, G, G] with 1 <= G <= {MAX_CELLS}, "
-            f"got {list(occupancy.shape)}"
-        )
-    if jitter is not None:
-        check_tensor("march", "jitter", jitter, torch.float32, (n_rays,), device)
-    finite = all(math.isfinite(bound) for bound in aabb)
-    if len(aabb) != 6 or not finite or any(lo >= hi for lo, hi in zip(aabb[:3], aabb[3:])):
-        raise ValueError(
-            f"march: aabb must be six finite numbers, a low corner below a high one, got {aabb}"
-        )
-    if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"march: step must be finite and above 0, got {step}")
-    if not (math.isfinite(near) and near < far):
-        raise ValueError(f"march: near must be finite and below far, got near {near}, far {far}")
+    aabb = _check_march("march", origins, dirs, occupancy, aabb, step, jitter, near, far)
     if use_reference():
         return march_reference(origins, dirs, occupancy, aabb, step, jitter, near, far)
     jitter = None if jitter is None else jitter.detach()
     return _march_op(origins.detach(), dirs.detach(), occupancy, aabb, step, jitter, near, far)
+
+
+def march_packed(
+    origins: Tensor,
+    dirs: Tensor,
+    occupancy: Tensor,
+    aabb: Sequence[float],
+    step: float,
+    jitter: Tensor | None = None,
+    near: float = 0.0,
+    far: float = 1e10,
+    *,
+    capacity: int,
+) -> PackedSamples:
+    """The samples of `march` in arrays of a fixed size; nothing waits for the device.
+
+    Where there are more samples than room, they are dropped from the end: a ray that the end cuts
+    keeps its nearest samples, and later rays get none. A CUDA graph can hold it.
+
+    Args:
+        capacity: room for samples C, at least 0; the other arguments are those of `march`.
+
+    Returns:
+        A `PackedSamples`, on the device of the rays. Nothing in it is differentiable.
+
+    Raises:
+        TypeError, ValueError: see `march`; ValueError for a capacity below 0.
+
+    Example:
+        >>> origins = torch.tensor([[0.0, 0.0, -3.0]])
+        >>> dirs = torch.tensor([[0.0, 0.0, 1.0]])
+        >>> ball = torch.ones(8, 8, 8, dtype=torch.bool)
+        >>> box = (-1, -1, -1, 1, 1, 1)
+        >>> march_packed(origins, dirs, ball, box, step=0.5, capacity=6).t_starts
+        tensor([2.0000, 2.5000, 3.0000, 3.5000, 0.0000, 0.0000])
+    """
+    aabb = _check_march("march_packed", origins, dirs, occupancy, aabb, step, jitter, near, far)
+    check_capacity("march_packed", origins.shape[0], capacity)
+    rays = origins.detach(), dirs.detach(), occupancy, aabb, step
+    jitter = None if jitter is None else jitter.detach()
+    function = march_packed_reference if use_reference() else _march_packed_op
+    return PackedSamples(*function(*rays, jitter, near, far, capacity=capacity))
+
+
+def _check_march(
+    op: str,
+    origins: Tensor,
+    dirs: Tensor,
+    occupancy: Tensor,
+    aabb: Sequence[float],
+    step: float,
+    jitter: Tensor | None,
+    near: float,
+    far: float,
+) -> list[float]:
+    """Gives the box as numbers."""
+    aabb = [float(bound) for bound in aabb]
+    check_tensor(op, "origins", origins, torch.float32, ("R", 3))
+    device, n_rays = origins.device, origins.shape[0]
+    check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), device)
+    check_tensor(op, "occupancy", occupancy, torch.bool, ("G", "G", "G"), device)
+    n_cells = occupancy.shape[0]
+    if occupancy.shape != (n_cells,) * 3 or not 1 <= n_cells <= MAX_CELLS:
+        raise ValueError(
+            f"{op}: occupancy must have shape [G, G, G] with 1 <= G <= {MAX_CELLS}, "
+            f"got {list(occupancy.shape)}"
+        )
+    if jitter is not None:
+        check_tensor(op, "jitter", jitter, torch.float32, (n_rays,), device)
+    finite = all(math.isfinite(bound) for bound in aabb)
+    if len(aabb) != 6 or not finite or any(lo >= hi for lo, hi in zip(aabb[:3], aabb[3:])):
+        raise ValueError(
+            f"{op}: aabb must be six finite numbers, a low corner below a high one, got {aabb}"
+        )
+    if not (math.isfinite(step) and step > 0):
+        raise ValueError(f"{op}: step must be finite and above 0, got {step}")
+    if not (math.isfinite(near) and near < far):
+        raise ValueError(f"{op}: near must be finite and below far, got near {near}, far {far}")
+    return aabb
+
+
+class _Marching:
+    """The bindings' arguments of one march, and what its two passes share."""
+
+    def __init__(self, origins, dirs, occupancy, aabb, step, jitter, near, far) -> None:
+        self.n_rays = n_rays = origins.shape[0]
+        self.like = origins
+        runs = origins.new_empty((_RUNS, n_rays, 2), dtype=torch.int32)
+        counts, bases, total = scratch(origins, n_rays)
+        # These live until both passes are launched.
+        self.tensors = origins, dirs, jitter, occupancy, runs, counts, bases, total
+        self.total = total
+        self.arguments = (
+            *(address(tensor) for tensor in (origins, dirs, jitter, occupancy)),
+            n_rays,
+            occupancy.shape[0],
+            list(aabb),
+            step,
+            near,
+            far,
+            address(runs),
+            tuple(address(tensor) for tensor in (counts, bases, total)),
+        )
+
+    def count(self) -> None:
+        extension().march_count(*self.arguments, *target(self.like))
+
+    def write(self, packed: tuple[int, ...], capacity: int, wide: bool) -> None:
+        extension().march_write(*self.arguments, capacity, packed, wide, *target(self.like))
 
 
 @torch.library.custom_op("dsd_fast::march", mutates_args=())
@@ -103,29 +202,14 @@ def _march_op(
     near: float,
     far: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n_rays = origins.shape[0]
-    rays = (address(origins), address(dirs), address(jitter), address(occupancy), n_rays)
-    grid = (occupancy.shape[0], list(aabb), step, near, far)
-    counts = origins.new_empty(n_rays, dtype=torch.int64)
-    firsts = origins.new_empty(n_rays, dtype=torch.int32)
-    found = (address(counts), address(firsts))
-    extension().march_count(*rays, *grid, *found, *target(origins))
-    ends = counts.cumsum(0)
-    n_samples = int(ends[-1]) if n_rays else 0
+    marching = _Marching(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    marching.count()
+    n_samples = int(marching.total)
     ray_indices = origins.new_empty(n_samples, dtype=torch.int64)
-    t_starts, t_ends = origins.new_empty(n_samples), origins.new_empty(n_samples)
-    offsets = ends - counts
-    extension().march_write(
-        *rays,
-        *grid,
-        *found,
-        address(offsets),
-        address(ray_indices),
-        address(t_starts),
-        address(t_ends),
-        *target(origins),
-    )
-    return ray_indices, t_starts, t_ends
+    samples = ray_indices, origins.new_empty(n_samples), origins.new_empty(n_samples)
+    packed = (0, 0, *(address(tensor) for tensor in samples))
+    marching.write(packed, n_samples, wide=True)
+    return samples
 
 
 @_march_op.register_fake
@@ -133,6 +217,30 @@ def _(origins, dirs, occupancy, aabb, step, jitter, near, far):
     n_samples = torch.library.get_ctx().new_dynamic_size()
     t_starts = origins.new_empty(n_samples)
     return origins.new_empty(n_samples, dtype=torch.int64), t_starts, torch.empty_like(t_starts)
+
+
+@torch.library.custom_op("dsd_fast::march_packed", mutates_args=())
+def _march_packed_op(
+    origins: Tensor,
+    dirs: Tensor,
+    occupancy: Tensor,
+    aabb: Sequence[float],
+    step: float,
+    jitter: Tensor | None,
+    near: float,
+    far: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    marching = _Marching(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    marching.count()
+    packed = empty_packed(origins, marching.n_rays, capacity)
+    marching.write(addresses(packed), capacity, wide=False)
+    return tuple(packed)
+
+
+@_march_packed_op.register_fake
+def _(origins, dirs, occupancy, aabb, step, jitter, near, far, capacity):
+    return tuple(empty_packed(origins, origins.shape[0], capacity))
 
 
 @torch.no_grad()
@@ -190,6 +298,23 @@ def march_reference(
     ray_indices = torch.cat([ray for ray, _ in found])
     k = torch.cat([index for _, index in found])
     return ray_indices, *_interval(start[ray_indices], k, step_t)
+
+
+def march_packed_reference(
+    origins: Tensor,
+    dirs: Tensor,
+    occupancy: Tensor,
+    aabb: Sequence[float],
+    step: float,
+    jitter: Tensor | None = None,
+    near: float = 0.0,
+    far: float = 1e10,
+    *,
+    capacity: int,
+) -> PackedSamples:
+    """`march_packed` in pure torch; it waits for the device."""
+    samples = march_reference(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    return pack_reference(*samples, origins.shape[0], capacity)
 
 
 def _interval(start: Tensor, k: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
