@@ -46,7 +46,7 @@ def render(width: int, device: torch.device, generator: torch.Generator) -> Work
 
     names = [name for module in (field, background) for name, _ in module.named_parameters()]
     with torch.no_grad():
-        n_samples = forward().n_samples
+        n_samples = int(forward().n_samples)
     return Workload(
         compiled=call,
         reference=by_reference(call),

@@ -4,11 +4,10 @@
 #include <cuda_fp16.h>
 
 #include "hashgrid.h"
+#include "warp.cuh"
 
 namespace dsd::cuda {
 namespace {
-
-constexpr int kWarp = 32;
 
 // True for a point in the unit cube; false for NaN.
 __device__ __forceinline__ bool is_inside(const float (&unit)[3]) {

@@ -169,26 +169,37 @@ class Field(nn.Module):
         unlocked = max(step - grid.start_step, 0) // grid.update_steps
         self.grid.n_active_levels = min(grid.start_level + unlocked, grid.n_levels)
 
-    def density(self, points: Tensor) -> Tensor:
+    def density(self, points: Tensor, n_valid: Tensor | None = None) -> Tensor:
         """Density [N] at points [N,3] in world units.
 
-        Without gradients the points are taken in blocks, so that memory stays small.
+        Without gradients the points are taken in blocks, so that memory stays small. `n_valid` is
+        as in `forward`.
         """
+        self._check_rows(points, n_valid)
         with torch.autocast(points.device.type, enabled=False):
-            if torch.is_grad_enabled() or self._is_fused(points):
+            if self._is_fused(points):
+                return self._fused(points, n_valid, features=False, normals=False)[0]
+            if torch.is_grad_enabled():
                 return self._density(points)
             density = points.new_empty(len(points))
             for block in _blocks(points):
                 density[block] = self._density(points[block])
             return density
 
-    def forward(self, points: Tensor, normals: bool = True) -> FieldOutput:
+    def forward(
+        self, points: Tensor, normals: bool = True, n_valid: Tensor | None = None
+    ) -> FieldOutput:
         """Everything at points [N,3]; `normal` is None where it is not asked for.
 
-        Gradients go to the grid and the networks, from normals too; not to the points.
+        Gradients go to the grid and the networks, from normals too; not to the points. With
+        `n_valid`, 0-dim int64 on their device, points from this one on give zeros and take no
+        part in gradients; only where `skips_rows` says so.
         """
+        self._check_rows(points, n_valid)
         with torch.autocast(points.device.type, enabled=False):
-            if torch.is_grad_enabled() or self._is_fused(points):
+            if self._is_fused(points):
+                return self._evaluate_fused(points, normals, n_valid)
+            if torch.is_grad_enabled():
                 return self._evaluate(points, normals)
             outputs = [self._evaluate(points[block], normals) for block in _blocks(points)]
             if not outputs:
@@ -209,11 +220,24 @@ class Field(nn.Module):
             self._half_of = now
         return self._half_table
 
+    def skips_rows(self, device: torch.device) -> bool:
+        """Whether `n_valid` is taken, for points of float32 on this device."""
+        return self._can_fuse and device.type == "cuda" and not use_reference()
+
+    def _check_rows(self, points: Tensor, n_valid: Tensor | None) -> None:
+        if n_valid is not None and not self._is_fused(points):
+            raise ValueError(
+                "n_valid: expected None for this field, dtype and device (see skips_rows); take "
+                "the valid rows alone"
+            )
+
     def _is_fused(self, points: Tensor) -> bool:
         is_float = points.dtype == self.grid.table.dtype == torch.float32
-        return self._can_fuse and points.is_cuda and is_float and not use_reference()
+        return is_float and self.skips_rows(points.device)
 
-    def _fused(self, points: Tensor, features: bool, normals: bool) -> tuple[Tensor | None, ...]:
+    def _fused(
+        self, points: Tensor, n_valid: Tensor | None, *, features: bool, normals: bool
+    ) -> tuple[Tensor | None, ...]:
         cfg = self.cfg
         networks = (self.density_network, self.feature_network)
         shape = FieldShape(
@@ -233,15 +257,21 @@ class Field(nn.Module):
             features=features,
             normals=normals,
             half_table=self.half_table() if cfg.half_table else None,
+            n_valid=n_valid,
         )
 
+    def _evaluate_fused(
+        self, points: Tensor, normals: bool, n_valid: Tensor | None
+    ) -> FieldOutput:
+        analytic = self.cfg.normal_type == "analytic"
+        density, features, normal = self._fused(
+            points, n_valid, features=True, normals=normals and analytic
+        )
+        if normals and not analytic:
+            normal = self._difference_normal(points, density)
+        return FieldOutput(density, features, normal)
+
     def _evaluate(self, points: Tensor, normals: bool) -> FieldOutput:
-        if self._is_fused(points):
-            analytic = self.cfg.normal_type == "analytic"
-            density, features, normal = self._fused(points, True, normals and analytic)
-            if normals and not analytic:
-                normal = self._difference_normal(points, density)
-            return FieldOutput(density, features, normal)
         if normals and self.cfg.normal_type == "analytic":
             encoded, jacobian = self.grid.value_and_jacobian(self._to_unit_cube(points))
             density, normal = self._density_and_normal(points, encoded, jacobian)
@@ -260,7 +290,7 @@ class Field(nn.Module):
 
     def _density(self, points: Tensor) -> Tensor:
         if self._is_fused(points):
-            return self._fused(points, False, False)[0]
+            return self._fused(points, None, features=False, normals=False)[0]
         encoded = self.grid(self._to_unit_cube(points))
         return self._activate(self.density_network(encoded)[:, 0] + density_bias(points, self.cfg))
 

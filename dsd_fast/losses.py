@@ -57,9 +57,8 @@ def regularizers(
 
 def orientation(output: RenderOutput) -> Tensor:
     """Σ_samples w·max(0, n·d)² / number of rays that hit anything; w detached."""
-    facing_away = (output.normals * output.dirs).sum(-1).clamp(min=0.0)
     n_hit = (output.opacity > 0).sum().clamp(min=1)
-    return (output.weights.detach() * facing_away.square()).sum() / n_hit
+    return output.orientation.sum() / n_hit
 
 
 def sparsity(output: RenderOutput) -> Tensor:

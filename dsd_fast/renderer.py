@@ -15,6 +15,9 @@ from dsd_fast.cameras import CameraBatch
 from dsd_fast.field import Field
 from dsd_fast.material import MaterialConfig, Shading, choose_shading, shade
 from dsd_fast.occupancy import OccupancyConfig, OccupancyGrid
+from dsd_fast.ops import PackedSamples
+from dsd_fast.sample_room import SampleRoom
+from dsd_fast.upload import upload
 
 # Pixels more opaque than this have a depth worth speaking of; only they have a z-variance.
 OPAQUE = 0.5
@@ -38,13 +41,17 @@ class RendererConfig:
     grid_prune: bool = True
     # Drop samples that are transparent or hidden before they are shaded.
     prune_alpha_threshold: bool = True
+    # On CUDA, room for so many samples a ray on average, those marched and those kept; samples that
+    # find no room are dropped and reported. None learns it from the renderings before. A CUDA graph
+    # needs numbers.
+    sample_room: tuple[float, float] | None = None
     # The occupancy grid.
     occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
 
 
 @dataclass(frozen=True)
 class RenderOutput:
-    """Images [B,H,W,·] and the S packed samples they were made of."""
+    """Images [B,H,W,·], and how many samples they were made of."""
 
     rgb: Tensor  # [B,H,W,3] foreground over background
     opacity: Tensor  # [B,H,W,1]
@@ -52,60 +59,69 @@ class RenderOutput:
     normal: Tensor  # [B,H,W,3] (N+1)/2 · opacity with N the unit world normal
     z_variance: Tensor  # [B,H,W,1] variance of t along the ray, zero where opacity <= OPAQUE
     rgb_fg: Tensor  # [B,H,W,3] Σ w c
-    weights: Tensor  # [S]
-    normals: Tensor  # [S,3]
-    dirs: Tensor  # [S,3] unit ray directions
-    ray_indices: Tensor  # [S] int64, into the B·H·W rays
-    n_samples: int  # S; zero is legal: only the background is seen
+    orientation: Tensor  # [B,H,W,1] Σ w max(0, n·d)², w without gradient: normals that face away
+    n_samples: Tensor  # 0-dim int64; zero is legal: only the background is seen
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """Packed ray intervals, sorted by ray and depth, with the rays they lie on."""
+    """Intervals on rays. Of the C there is room for, the first `n_valid` are samples."""
 
     rays_o: Tensor  # [R,3]
     rays_d: Tensor  # [R,3]
-    ray_indices: Tensor  # [S]
-    t_starts: Tensor  # [S]
-    t_ends: Tensor  # [S]
+    ray_indices: Tensor  # int32 [C]
+    t_starts: Tensor  # [C]
+    t_ends: Tensor  # [C]
+    offsets: Tensor  # int64 [R+1] where each ray's samples begin
+
+    @property
+    def n_valid(self) -> Tensor:
+        """0-dim int64."""
+        return self.offsets[-1]
 
     def __len__(self) -> int:
         return len(self.ray_indices)
 
-    def select(self, indices: Tensor) -> _Samples:
+    def packed(self, samples: PackedSamples) -> _Samples:
+        """Other samples of the same rays."""
         return _Samples(
             self.rays_o,
             self.rays_d,
-            self.ray_indices.index_select(0, indices),
-            self.t_starts.index_select(0, indices),
-            self.t_ends.index_select(0, indices),
+            samples.ray_indices,
+            samples.t_starts,
+            samples.t_ends,
+            samples.offsets,
         )
+
+    def first(self, n: int) -> _Samples:
+        """Without the room behind."""
+        return self._part(slice(0, n))
 
     def chunks(self, size: int) -> Iterator[_Samples]:
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield _Samples(
-                self.rays_o,
-                self.rays_d,
-                self.ray_indices[part],
-                self.t_starts[part],
-                self.t_ends[part],
-            )
+            yield self._part(slice(start, start + size))
 
-    def dirs(self) -> Tensor:
-        return self.rays_d.index_select(0, self.ray_indices)
+    def _part(self, part: slice) -> _Samples:
+        columns = (self.ray_indices[part], self.t_starts[part], self.t_ends[part])
+        return _Samples(self.rays_o, self.rays_d, *columns, self.offsets)
 
     def points(self) -> Tensor:
-        """Midpoints of the intervals, [S,3]."""
+        """Midpoints of the intervals, [C,3]."""
         middle = 0.5 * (self.t_starts + self.t_ends)
         origins = self.rays_o.index_select(0, self.ray_indices)
-        return torch.addcmul(origins, self.dirs(), middle[:, None])
+        dirs = self.rays_d.index_select(0, self.ray_indices)
+        return torch.addcmul(origins, dirs, middle[:, None])
 
 
 class Renderer(nn.Module):
     """Renders a field in front of a background.
 
     Holds the occupancy grid (buffers `occupancy.occs`, `occupancy.binary`) and no parameters.
+
+    On CUDA, with a field of the usual shape, nothing waits for the device but the first rendering,
+    which learns how much room samples need: later ones have a quarter more room than was needed
+    lately. With `cfg.sample_room` there is no such first time, and a CUDA graph can hold a
+    rendering and its backward pass.
     """
 
     def __init__(self, cfg: RendererConfig, material: MaterialConfig | None = None) -> None:
@@ -120,6 +136,8 @@ class Renderer(nn.Module):
         self.occupancy = OccupancyGrid(cfg.occupancy, cfg.radius, self.step_size)
         if not cfg.grid_prune:
             self.occupancy.fill()
+        marched, kept = cfg.sample_room or (None, None)
+        self._marched, self._kept = SampleRoom("marched", marched), SampleRoom("kept", kept)
 
     def forward(
         self,
@@ -135,6 +153,7 @@ class Renderer(nn.Module):
 
         Sets the field's step first. In training, gradients are recorded and the CPU `generator`
         gives, in this order: the occupancy update, the ray jitter, the shading, the background.
+        (A generator of the device draws there; a CUDA graph needs one.)
         `update_occupancy=False` leaves the grid alone, for further renderings of the same step.
         Otherwise no gradients are recorded and nothing is random.
         """
@@ -153,8 +172,8 @@ class Renderer(nn.Module):
                 normals,
                 samples.t_starts,
                 samples.t_ends,
-                samples.ray_indices,
-                len(samples.rays_o),
+                offsets=samples.offsets,
+                dirs=samples.rays_d,
             )
             behind = background(cameras.rays_d, training, generator)
 
@@ -170,11 +189,8 @@ class Renderer(nn.Module):
                 normal=(normal + 1.0) * 0.5 * opacity,
                 z_variance=to_image(rays.z_variance) * (opacity > OPAQUE),
                 rgb_fg=rgb_fg,
-                weights=rays.weights,
-                normals=normals,
-                dirs=samples.dirs(),
-                ray_indices=samples.ray_indices,
-                n_samples=len(samples),
+                orientation=to_image(rays.orientation),
+                n_samples=samples.n_valid,
             )
 
     def update_occupancy(self, field: Field, step: int, generator: torch.Generator) -> None:
@@ -196,8 +212,9 @@ class Renderer(nn.Module):
         rays_d = cameras.rays_d.reshape(-1, 3).contiguous()
         jitter = None
         if training and cfg.randomized:
-            jitter = torch.rand(len(rays_o), generator=generator).to(rays_o)
-        intervals = ops.march(
+            jitter = torch.rand(len(rays_o), generator=generator, device=generator.device)
+            jitter = upload(jitter, rays_o.device)
+        march = (
             rays_o,
             rays_d,
             self.occupancy.binary,
@@ -207,40 +224,71 @@ class Renderer(nn.Module):
             cfg.near_plane,
             cfg.far_plane,
         )
-        candidates = _Samples(rays_o, rays_d, *intervals)
-        if not (cfg.grid_prune and cfg.prune_alpha_threshold and len(candidates)):
+        n_rays = len(rays_o)
+        room = self._marched.room(n_rays) if field.skips_rows(rays_o.device) else None
+        if room is None:
+            candidates = _Samples(rays_o, rays_d, *_march_all(*march))
+            self._marched.learn(len(candidates), n_rays)
+        else:
+            packed = ops.march_packed(*march, capacity=room)
+            self._marched.watch(packed, n_rays)
+            candidates = _Samples(rays_o, rays_d, *packed[1:4], packed.offsets)
+        if not (cfg.grid_prune and cfg.prune_alpha_threshold):
             return candidates
-        sigmas = _concatenate(
-            lambda part: (field.density(part.points()),), candidates, cfg.eval_chunk_size
-        )[0]
-        visible = ops.visibility(
-            sigmas,
+
+        n_kept = None if room is None else self._kept.room(n_rays)
+        packed = ops.prune(
+            self._density(field, candidates, room is not None),
             candidates.t_starts,
             candidates.t_ends,
-            candidates.ray_indices,
-            len(rays_o),
+            candidates.offsets,
             self.occupancy.alpha_threshold(),
+            capacity=len(candidates) if n_kept is None else n_kept,
         )
-        return candidates.select(visible.nonzero()[:, 0])
+        samples = candidates.packed(packed)
+        if n_kept is None:
+            samples = samples.first(int(samples.n_valid))
+            self._kept.learn(len(samples), n_rays)
+        else:
+            self._kept.watch(packed, n_rays)
+        return samples
+
+    def _density(self, field: Field, samples: _Samples, skips: bool) -> Tensor:
+        """Density [C]; without `skips` there must be no room behind the samples."""
+        if skips:
+            return field.density(samples.points(), samples.n_valid)
+        size = self.cfg.eval_chunk_size
+        return _concatenate(lambda part: (field.density(part.points()),), samples, size)[0]
 
     def _evaluate(
         self, field: Field, cameras: CameraBatch, samples: _Samples, shading: Shading
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Density [S], colour [S,3] and normal [S,3] of samples."""
+        """Density [C], colour [C,3] and normal [C,3] of samples."""
         n_pixels = cameras.height * cameras.width
+        skips = field.skips_rows(samples.rays_o.device)
 
         def evaluate(part: _Samples) -> tuple[Tensor, Tensor, Tensor]:
             points = part.points()
-            density, features, normal = field(points)
+            density, features, normal = (
+                field(points, n_valid=part.n_valid) if skips else field(points)
+            )
             lights = cameras.light_positions
             if len(cameras) > 1:
                 lights = lights.index_select(0, part.ray_indices // n_pixels)
             return density, shade(features, points, normal, lights, shading), normal
 
-        if torch.is_grad_enabled():
+        if skips or torch.is_grad_enabled():
             # In one piece, also if it is empty: the parameters shall get zero gradients, not none.
             return evaluate(samples)
         return _concatenate(evaluate, samples, self.cfg.eval_chunk_size)
+
+
+def _march_all(origins: Tensor, dirs: Tensor, *args: object) -> tuple[Tensor, ...]:
+    """(ray_indices, t_starts, t_ends, offsets) of all samples; waits for the device."""
+    ray_indices, t_starts, t_ends = ops.march(origins, dirs, *args)
+    rays = torch.arange(len(origins) + 1, device=origins.device)
+    offsets = torch.searchsorted(ray_indices, rays)
+    return ray_indices.int(), t_starts, t_ends, offsets
 
 
 def _concatenate(

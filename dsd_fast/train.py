@@ -173,7 +173,7 @@ def fit(
                     values |= {
                         "t": float(guided.t.float().mean()),
                         "t_delta": float(guided.t_delta.float().mean()),
-                        "samples": image.n_samples,
+                        "samples": int(image.n_samples),
                         "size": views.height,
                         "seconds": report.seconds(),
                         "steps_per_second": report.rate(done),

@@ -25,21 +25,15 @@ def _output(n_samples: int = 300, opacity_scale: float = 1.0) -> RenderOutput:
         normal=rand(*image, 3) * opacity,
         z_variance=rand(*image, 1) * (opacity > 0.5),
         rgb_fg=rand(*image, 3),
-        weights=rand(n_samples),
-        normals=F.normalize(rand(n_samples, 3) - 0.5, dim=-1),
-        dirs=F.normalize(rand(n_samples, 3) - 0.5, dim=-1),
-        ray_indices=torch.arange(n_samples) % 198,
-        n_samples=n_samples,
+        orientation=rand(*image, 1) * (n_samples > 0),
+        n_samples=torch.tensor(n_samples),
     )
 
 
 def test_values_against_plain_loops():
     output = _output()
-    orient = 0.0
-    for weight, normal, direction in zip(output.weights, output.normals, output.dirs):
-        orient += float(weight) * max(0.0, float(normal @ direction)) ** 2
     opacities = output.opacity.flatten().tolist()
-    orient /= sum(o > 0 for o in opacities)
+    orient = sum(output.orientation.flatten().tolist()) / sum(o > 0 for o in opacities)
     sparsity = sum(math.sqrt(o * o + 0.01) for o in opacities) / len(opacities)
     clamped = [min(max(o, 1e-3), 1 - 1e-3) for o in opacities]
     opaque = sum(-(o * math.log(o) + (1 - o) * math.log(1 - o)) for o in clamped) / len(clamped)
@@ -90,19 +84,11 @@ def test_official_weights():
 @pytest.mark.parametrize("n_samples, opacity_scale", [(0, 0.0), (300, 0.0), (300, 0.4)])
 def test_nothing_opaque_is_finite(n_samples, opacity_scale):
     output = _output(n_samples, opacity_scale)
-    for field in ("opacity", "z_variance", "normal", "normals"):
+    for field in ("opacity", "z_variance", "normal", "orientation"):
         getattr(output, field).requires_grad_()
     terms = regularizers(output, LossConfig(), 0)
     sum(value * weight for value, weight in terms.values()).backward()
     assert terms["z_variance"][0].item() == 0.0
     assert all(value.isfinite() for value, _ in terms.values())
-    for field in ("opacity", "z_variance", "normal", "normals"):
+    for field in ("opacity", "z_variance", "normal", "orientation"):
         assert getattr(output, field).grad.isfinite().all()
-
-
-def test_orientation_does_not_push_the_weights():
-    output = _output()
-    output.weights.requires_grad_()
-    output.normals.requires_grad_()
-    losses.orientation(output).backward()
-    assert output.weights.grad is None and output.normals.grad.any()

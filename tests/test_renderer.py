@@ -29,6 +29,9 @@ class Sphere:
         self.n_queried.append(len(points))
         return self.scale * (points.norm(dim=-1) < RADIUS).to(points)
 
+    def skips_rows(self, device: torch.device) -> bool:
+        return False
+
     def __call__(self, points: torch.Tensor) -> FieldOutput:
         red = torch.stack([points[:, 1], -points[:, 1], -points[:, 1]], dim=-1)
         return FieldOutput(self.density(points), 100 * red, F.normalize(points, dim=-1))
@@ -125,7 +128,7 @@ def test_training_step_reaches_every_parameter(device):
     output = renderer(field, background, cameras, 0, True, _generator())
     assert output.rgb.shape == output.normal.shape == output.rgb_fg.shape == (2, 12, 12, 3)
     assert output.opacity.shape == output.depth.shape == (2, 12, 12, 1)
-    assert output.n_samples == len(output.weights) == len(output.normals) == len(output.dirs)
+    assert output.orientation.shape == (2, 12, 12, 1)
     target = torch.rand(output.rgb.shape, generator=_generator()).to(device)
     terms = regularizers(output, LossConfig(), 0)
     loss = (output.rgb - target).square().mean() + sum(v * w for v, w in terms.values())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsd_fast.diffusion.engine import make_engine
 from dsd_fast.diffusion.noise_schedule import noise_of_velocity
-from dsd_fast.diffusion.upload import upload
+from dsd_fast.upload import upload
 
 _HASH_CHUNK_BYTES = 1 << 22
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.diffusion.upload import upload
 from dsd_fast.guidance.prompt import combine, expand_rows, view_embeddings, wrapped
 from dsd_fast.guidance.schedule import random_timesteps, shifted_level, timestep
 from dsd_fast.guidance.trajectory import (
@@ -31,6 +30,7 @@ from dsd_fast.guidance.trajectory import (
     simulate,
 )
 from dsd_fast.schedules import Schedule, ScheduleValue
+from dsd_fast.upload import upload
 
 TRAJECTORIES = ("exact", "cached")
 WEIGHTINGS = ("sds", "ddim")

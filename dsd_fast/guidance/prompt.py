@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion.upload import upload
+from dsd_fast.upload import upload
 
 SIDE, FRONT, BACK, OVERHEAD = range(4)
 

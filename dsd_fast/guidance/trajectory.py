@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion.upload import upload
 from dsd_fast.guidance.prompt import OVERHEAD, direction, wrapped
 from dsd_fast.guidance.schedule import n_nodes, ode_grid
+from dsd_fast.upload import upload
 
 # predict(z [B,C,h,w], t int64 [B] on z's device, scale) -> guided noise prediction [B,C,h,w]
 Predictor = Callable[[Tensor, Tensor, float], Tensor]

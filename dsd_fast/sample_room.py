@@ -1,0 +1,92 @@
+"""How much room samples get where nobody waits to count them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from dsd_fast.ops import PackedSamples
+
+log = logging.getLogger(__name__)
+
+# Room beyond what was needed lately: views differ, and counts come a few renderings late.
+MARGIN = 1.25
+# What was needed is forgotten at this rate a rendering.
+DECAY = 0.98
+# Room that is always there.
+FLOOR = 4096
+
+
+class SampleRoom:
+    """Room for the samples of a rendering, learnt from those before.
+
+    Counts are copied to the host in the background and looked at when they have arrived, so no
+    rendering waits for its own.
+
+    Args:
+        what: "marched" or "kept", for messages.
+        per_ray: room for so many samples a ray, for good; None learns.
+    """
+
+    def __init__(self, what: str, per_ray: float | None = None) -> None:
+        if per_ray is not None and not per_ray > 0:
+            raise ValueError(f"sample_room: expected positive numbers, got {per_ray} for {what}")
+        self._what = what
+        self._is_fixed = per_ray is not None
+        self._per_ray = per_ray
+        # (samples and dropped ones on the host, when they have arrived, rays)
+        self._coming: deque[tuple[Tensor, torch.cuda.Event, int]] = deque()
+        self.n_dropped = 0
+
+    def room(self, n_rays: int) -> int | None:
+        """Room for the samples of so many rays; None before anything was learnt."""
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing and not self._is_fixed:
+            raise ValueError(
+                "a CUDA graph cannot hold a rendering whose room for samples is learnt; set "
+                "sample_room in the renderer's configuration"
+            )
+        if not capturing:
+            self._look()
+        if self._per_ray is None:
+            return None
+        margin = 1.0 if self._is_fixed else MARGIN
+        return max(math.ceil(margin * self._per_ray * n_rays), FLOOR)
+
+    def learn(self, n_samples: int, n_rays: int) -> None:
+        """Take a count that is known."""
+        if not self._is_fixed and n_rays:
+            self._per_ray = max(n_samples / n_rays, DECAY * (self._per_ray or 0.0))
+
+    def watch(self, packed: PackedSamples, n_rays: int) -> None:
+        """Take a count that is on its way."""
+        if not packed.offsets.is_cuda:
+            self._take(int(packed.offsets[-1]), int(packed.n_dropped), n_rays)
+        elif not torch.cuda.is_current_stream_capturing():
+            counts = torch.stack([packed.offsets[-1], packed.n_dropped])
+            host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            host.copy_(counts, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._coming.append((host, arrived, n_rays))
+
+    def _look(self) -> None:
+        while self._coming and self._coming[0][1].query():
+            host, _, n_rays = self._coming.popleft()
+            self._take(*host.tolist(), n_rays)
+
+    def _take(self, n_samples: int, n_dropped: int, n_rays: int) -> None:
+        self.learn(n_samples + n_dropped, n_rays)
+        if n_dropped:
+            self.n_dropped += n_dropped
+            log.warning(
+                "%d of %d samples %s found no room in one rendering%s",
+                n_dropped,
+                n_samples + n_dropped,
+                self._what,
+                "; raise sample_room" if self._is_fixed else "; the next ones have more",
+            )
