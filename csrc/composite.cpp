@@ -92,7 +92,7 @@ void for_rays(int64_t n_rays, int n_threads, const F& f) {
 }  // namespace
 
 void composite_fwd(const CompositeParams& p, int n_threads) {
-    if (p.z_variance != nullptr) {
+    if (composite::is_full(p)) {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray<true>(p, ray); });
     } else {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray<false>(p, ray); });
@@ -101,7 +101,7 @@ void composite_fwd(const CompositeParams& p, int n_threads) {
 }
 
 void composite_bwd(const CompositeParams& p, const CompositeGrads& g, int n_threads) {
-    if (p.z_variance != nullptr) {
+    if (composite::is_full(p)) {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray_bwd<true>(p, g, ray); });
     } else {
         for_rays(p.n_rays, n_threads, [&](int64_t ray) { composite_ray_bwd<false>(p, g, ray); });
@@ -109,7 +109,7 @@ void composite_bwd(const CompositeParams& p, const CompositeGrads& g, int n_thre
     for (int64_t i = composite::end_of_all(p); i < p.n_samples; ++i) {
         g.sigmas[i] = 0.0f;
         for (int c = 0; c < 3; ++c) g.rgbs[3 * i + c] = 0.0f;
-        if (p.z_variance != nullptr) {
+        if (composite::is_full(p)) {
             for (int c = 0; c < 3; ++c) g.normals[3 * i + c] = 0.0f;
         }
     }

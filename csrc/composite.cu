@@ -253,7 +253,7 @@ void composite_fwd(const CompositeParams& p, void* stream) {
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     if (p.dirs != nullptr) {
         composite_fwd_kernel<true, true><<<blocks, kBlock, 0, cuda_stream>>>(p);
-    } else if (p.z_variance != nullptr) {
+    } else if (composite::is_full(p)) {
         composite_fwd_kernel<true, false><<<blocks, kBlock, 0, cuda_stream>>>(p);
     } else {
         composite_fwd_kernel<false, false><<<blocks, kBlock, 0, cuda_stream>>>(p);
@@ -266,7 +266,7 @@ void composite_bwd(const CompositeParams& p, const CompositeGrads& g, void* stre
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     if (p.dirs != nullptr) {
         composite_bwd_kernel<true, true><<<blocks, kBlock, 0, cuda_stream>>>(p, g);
-    } else if (p.z_variance != nullptr) {
+    } else if (composite::is_full(p)) {
         composite_bwd_kernel<true, false><<<blocks, kBlock, 0, cuda_stream>>>(p, g);
     } else {
         composite_bwd_kernel<false, false><<<blocks, kBlock, 0, cuda_stream>>>(p, g);

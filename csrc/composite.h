@@ -25,7 +25,7 @@ constexpr float kMinOpacity = 1e-5f;
 struct CompositeParams {
     const float* sigmas;     // [S]
     const float* rgbs;       // [S, 3]
-    const float* normals;    // [S, 3], read if z_variance is asked for
+    const float* normals;    // [S, 3], null leaves z_variance and normal out
     const float* t_starts;   // [S]
     const float* t_ends;     // [S]
     const int64_t* offsets;  // [n_rays + 1] where each ray's samples begin
@@ -36,8 +36,8 @@ struct CompositeParams {
     float* color;       // [n_rays, 3]
     float* opacity;     // [n_rays]
     float* depth;       // [n_rays]
-    float* z_variance;  // [n_rays], null leaves z_variance and normal out
-    float* normal;      // [n_rays, 3]
+    float* z_variance;  // [n_rays], if there are normals
+    float* normal;      // [n_rays, 3], if there are normals
     float* weights;     // [S]
     float* orientation;  // [n_rays]
 };
@@ -89,6 +89,11 @@ template <class Params>
 DSD_HD int64_t end_of_all(const Params& p) {
     const int64_t end = p.offsets[p.n_rays];
     return end < 0 ? 0 : end;
+}
+
+// Whether z_variance and normal are asked for; either is null where it has no elements.
+DSD_HD bool is_full(const CompositeParams& p) {
+    return p.z_variance != nullptr || p.normals != nullptr;
 }
 
 template <class Params>

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import cuda_only
 from torch import Tensor
 
+from dsd_fast.graphs import captured
 from dsd_fast.ops.composite import (
     composite,
     composite_full,
@@ -175,6 +177,144 @@ def test_gradcheck_of_the_reference():
     )
 
 
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def ray_directions(n_rays: int) -> Tensor:
+    dirs = torch.randn(n_rays, 3, generator=torch.Generator().manual_seed(9))
+    return torch.nn.functional.normalize(dirs, dim=-1)
+
+
+def with_room(samples: dict[str, Tensor], room: int) -> dict[str, Tensor]:
+    """The samples without ray indices, and NaN in `room` more behind them."""
+    return {
+        name: torch.cat([tensor, tensor.new_full((room, *tensor.shape[1:]), float("nan"))])
+        for name, tensor in samples.items()
+        if name != "ray_indices"
+    }
+
+
+@pytest.mark.parametrize("room", [0, 1, 3000])
+@pytest.mark.parametrize("lengths", [LENGTHS, [7], [0], [0, 0, 40], []], ids=str)
+def test_offsets_in_place_of_ray_indices(device, lengths, room):
+    """The same bits as with ray indices; zeros behind the last ray, whatever stands there."""
+    n_samples, n_rays = sum(lengths), len(lengths)
+    samples = {name: tensor.to(device) for name, tensor in packed(lengths).items()}
+    wide = with_room(samples, room)
+    for name in VALUES:
+        samples[name].requires_grad_()
+        wide[name].requires_grad_()
+    offsets = offsets_of(lengths).to(device)
+    assert torch.equal(offsets, offsets.sort()[0])
+    expected = composite_full(**samples, n_rays=n_rays)
+    got = composite_full(**wide, offsets=offsets)
+    loss, wide_loss = 0.0, 0.0
+    for name in expected._fields:
+        a, b = getattr(got, name), getattr(expected, name)
+        if name == "weights":
+            assert a.shape == (n_samples + room,) and not bool(a[n_samples:].any())
+            a = a[:n_samples]
+        assert torch.equal(a, b), name
+        wide_loss, loss = wide_loss + (a**2).sum(), loss + (b**2).sum()
+    wide_loss.backward()
+    loss.backward()
+    for name in VALUES:
+        assert torch.equal(wide[name].grad[:n_samples], samples[name].grad), name
+        assert not bool(wide[name].grad[n_samples:].any()), name
+    args = [wide[name] for name in ("sigmas", "rgbs", "t_starts", "t_ends")]
+    for part, name in zip(
+        composite(*args, offsets=offsets), ("color", "opacity", "depth", "weights")
+    ):
+        assert torch.equal(part, getattr(got, name)), name
+    seen = visibility(args[0], *args[2:], None, None, 0.05, offsets=offsets)
+    names = ("sigmas", "t_starts", "t_ends", "ray_indices")
+    expected = visibility(*(samples[name] for name in names), n_rays, 0.05)
+    assert torch.equal(seen[:n_samples], expected) and not bool(seen[n_samples:].any())
+
+
+@pytest.mark.parametrize("density", [0.5, 50.0], ids="density={}".format)
+def test_orientation(device, density):
+    """Value and gradient against the reference in float64, together with the other outputs."""
+    samples = packed(LENGTHS, density)
+    offsets, dirs = offsets_of(LENGTHS), ray_directions(len(LENGTHS))
+    wide = {name: tensor.to(device) for name, tensor in with_room(samples, 5).items()}
+    exact = double(with_room(samples, 5))
+    for name in VALUES:
+        exact[name].requires_grad_()
+        wide[name].requires_grad_()
+    expected = composite_full_reference(**exact, offsets=offsets, dirs=dirs.double())
+    got = composite_full(**wide, offsets=offsets.to(device), dirs=dirs.to(device))
+    assert_relative("orientation", got.orientation, expected.orientation)
+    (grad,) = torch.autograd.grad(got.orientation.sum(), wide["normals"], retain_graph=True)
+    (want,) = torch.autograd.grad(expected.orientation.sum(), exact["normals"], retain_graph=True)
+    assert_relative("gradient of normals", grad, want)
+    sum((tensor**2).sum() for tensor in got).backward()
+    sum((tensor**2).sum() for tensor in expected).backward()
+    for name in VALUES:
+        assert_relative(f"gradient of {name}", wide[name].grad, exact[name].grad)
+
+
+def test_orientation_changes_nothing_else(device):
+    samples = {name: tensor.to(device) for name, tensor in packed(LENGTHS).items()}
+    dirs = ray_directions(len(LENGTHS)).to(device)
+    samples["sigmas"].requires_grad_()
+    samples["rgbs"].requires_grad_()
+    plain = composite_full(*full_args(samples, len(LENGTHS)))
+    out = composite_full(*full_args(samples, len(LENGTHS)), dirs=dirs)
+    assert plain.orientation.shape == (0, 1)
+    for name in plain._fields[:-1]:
+        assert_relative(name, getattr(out, name), getattr(plain, name), 1e-6)
+    out.orientation.sum().backward()
+    assert not bool(samples["sigmas"].grad.any()) and not bool(samples["rgbs"].grad.any())
+
+
+def test_gradients_of_long_rays(device):
+    """Rays of many groups of samples, thin enough that all of them count."""
+    lengths = [2000, 33, 4001]
+    samples = packed(lengths, density=0.2)
+    samples["sigmas"].clamp_(max=0.2)
+    exact = double(samples)
+    compiled = {name: tensor.to(device) for name, tensor in samples.items()}
+    for name in VALUES:
+        exact[name].requires_grad_()
+        compiled[name].requires_grad_()
+    for function, arguments in ((composite_full, compiled), (composite_full_reference, exact)):
+        out = function(*full_args(arguments, len(lengths)))
+        (out.color.sum() + (out.depth * out.opacity).sum() + out.z_variance.sum()).backward()
+    for name in VALUES[:2]:
+        assert_relative(f"gradient of {name}", compiled[name].grad, exact[name].grad)
+
+
+@cuda_only
+def test_a_graph_composites_anew():
+    """A CUDA graph of forward and backward follows the offsets that it is given."""
+    device, room, n_rays = torch.device("cuda"), 4000, len(LENGTHS)
+    samples = {k: v.to(device) for k, v in with_room(packed(LENGTHS), room).items()}
+    dirs = ray_directions(n_rays).to(device)
+    offsets = offsets_of(LENGTHS).to(device)
+    for name in VALUES:
+        samples[name].requires_grad_()
+    results = []
+
+    def step() -> None:
+        out = composite_full(**samples, offsets=offsets, dirs=dirs)
+        loss = sum((tensor**2).sum() for tensor in out)
+        results.append([*out, *torch.autograd.grad(loss, [samples[name] for name in VALUES])])
+
+    replay = captured(step)
+    written = results[-1]
+    for lengths in ([5] * n_rays, [0] * n_rays, LENGTHS[::-1]):
+        new = with_room(packed(lengths), sum(LENGTHS) + room - sum(lengths))
+        offsets.copy_(offsets_of(lengths))
+        with torch.no_grad():
+            for name, tensor in samples.items():
+                tensor.copy_(new[name])
+        replay()
+        step()
+        assert all(torch.equal(a, b) for a, b in zip(written, results[-1]))
+
+
 def test_laws(device):
     """Weights and what passes the ray make 1; opacity in [0, 1]; depth within the ray."""
     samples = packed(LENGTHS, density=50.0)
@@ -340,6 +480,12 @@ def test_operators(device):
     saved = [out.opacity, out.depth, out.z_variance]
     bwd = torch.ops.dsd_fast.composite_bwd.default
     torch.library.opcheck(bwd, [*grads, *values, *intervals, 3, *saved])
+    dirs = torch.randn(3, 3, device=device)
+    offsets = torch.tensor([0, 3, 3, 8], device=device)
+    full = [*values, *intervals[:2], None, 3]
+    torch.library.opcheck(torch.ops.dsd_fast.composite_full.default, [*full, offsets, dirs])
+    grad_orientation = torch.randn(3, 1, device=device)
+    torch.library.opcheck(bwd, [*grads, *full, *saved, offsets, dirs, grad_orientation])
     grads[3] = grads[4] = None
     without_normals = [*values[:2], None]
     torch.library.opcheck(bwd, [*grads, *without_normals, *intervals, 3, *saved[:2], None])
@@ -360,12 +506,51 @@ def test_operators(device):
         ({"ray_indices": torch.tensor([0, 0, 0, 1, 9])}, ValueError, [r"\[0, 2\)", "0 to 9"]),
         ({"ray_indices": torch.tensor([-1, 0, 0, 1, 1])}, ValueError, [r"\[0, 2\)", "-1 to 1"]),
         ({"n_rays": -1}, ValueError, ["n_rays", "got -1"]),
+        ({"n_rays": None}, ValueError, ["ray_indices and n_rays or offsets", "neither"]),
+        ({"offsets": torch.tensor([0, 3, 5])}, ValueError, ["offsets replace", "both"]),
+        ({"dirs": torch.zeros(3, 3)}, ValueError, ["dirs", r"\[2, 3\]", r"\[3, 3\]"]),
+        ({"dirs": torch.zeros(2, 3).double()}, TypeError, ["dirs", "float32", "float64"]),
     ],
 )
 def test_errors(changes, error, words):
     samples = packed([3, 2])
     with pytest.raises(error, match="(?s)" + ".*".join(words)):
         composite_full(**{**samples, "n_rays": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error", "words"),
+    [
+        ([0, 3, 5], TypeError, ["offsets", "tensor", "list"]),
+        (torch.tensor([0, 3, 5]).int(), TypeError, ["offsets", "int64", "int32"]),
+        (torch.tensor([[0, 3, 5]]), ValueError, ["offsets", r"\[R \+ 1\]", r"\[1, 3\]"]),
+        (torch.tensor([]).long(), ValueError, ["offsets", r"\[R \+ 1\]", r"\[0\]"]),
+        (torch.tensor([0, 3, 5], device="meta"), ValueError, ["offsets", "cpu", "meta"]),
+        (torch.tensor([0, 3, 6]), ValueError, ["offsets", "at most 5", "0 to 6"]),
+        (torch.tensor([1, 3, 5]), ValueError, ["offsets", "from 0", "1 to 5"]),
+        (torch.tensor([0, 4, 3]), ValueError, ["offsets", "not rising"]),
+    ],
+)
+def test_offsets_errors(offsets, error, words):
+    samples = packed([3, 2])
+    del samples["ray_indices"]
+    with pytest.raises(error, match="(?s)" + ".*".join(words)):
+        composite_full(**samples, offsets=offsets)
+    del samples["normals"]
+    with pytest.raises(error, match="(?s)" + ".*".join(words)):
+        composite(**samples, offsets=offsets)
+
+
+@cuda_only
+def test_offsets_without_sense_stay_within_bounds():
+    """Wrong numbers are allowed; an access out of bounds is not (a sanitizer sees it)."""
+    wide = {k: v.cuda() for k, v in with_room(packed([40, 7]), 3).items()}
+    for name in VALUES:
+        wide[name].requires_grad_()
+    for offsets in ([-5, 40, 900], [99, 98, 97], [40, 10, 1 << 40]):
+        out = composite_full(**wide, offsets=torch.tensor(offsets).cuda())
+        sum(tensor.sum() for tensor in out).backward()
+    torch.cuda.synchronize()
 
 
 def test_visibility_threshold_errors():

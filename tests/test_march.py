@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from conftest import cuda_only
 from torch import Tensor
 
-from dsd_fast.ops.march import march, march_reference
+from dsd_fast.graphs import captured
+from dsd_fast.ops._pack import PackedSamples
+from dsd_fast.ops.march import march, march_packed, march_packed_reference, march_reference
 
 BOX = (-2.0, -2.0, -2.0, 2.0, 2.0, 2.0)
 
@@ -186,6 +189,9 @@ def test_backend_choice(monkeypatch):
     compiled = march(origins, dirs, grid, BOX, 0.1)
     monkeypatch.setenv("DSD_BACKEND", "torch")
     assert_same(march(origins, dirs, grid, BOX, 0.1), compiled)
+    packed = march_packed(origins, dirs, grid, BOX, 0.1, capacity=90)
+    monkeypatch.delenv("DSD_BACKEND")
+    assert_same_packed(march_packed(origins, dirs, grid, BOX, 0.1, capacity=90), packed)
 
 
 def test_operator(device):
@@ -197,6 +203,105 @@ def test_operator(device):
         torch.ops.dsd_fast.march.default,
         (*tensors[:3], list(BOX), 0.1, tensors[3], 0.0, 1e10),
     )
+    torch.library.opcheck(
+        torch.ops.dsd_fast.march_packed.default,
+        (*tensors[:3], list(BOX), 0.1, tensors[3], 0.0, 1e10, 50),
+    )
+
+
+def assert_same_packed(got: PackedSamples, expected: PackedSamples) -> None:
+    """All of every array: what is behind the last sample is defined too."""
+    for name in PackedSamples._fields:
+        a, b = getattr(got, name).cpu(), getattr(expected, name).cpu()
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# One group of rays, a whole number of groups, and a ray to either side.
+@pytest.mark.parametrize("n_rays", [1, 33, 255, 256, 257, 1024, 1301], ids="rays={}".format)
+@pytest.mark.parametrize("share", [0.0, 0.03, 1.0], ids="occupied={}".format)
+def test_packed_samples_are_those_of_the_reference(device, n_rays, share):
+    origins, dirs = random_rays(n_rays, seed=n_rays)
+    grid = random_grid(9, share)
+    jitter = torch.rand(n_rays, generator=torch.Generator().manual_seed(2))
+    tensors = [tensor.to(device) for tensor in (origins, dirs, grid)]
+    box = (-2.0, -1.5, -1.0, 1.0, 1.7, 2.0)
+    n_samples = len(march_reference(origins, dirs, grid, box, 0.05, jitter, 0.1, 4.0)[0])
+    for capacity in {0, 1, n_samples // 2, n_samples - 1, n_samples, n_samples + 70} - {-1}:
+        expected = march_packed_reference(
+            origins, dirs, grid, box, 0.05, jitter, 0.1, 4.0, capacity=capacity
+        )
+        got = march_packed(*tensors, box, 0.05, jitter.to(device), 0.1, 4.0, capacity=capacity)
+        assert_same_packed(got, expected)
+        assert int(got.n_dropped) == max(n_samples - capacity, 0)
+        assert int(got.offsets[-1]) == min(n_samples, capacity)
+
+
+def test_packed_samples_of_rays_with_many_runs(device):
+    """More gaps on a ray than the kernels remember, and a capacity that ends in each run."""
+    grid = torch.zeros(16, 16, 16, dtype=torch.bool)
+    grid[::2] = True
+    origins = torch.tensor([[-4.0, 0.1, 0.1], [-4.0, 0.1, 3.0], [4.0, -0.2, 0.3]])
+    dirs = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [-1.0, 0.05, 0.0]])
+    on_device = [tensor.to(device) for tensor in (origins, dirs, grid)]
+    n_samples = len(march_reference(origins, dirs, grid, BOX, 0.06)[0])
+    assert_same(march(*on_device, BOX, 0.06), march_reference(origins, dirs, grid, BOX, 0.06))
+    for capacity in range(0, n_samples + 3, 3):
+        expected = march_packed_reference(origins, dirs, grid, BOX, 0.06, capacity=capacity)
+        assert_same_packed(march_packed(*on_device, BOX, 0.06, capacity=capacity), expected)
+
+
+@pytest.mark.parametrize("n_rays", [0, 5])
+def test_packed_samples_of_nothing(device, n_rays):
+    origins = torch.full((n_rays, 3), 9.0, device=device)
+    grid = torch.ones(4, 4, 4, dtype=torch.bool, device=device)
+    for function in (march_packed, march_packed_reference):
+        out = function(origins, torch.ones_like(origins), grid, BOX, 0.1, capacity=7)
+        dtypes = [torch.int64, torch.int32, torch.float32, torch.float32, torch.int64]
+        assert [tensor.dtype for tensor in out] == dtypes
+        assert [list(tensor.shape) for tensor in out] == [[n_rays + 1], [7], [7], [7], []]
+        assert not any(bool(tensor.any()) for tensor in out)
+
+
+def test_packed_samples_do_not_depend_on_the_threads():
+    origins, dirs = random_rays(1000)
+    grid = random_grid(16, 0.2)
+    threads = torch.get_num_threads()
+    results = []
+    for n_threads in (1, 3):
+        torch.set_num_threads(n_threads)
+        results.append(march_packed(origins, dirs, grid, BOX, 0.02, capacity=30_000))
+    torch.set_num_threads(threads)
+    assert_same_packed(*results)
+
+
+@cuda_only
+def test_a_graph_marches_anew():
+    """What a CUDA graph writes follows its inputs, past the capacity and back."""
+    device = torch.device("cuda")
+    origins, dirs = (tensor.to(device) for tensor in random_rays(777))
+    grid = random_grid(8, 0.05).to(device)
+    out = []
+    replay = captured(
+        lambda: out.append(march_packed(origins, dirs, grid, BOX, 0.05, capacity=10_000))
+    )
+    for share in (0.9, 0.0, 0.1):
+        grid.copy_(random_grid(8, share))
+        replay()
+        expected = march_packed_reference(origins, dirs, grid, BOX, 0.05, capacity=10_000)
+        assert_same_packed(out[-1], expected)
+        assert (int(out[-1].n_dropped) > 0) == (share == 0.9)
+
+
+@cuda_only
+def test_packed_marching_does_not_wait():
+    origins, dirs = (tensor.cuda() for tensor in random_rays(300))
+    grid = random_grid(8, 0.5).cuda()
+    march_packed(origins, dirs, grid, BOX, 0.05, capacity=100)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        march_packed(origins, dirs, grid, BOX, 0.05, capacity=100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 ORIGINS, DIRS, GRID = torch.zeros(4, 3), torch.ones(4, 3), torch.ones(2, 2, 2, dtype=torch.bool)
@@ -229,5 +334,12 @@ def test_errors(changes, error, words):
         "step": 0.1,
         **changes,
     }
-    with pytest.raises(error, match="(?s)march.*" + ".*".join(words)):
+    with pytest.raises(error, match="(?s)march: .*" + ".*".join(words)):
         march(**args)
+    with pytest.raises(error, match="(?s)march_packed: .*" + ".*".join(words)):
+        march_packed(**args, capacity=5)
+
+
+def test_capacity_errors():
+    with pytest.raises(ValueError, match="march_packed: capacity must be at least 0, got -1"):
+        march_packed(ORIGINS, DIRS, GRID, BOX, 0.1, capacity=-1)

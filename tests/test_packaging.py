@@ -23,8 +23,10 @@ KERNELS = {
     "hashgrid": "hashgrid",
     "hashgrid_jacobian": "hashgrid",
     "march": "march",
+    "march_packed": "march",
     "occupancy_threshold": "occupancy",
     "occupancy_update": "occupancy",
+    "prune": "prune",
     "spherical_harmonics": "sh",
     "visibility": "composite",
 }
