@@ -96,6 +96,47 @@ def test_state_round_trip(scene, device):
     assert resumed.skipped.item() == 1
 
 
+def test_moments_of_torchs_adam_go_on(scene, device):
+    """A state written by torch.optim.Adam(fused=True) loads, and the next step is torch's."""
+    plain = Scene(small_config(), torch.Generator().manual_seed(0)).to(device)
+    cfg = OptimizerConfig()
+    adam = torch.optim.Adam(
+        [
+            {"params": list(plain.field.parameters()), "lr": cfg.geometry_lr},
+            {"params": list(plain.background.parameters()), "lr": cfg.background_lr},
+        ],
+        betas=cfg.betas,
+        eps=cfg.eps,
+        fused=True,
+    )
+    total(plain).backward()
+    adam.step()
+    scene.load_state_dict(plain.state_dict())
+    optimizer = Optimizer(scene, cfg, device)
+    state = optimizer.state_dict()
+    state["adam"] = {name: adam.state[p] for name, p in plain.named_parameters()}
+    optimizer.load_state_dict(state)
+    optimizer.step(total(scene).square(), YES.to(device))
+    adam.zero_grad()
+    total(plain).square().backward()
+    adam.step()
+    after = optimizer.state_dict()["adam"]
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(scene.get_parameter(name), p, rtol=1e-5, atol=1e-6)
+        assert set(after[name]) == set(adam.state[p])
+        assert after[name]["step"].item() == 2.0
+
+
+def test_half_copies_follow_their_parameters(scene, device):
+    table = scene.field.grid.table
+    half = table.detach().half()
+    optimizer = Optimizer(scene, OptimizerConfig(), device, half_copies={table: half})
+    for ok in (YES, NO, YES):
+        optimizer.step(total(scene), ok.to(device))
+        assert torch.equal(half, table.detach().half())
+    assert optimizer.skipped.item() == 1
+
+
 def test_moments_that_do_not_fit(scene, device):
     optimizer = Optimizer(scene, OptimizerConfig(), device)
     optimizer.step(total(scene), YES.to(device))

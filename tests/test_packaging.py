@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 # Public operator -> the csrc files and the test that hold its kernels.
 KERNELS = {
+    "adam_step": "adam",
     "composite": "composite",
     "composite_full": "composite",
     "hashgrid": "hashgrid",

@@ -2,6 +2,7 @@
 (``<name>_reference`` in its module), a CPU and a CUDA kernel (csrc), a torch.library operator
 (``torch.ops.dsd_fast.<name>``, with fake and, where it makes sense, autograd) and a test."""
 
+from dsd_fast.ops.adam import adam_step
 from dsd_fast.ops.composite import Composited, composite, composite_full, visibility
 from dsd_fast.ops.hashgrid import GridSpec, hashgrid, hashgrid_jacobian
 from dsd_fast.ops.march import march
@@ -11,6 +12,7 @@ from dsd_fast.ops.sh import spherical_harmonics
 __all__ = [
     "Composited",
     "GridSpec",
+    "adam_step",
     "composite",
     "composite_full",
     "hashgrid",
