@@ -28,7 +28,10 @@ void update(const AdamParams& p, const adam::Factors& f, int64_t begin, int64_t 
         param[i] = new_param;
         m[i] = new_m;
         v[i] = new_v;
-        if (kHalf) half[i] = simd::half_bits(new_param);
+    }
+    // Apart from the loop above, which would not be vectorised with elements of two sizes.
+    if (kHalf) {
+        for (int64_t i = begin; i < end; ++i) half[i] = simd::half_bits(param[i]);
     }
 }
 
