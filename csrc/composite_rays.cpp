@@ -22,13 +22,34 @@ void load_thickness(const Params& p, int64_t first, int n, float* x) {
     for (int i = n; i < padded(n); ++i) x[i] = 0.0f;
 }
 
-// Optical depths in front of each sample of a block; returns that behind the last one.
-double depths_before(const float* x, int n, double depth, float* before) {
-    for (int i = 0; i < padded(n); ++i) {
-        before[i] = static_cast<float>(depth);
-        depth += x[i];
+// Optical depths in front of each sample of a block, or behind it; returns that behind the last.
+// Each vector is summed on its own and then shifted: the chain of additions that wait for each
+// other is shorter by the vector's width.
+template <bool kBehind>
+double optical_depths(const float* x, int n, double depth, float* depths) {
+    for (int i = 0; i < padded(n); i += kLanes) {
+        double sums[kLanes + 1] = {};
+        for (int l = 0; l < kLanes; ++l) sums[l + 1] = sums[l] + x[i + l];
+        for (int l = 0; l < kLanes; ++l) {
+            depths[i + l] = static_cast<float>(depth + sums[l + kBehind]);
+        }
+        depth += sums[kLanes];
     }
     return depth;
+}
+
+// For each sample of a block the sum of a[j] b[j] over the samples behind it, `sum` included;
+// returns the sum over all. In whole vectors, the last first.
+double sums_behind(const float* a, const float* b, int n, double sum, double* behind) {
+    for (int i = padded(n) - kLanes; i >= 0; i -= kLanes) {
+        double sums[kLanes + 1] = {};
+        for (int l = kLanes - 1; l >= 0; --l) {
+            sums[l] = sums[l + 1] + static_cast<double>(a[i + l]) * b[i + l];
+        }
+        for (int l = 0; l < kLanes; ++l) behind[i + l] = sum + sums[l + 1];
+        sum += sums[0];
+    }
+    return sum;
 }
 
 // x -> exp(-x), whole vectors.
@@ -50,7 +71,7 @@ void composite_ray(const CompositeParams& p, int64_t ray) {
         const int n = block_size(first, end);
         float x[kBlock], transmittance[kBlock], weight[kBlock];
         load_thickness(p, first, n, x);
-        optical_depth = depths_before(x, n, optical_depth, transmittance);
+        optical_depth = optical_depths<false>(x, n, optical_depth, transmittance);
         transmittances(transmittance, n);
         alphas(x, n, weight);
         for (int i = 0; i < padded(n); ++i) weight[i] *= transmittance[i];
@@ -102,14 +123,14 @@ void composite_ray_bwd(const CompositeParams& p, const CompositeGrads& g, int64_
     for (int64_t first = begin; first < end; first += kBlock) {
         const int n = block_size(first, end);
         load_thickness(p, first, n, x);
-        for (int i = 0; i < padded(n); ++i) {
-            optical_depth += x[i];
-            after[i] = static_cast<float>(optical_depth);
-        }
+        optical_depth = optical_depths<true>(x, n, optical_depth, after);
         transmittances(after, n);
         for (int i = 0; i < n; ++i) g.sigmas[first + i] = after[i];
     }
     const composite::RayGrad r = composite::load_ray_grad<kFull>(p, g, ray);
+    // Added apart: a read that depends on a pointer being null vectorises badly.
+    CompositeGrads without_weights = g;
+    without_weights.weights = nullptr;
     double behind = 0;  // sum over the samples behind of dL/dw w
     double behind_each[kBlock];
     // From the last block, which may be a part, to the first.
@@ -122,12 +143,13 @@ void composite_ray_bwd(const CompositeParams& p, const CompositeGrads& g, int64_
         for (int i = 0; i < n; ++i) after[i] = g.sigmas[first + i];
         for (int i = 1; i < n; ++i) weight[i] *= after[i - 1];
         for (int i = 0; i < n; ++i) {
-            weight_grad[i] = composite::weight_grad<kFull>(p, g, r, first + i);
+            weight_grad[i] = composite::weight_grad<kFull>(p, without_weights, r, first + i);
         }
-        for (int i = n - 1; i >= 0; --i) {
-            behind_each[i] = behind;
-            behind += static_cast<double>(weight_grad[i]) * weight[i];
+        if (g.weights != nullptr) {
+            for (int i = 0; i < n; ++i) weight_grad[i] += g.weights[first + i];
         }
+        for (int i = n; i < padded(n); ++i) weight_grad[i] = 0.0f;
+        behind = sums_behind(weight_grad, weight, n, behind, behind_each);
         for (int i = 0; i < n; ++i) {
             const double x_grad = static_cast<double>(weight_grad[i]) * after[i] - behind_each[i];
             g.sigmas[first + i] =
@@ -165,14 +187,16 @@ void visibility_rays(const VisibilityParams& p, int64_t begin, int64_t end) {
             const int n = block_size(first, p.offsets[ray + 1]);
             float x[kBlock], transmittance[kBlock], alpha[kBlock];
             load_thickness(p, first, n, x);
-            optical_depth = depths_before(x, n, optical_depth, transmittance);
+            optical_depth = optical_depths<false>(x, n, optical_depth, transmittance);
             transmittances(transmittance, n);
             alphas(x, n, alpha);
+            // Bytes may alias anything, the parameters too: all is read beforehand.
+            uint8_t* visible = p.visible + first;
             const float least_alpha = *p.alpha_threshold;
             const float least_transmittance = p.transmittance_threshold;
             for (int i = 0; i < n; ++i) {
-                p.visible[first + i] =
-                    (transmittance[i] >= least_transmittance) & (alpha[i] >= least_alpha);
+                const bool near = transmittance[i] >= least_transmittance;
+                visible[i] = (near && alpha[i] >= least_alpha) ? 1 : 0;
             }
         }
     }
