@@ -50,10 +50,11 @@ void occupancy_threshold(const OccupancyThresholdParams& p, int n_threads) {
     for (const double part : sums) sum += part;
     const float threshold = *p.threshold = occupancy::threshold(p, sum);
     parallel_chunks(p.n_cells, kCellsPerTask, n_threads, [&](int64_t begin, int64_t end) {
-        // A byte may alias anything, the parameters too.
+        // A byte may alias anything, the parameters and the threshold too.
         const float* occs = p.occs;
+        const float least = threshold;
         uint8_t* binary = p.binary;
-        for (int64_t cell = begin; cell < end; ++cell) binary[cell] = occs[cell] > threshold;
+        for (int64_t cell = begin; cell < end; ++cell) binary[cell] = occs[cell] > least ? 1 : 0;
     });
 }
 
