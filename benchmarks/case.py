@@ -30,6 +30,7 @@ class Workload:
     n_bytes: int | None = None
     n_flops: int | None = None
     peers: Mapping[str, Call] = field(default_factory=dict)  # the same by other packages
+    capture_peers: bool = False  # whether CUDA graphs can hold the peers
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Case:
 
     # (size, device, generator on the CPU) -> random inputs; the description is its doc string.
     prepare: Callable[[int, torch.device, torch.Generator], Workload]
-    # What the size counts: "points", or "px" and "cells" along an edge.
+    # What the size counts: "points", "numbers", or "px" and "cells" along an edge.
     unit: str
     sizes: Mapping[str, tuple[int, ...]]  # by device type
     check_size: int

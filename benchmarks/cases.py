@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import composite, hashgrid, march, occupancy, render, sh
+from benchmarks import adam, composite, hashgrid, march, occupancy, render, sh
 from benchmarks.case import Case
 
 _POINTS = {"cpu": (1 << 16,), "cuda": (1 << 20,)}
 _VIEWS = {"cpu": (128, 512), "cuda": (128, 512)}
 _SAMPLED_VIEWS = {"cpu": (128,), "cuda": (128, 512)}
+# On a GPU the table of the official grid.
+_NUMBERS = {"cpu": (1 << 22,), "cuda": (1 << 20, hashgrid.SPEC.n_params)}
 _CELLS = {"cpu": (32, 128), "cuda": (32, 128)}
 
 # Check sizes stay off the kernels' block sizes.
 _points = partial(Case, unit="points", sizes=_POINTS, check_size=10007)
 _samples = partial(Case, unit="px", sizes=_SAMPLED_VIEWS, check_size=19)
 _cells = partial(Case, unit="cells", sizes=_CELLS, check_size=13)
+_numbers = partial(Case, unit="numbers", sizes=_NUMBERS, check_size=10007)
 _on_rays = {"points": hashgrid.along_rays}
 
 CASES: dict[str, Case] = {
@@ -42,6 +45,8 @@ CASES: dict[str, Case] = {
     "composite-full/backward": _samples(composite.full_backward),
     "occupancy/update": _cells(occupancy.update),
     "occupancy/threshold": _cells(occupancy.threshold),
+    "adam/step": _numbers(adam.step),
+    "adam/step-half": _numbers(partial(adam.step, half=True), tolerance=1e-3),
     # Long chains of float32 arithmetic; the losses' gradients are small differences.
     "render": _samples(render.render, tolerance=1e-3, captures=False),
 }

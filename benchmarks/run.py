@@ -7,9 +7,10 @@ turn, on CUDA as a CUDA graph where it can be captured.
 
 Columns: times of a call in milliseconds (median, 20th and 80th percentile); GB/s by the least
 traffic that the task needs (or TFLOP/s by its least arithmetic); that as a share of the bandwidth
-of a plain copy in the same run; how many times faster than the reference on the same device ("-"
-where the reference would take too long); other packages' times, on CUDA alone: recorded ones of an
-H100, and those of nerfacc, run eagerly, where it is installed.
+of a plain copy (or of the rate of a large float32 matrix product) in the same run; how many times
+faster than the reference on the same device ("-" where the reference would take too long); how many
+times faster than the fastest other package; other packages' times, on CUDA alone: recorded ones of
+an H100, those of nerfacc, run eagerly, where it is installed, and those of torch's fused Adam.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import torch
 from benchmarks.case import Case, Workload, check
 from benchmarks.cases import CASES
 from benchmarks.peers import RECORDED, RECORDED_ON, nerfacc
-from benchmarks.timing import Times, copy_bandwidth, measure, peak_bytes
+from benchmarks.timing import Times, copy_bandwidth, gemm_rate, measure, peak_bytes
 from dsd_fast import versions
 from dsd_fast._backend import extension, keep_freed_memory, use_reference
 from dsd_fast.config import ConfigError, resolve_device
@@ -42,9 +43,17 @@ N_SETS = 3
 # The reference may take so many budgets for one call; it is not timed where it would take more.
 REFERENCE_BUDGETS = 10.0
 
-_UNITS = {"points": "", "px": "² px", "cells": "³ cells"}
+_UNITS = {"points": "", "numbers": "", "px": "² px", "cells": "³ cells"}
 _HEAD = f"{'case':<30} {'size':>10} {'items':>10} {'median':>9} {'p20':>9} {'p80':>9}"
-_HEAD += f"  {'rate':>13} {'of copy':>7} {'vs torch':>8}  peers, ms"
+_HEAD += f"  {'rate':>13} {'of peak':>7} {'vs torch':>8} {'vs peer':>7}  peers, ms"
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the device reached in the same run."""
+
+    copy: float  # bytes per second
+    gemm: float  # float32 operations per second
 
 
 class UsageError(ValueError):
@@ -77,7 +86,7 @@ def check_sizes(names: Sequence[str], sizes: Sequence[int]) -> None:
 
 
 def run_case(
-    name: str, case: Case, size: int, device: torch.device, budget_s: float, bandwidth: float
+    name: str, case: Case, size: int, device: torch.device, budget_s: float, peaks: Peaks
 ) -> dict[str, Any]:
     """Check and time a case at one size; the record that goes to JSON.
 
@@ -93,15 +102,15 @@ def run_case(
     reference = _time_reference(small, first, device, budget_s)
     seconds = 1e-3 * times.median
     bytes_per_s = first.n_bytes / seconds if first.n_bytes else None
-    peers = [
-        {"peer": peer, "ms": measure([w.peers[peer] for w in sets], device, budget_s).median}
-        for peer in first.peers
-    ]
+    flops_per_s = first.n_flops / seconds if first.n_flops else None
+    peers = [_time_peer(peer, sets, device, budget_s) for peer in first.peers]
     if device.type == "cuda":
         peers += [
             {"peer": peer, "ms": ms, "recorded_on": RECORDED_ON}
             for peer, ms in RECORDED.get((name, size), ())
         ]
+    for peer in peers:
+        peer["speedup"] = peer["ms"] and peer["ms"] / times.median
     return {
         "case": name,
         "size": size,
@@ -114,13 +123,26 @@ def run_case(
         "min_bytes": first.n_bytes,
         "min_flops": first.n_flops,
         "gb_per_s": bytes_per_s and 1e-9 * bytes_per_s,
-        "tflop_per_s": first.n_flops and 1e-12 * first.n_flops / seconds,
-        "share_of_copy": bytes_per_s and bytes_per_s / bandwidth,
+        "tflop_per_s": flops_per_s and 1e-12 * flops_per_s,
+        "share_of_copy": bytes_per_s and bytes_per_s / peaks.copy,
+        "share_of_gemm": flops_per_s and flops_per_s / peaks.gemm,
         "peak_bytes": peak_bytes(first.compiled, device),
         "reference_ms": reference and asdict(reference),
         "speedup": reference and reference.median / times.median,
         "peers": peers,
     }
+
+
+def _time_peer(
+    peer: str, sets: Sequence[Workload], device: torch.device, budget_s: float
+) -> dict[str, Any]:
+    """The peer's time; where it fails, None and why, for it is not the case that failed."""
+    calls = [workload.peers[peer] for workload in sets]
+    try:
+        times = measure(calls, device, budget_s, capture=sets[0].capture_peers)
+    except Exception as error:
+        return {"peer": peer, "ms": None, "error": f"{type(error).__name__}: {error}"}
+    return {"peer": peer, "ms": times.median, "captured": sets[0].capture_peers}
 
 
 def _time_reference(
@@ -136,7 +158,12 @@ def _time_reference(
         return None
 
 
-def environment(device: torch.device, bandwidth: float) -> dict[str, Any]:
+def measure_peaks(device: torch.device, budget_s: float) -> Peaks:
+    """The rates of a plain copy and of a float32 matrix product."""
+    return Peaks(copy_bandwidth(device, budget_s), gemm_rate(device, budget_s, torch.float32))
+
+
+def environment(device: torch.device, peaks: Peaks) -> dict[str, Any]:
     """What the times hold for: versions, device, threads, date."""
     peer = nerfacc()
     return {
@@ -146,7 +173,8 @@ def environment(device: torch.device, bandwidth: float) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "kernels": extension().build_info(),
         "nerfacc": peer and peer.__version__,
-        "copy_gb_per_s": 1e-9 * bandwidth,
+        "copy_gb_per_s": 1e-9 * peaks.copy,
+        "gemm_tflop_per_s": 1e-12 * peaks.gemm,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -165,17 +193,25 @@ def _row(record: dict[str, Any]) -> str:
     if record["gb_per_s"]:
         rate, share = f"{record['gb_per_s']:.1f} GB/s", f"{100 * record['share_of_copy']:.0f} %"
     else:
-        rate, share = f"{record['tflop_per_s']:.3f} TFLOP/s", "-"
+        rate = f"{record['tflop_per_s']:.3f} TFLOP/s"
+        share = f"{100 * record['share_of_gemm']:.0f} %"
     speedup = f"{record['speedup']:.1f}" if record["speedup"] else "-"
-    peers = ", ".join(f"{p['peer']} {p['ms']:.3g}{_where(p)}" for p in record["peers"])
+    timed = [peer for peer in record["peers"] if peer["ms"]]
+    fastest = min(timed, key=lambda peer: peer["ms"], default=None)
+    ratio = f"{fastest['speedup']:.2f}" if fastest else "-"
+    peers = ", ".join(_peer(peer) for peer in record["peers"])
     return (
         f"{record['case']:<30} {_size(record):>10} {record['items']:>10} {ms['median']:>9.3f} "
-        f"{ms['p20']:>9.3f} {ms['p80']:>9.3f}  {rate:>13} {share:>7} {speedup:>8}  {peers}"
+        f"{ms['p20']:>9.3f} {ms['p80']:>9.3f}  {rate:>13} {share:>7} {speedup:>8} {ratio:>7}  "
+        f"{peers}"
     ).rstrip()
 
 
-def _where(peer: dict[str, Any]) -> str:
-    return f" (recorded on an {peer['recorded_on']})" if "recorded_on" in peer else " (here)"
+def _peer(peer: dict[str, Any]) -> str:
+    if peer["ms"] is None:
+        return f"{peer['peer']} failed: {peer['error'].splitlines()[0]}"
+    where = f"recorded on an {peer['recorded_on']}" if "recorded_on" in peer else "here"
+    return f"{peer['peer']} {peer['ms']:.3g} ({where})"
 
 
 def _size(record: dict[str, Any]) -> str:
@@ -237,15 +273,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     device = chosen.device
     if device.type == "cuda":
+        # With its number, as set_device wants it and the tensors' devices have it.
+        number = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
     keep_freed_memory(device)
-    bandwidth = copy_bandwidth(device, min(chosen.budget, 1.0))
-    about = environment(device, bandwidth)
+    peaks = measure_peaks(device, min(chosen.budget, 1.0))
+    about = environment(device, peaks)
     print(
         f"{about['device_name']}, {about['threads']} threads; torch {about['torch']}, "
         f"dsd_fast {about['dsd_fast']} {(about['commit'] or '')[:10]}; "
-        f"copy {about['copy_gb_per_s']:.1f} GB/s; nerfacc {about['nerfacc'] or 'not installed'}"
+        f"copy {about['copy_gb_per_s']:.1f} GB/s; "
+        f"float32 GEMM {about['gemm_tflop_per_s']:.3g} TFLOP/s; "
+        f"nerfacc {about['nerfacc'] or 'not installed'}"
     )
     print(_HEAD)
     results: list[dict[str, Any]] = []
@@ -254,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = CASES[name]
         try:
             for size in chosen.size or case.sizes[device.type]:
-                results.append(run_case(name, case, size, device, chosen.budget, bandwidth))
+                results.append(run_case(name, case, size, device, chosen.budget, peaks))
                 print(_row(results[-1]), flush=True)
         except RuntimeError as error:  # a failed check, no memory, a kernel that did not start
             failures.append({"case": name, "error": str(error)})

@@ -1,4 +1,4 @@
-"""Times of calls on the CPU and on CUDA, and the copy bandwidth to hold them against."""
+"""Times of calls on the CPU and on CUDA, and the copy and GEMM rates to hold them against."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dsd_fast.graphs import captured
 _MAX_REPEATS = 1000
 # Well beyond the caches: bytes of each of the two buffers that are copied.
 _COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 30}
+# Rows and columns of the square matrices that are multiplied.
+_GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,14 @@ def copy_bandwidth(device: torch.device, budget_s: float) -> float:
     copy = torch.empty_like(source)
     times = measure([lambda: copy.copy_(source)], device, budget_s)
     return 2 * size / (1e-3 * times.median)
+
+
+def gemm_rate(device: torch.device, budget_s: float, dtype: torch.dtype) -> float:
+    """Multiplications and additions per second of a product of two large square matrices."""
+    n = _GEMM_SIZE[device.type]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = measure([lambda: a @ b], device, budget_s)
+    return 2 * n**3 / (1e-3 * times.median)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "adam.h"
 #include "common.h"
 #include "composite.h"
 #include "field.h"
@@ -425,6 +426,29 @@ void occupancy_threshold(Address occs, int64_t n_cells, double max_threshold, Ad
            DSD_CUDA_CALL(dsd::cuda::occupancy_threshold(params, stream)));
 }
 
+void adam_step(Address param, Address grad, Address exp_avg, Address exp_avg_sq, Address half,
+               Address step, Address grad_scale, Address found_inf, int64_t n, double lr,
+               double beta1, double beta2, double eps, bool zero_grad, int device, Address stream,
+               int n_threads) {
+    dsd::AdamParams params = {};
+    params.param = pointer<float>(param);
+    params.grad = pointer<float>(grad);
+    params.exp_avg = pointer<float>(exp_avg);
+    params.exp_avg_sq = pointer<float>(exp_avg_sq);
+    params.half = pointer<uint16_t>(half);
+    params.step = pointer<float>(step);
+    params.grad_scale = pointer<const float>(grad_scale);
+    params.found_inf = pointer<const float>(found_inf);
+    params.n = n;
+    params.lr = lr;
+    params.beta1 = beta1;
+    params.beta2 = beta2;
+    params.eps = static_cast<float>(eps);
+    params.zero_grad = zero_grad;
+    launch({device, stream, n_threads}, DSD_CPU_CALL(DSD_CPU(adam_step)(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::adam_step(params, stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -454,4 +478,6 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("occupancy_update", &occupancy_update);
     m.def("occupancy_threshold", &occupancy_threshold);
+
+    m.def("adam_step", &adam_step);
 }

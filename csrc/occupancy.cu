@@ -27,7 +27,9 @@ __global__ void __launch_bounds__(kBlock) peaks_kernel(const OccupancyUpdatePara
 // One thread updates one cell from its peak.
 __global__ void __launch_bounds__(kBlock) update_kernel(const OccupancyUpdateParams p) {
     const int64_t cell = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
-    if (cell < p.n_cells) occupancy::update_cell(p, cell);
+    if (cell < p.n_cells) {
+        p.occs[cell] = occupancy::updated(p.occs[cell], p.peaks[cell], p.decay);
+    }
 }
 
 // One block sums the whole grid in a fixed order; writes the threshold.

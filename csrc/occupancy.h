@@ -37,9 +37,12 @@ DSD_HD bool counts(const OccupancyUpdateParams& p, int64_t i) {
     return std::isfinite(p.values[i]) && p.indices[i] >= 0 && p.indices[i] < p.n_cells;
 }
 
-DSD_HD void update_cell(const OccupancyUpdateParams& p, int64_t cell) {
-    const float peak = p.peaks[cell];
-    if (std::isfinite(peak)) p.occs[cell] = fmaxf(p.occs[cell] * p.decay, peak);
+// A cell's new value; a peak of -infinity is that of a cell not seen. Written without fmaxf, which is
+// a call on the CPU; a NaN of the past gives way all the same.
+DSD_HD float updated(float occ, float peak, float decay) {
+    const float decayed = occ * decay;
+    const float seen = decayed > peak ? decayed : peak;
+    return peak > -INFINITY ? seen : occ;
 }
 
 // min(mean, max_threshold); a mean of NaN stays visible.

@@ -209,16 +209,23 @@ class Field(nn.Module):
                 torch.cat(density), torch.cat(features), torch.cat(normal) if normals else None
             )
 
+    def reads_half_table(self) -> bool:
+        """Whether features are looked up in `half_table`."""
+        return self.cfg.half_table and self.skips_rows(self.grid.table.device)
+
     def half_table(self) -> Tensor:
         """The float16 copy of the table, [spec.n_params]; made anew when the table has changed."""
         table = self.grid.table
-        now = (table.data_ptr(), table._version)
-        if self._half_of != now:
+        if self._half_of != (table.data_ptr(), table._version):
             if self._half_table is None or self._half_table.device != table.device:
                 self._half_table = torch.empty_like(table, dtype=torch.float16)
             self._half_table.copy_(table.detach())
-            self._half_of = now
+            self.accept_half_table()
         return self._half_table
+
+    def accept_half_table(self) -> None:
+        """Take the copy for current: whoever changed the table has changed the copy too."""
+        self._half_of = (self.grid.table.data_ptr(), self.grid.table._version)
 
     def skips_rows(self, device: torch.device) -> bool:
         """Whether `n_valid` is taken, for points of float32 on this device."""

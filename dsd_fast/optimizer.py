@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dsd_fast import ops
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import OptimizerConfig
 from dsd_fast.scene import Scene
@@ -22,21 +23,23 @@ class Optimizer:
     finite. Such a step changes no parameter, with or without a scale. The decision is taken on the
     device: nothing here waits for it.
 
+    The field's float16 copy of its table gets the new values in the same pass.
+
     `skipped` and `bad_run` are 0-dim int64 tensors on the device: steps left out so far, and how
     many of them at the end were in a row.
     """
 
     def __init__(self, scene: Scene, cfg: OptimizerConfig, device: torch.device) -> None:
         self._parameters = dict(scene.named_parameters())
-        self._adam = torch.optim.Adam(
-            [
-                {"params": list(scene.field.parameters()), "lr": cfg.geometry_lr},
-                {"params": list(scene.background.parameters()), "lr": cfg.background_lr},
-            ],
-            betas=cfg.betas,
-            eps=cfg.eps,
-            fused=True,
-        )
+        self._field = scene.field
+        of_field = set(scene.field.parameters())
+        self._rates = {
+            name: cfg.geometry_lr if parameter in of_field else cfg.background_lr
+            for name, parameter in self._parameters.items()
+        }
+        self._betas, self._eps = cfg.betas, cfg.eps
+        # By parameter name, each from its first gradient on: step, exp_avg and exp_avg_sq.
+        self._moments: dict[str, dict[str, Tensor]] = {}
         self._scaling = device.type == "cuda"
         self.scale = torch.tensor(INITIAL_SCALE if self._scaling else 1.0, device=device)
         self._good_steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -49,18 +52,45 @@ class Optimizer:
         ``ok`` (0-dim bool on the device) vetoes the update when False. Returns the norm of all
         gradients, 0-dim.
         """
-        self._adam.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
         (loss * self.scale).backward()
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         finite = norm.isfinite() & ok
-        # The fused kernel divides by the scale and does nothing where found_inf is 1.
-        self._adam.grad_scale = self.scale
-        self._adam.found_inf = (~finite).float()
-        self._adam.step()
+        found_inf = (~finite).float()
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._move(name, parameter, found_inf)
         norm = norm / self.scale
         self._count(finite)
         return norm
+
+    def _move(self, name: str, parameter: nn.Parameter, found_inf: Tensor) -> None:
+        if name not in self._moments:
+            self._moments[name] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
+        moments = self._moments[name]
+        is_table = parameter is self._field.grid.table
+        half = self._field.half_table() if is_table and self._field.reads_half_table() else None
+        ops.adam_step(
+            parameter.detach().view(-1),
+            parameter.grad.reshape(-1),
+            moments["exp_avg"].view(-1),
+            moments["exp_avg_sq"].view(-1),
+            moments["step"],
+            self._rates[name],
+            self._betas,
+            self._eps,
+            grad_scale=self.scale,
+            found_inf=found_inf,
+            half_copy=half,
+        )
+        if half is not None:
+            self._field.accept_half_table()
 
     def _count(self, finite: Tensor) -> None:
         bad = ~finite
@@ -75,11 +105,7 @@ class Optimizer:
 
     def state_dict(self) -> dict:
         """Adam's moments by parameter name, the scale and the counters."""
-        adam = {
-            name: self._adam.state[parameter]
-            for name, parameter in self._parameters.items()
-            if parameter in self._adam.state
-        }
+        adam = {name: self._moments[name] for name in self._parameters if name in self._moments}
         counters = {
             "scale": self.scale,
             "good_steps": self._good_steps,
@@ -96,7 +122,7 @@ class Optimizer:
                 raise CheckpointError(
                     f"the checkpoint's optimizer state does not fit this configuration at {name}"
                 )
-            self._adam.state[parameter] = {
+            self._moments[name] = {
                 key: value.to(parameter.device, copy=True) for key, value in moments.items()
             }
         counters, device = state["counters"], self.scale.device

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 MARGIN = 1.25
 # What was needed is forgotten at this rate a rendering.
 DECAY = 0.98
-# Room that is always there.
+# The least room that is learnt.
 FLOOR = 4096
 
 
@@ -54,8 +54,9 @@ class SampleRoom:
             self._look()
         if self._per_ray is None:
             return None
-        margin = 1.0 if self._is_fixed else MARGIN
-        return max(math.ceil(margin * self._per_ray * n_rays), FLOOR)
+        if self._is_fixed:
+            return math.ceil(self._per_ray * n_rays)
+        return max(math.ceil(MARGIN * self._per_ray * n_rays), FLOOR)
 
     def learn(self, n_samples: int, n_rays: int) -> None:
         """Take a count that is known."""

@@ -20,7 +20,7 @@ from dsd_fast._backend import extension
 from dsd_fast.field import FieldConfig, GridConfig
 
 CPU = torch.device("cpu")
-SIZES = {"points": 500, "px": 24, "cells": 8}
+SIZES = {"points": 500, "numbers": 500, "px": 24, "cells": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,7 @@ def small_buffers(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr("benchmarks.render.FieldConfig", lambda: FieldConfig(grid=grid))
     monkeypatch.setattr(hashgrid, "SPEC", dataclasses.replace(hashgrid.SPEC, log2_table_size=10))
     monkeypatch.setitem(timing._COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(timing._GEMM_SIZE, "cpu", 64)
     # The process would keep what it frees for good, which is not for a test to decide.
     monkeypatch.setattr(run, "keep_freed_memory", lambda device: None)
     hashgrid.table.cache_clear()
@@ -66,10 +67,12 @@ def test_every_case_runs_and_is_recorded(small_cases, tmp_path, capsys) -> None:
         assert 0 < result["ms"]["p20"] <= result["ms"]["median"] <= result["ms"]["p80"]
         assert result["items"] > 0 and result["check_error"] <= CASES[result["case"]].tolerance
         assert (result["gb_per_s"] or result["tflop_per_s"]) > 0
+        assert (result["share_of_copy"] or result["share_of_gemm"]) > 0
         assert result["peers"] == []  # other packages' times are those of a GPU
     about = written["about"]
     assert about["device_name"] and about["torch"] == torch.__version__
-    assert about["copy_gb_per_s"] > 0 and about["time"] and about["kernels"]["compiler"]
+    assert about["copy_gb_per_s"] > 0 and about["gemm_tflop_per_s"] > 0
+    assert about["time"] and about["kernels"]["compiler"]
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in CASES)
 
@@ -181,19 +184,49 @@ def test_recorded_times_belong_to_cases() -> None:
 
 
 def test_a_row_says_where_a_peer_was_timed(small_cases) -> None:
-    record = run.run_case("march", CASES["march"], 24, CPU, budget_s=0.0, bandwidth=1e9)
+    record = run.run_case("march", CASES["march"], 24, CPU, budget_s=0.0, peaks=run.Peaks(1e9, 1e9))
     record["peers"] = [
-        {"peer": "theirs 1.0", "ms": 1.25, "recorded_on": "H100"},
-        {"peer": "theirs 2.0", "ms": 0.5},
+        {"peer": "theirs 1.0", "ms": 1.25, "recorded_on": "H100", "speedup": 2.5},
+        {"peer": "theirs 2.0", "ms": 0.5, "speedup": 1.25},
+        {"peer": "theirs 3.0", "ms": None, "error": "RuntimeError: no\ncompiler"},
     ]
     row = run._row(record)
     assert row.startswith("march ") and "24² px" in row and " GB/s " in row
-    assert row.endswith("  theirs 1.0 1.25 (recorded on an H100), theirs 2.0 0.5 (here)")
+    assert row.endswith(
+        " 1.25  theirs 1.0 1.25 (recorded on an H100), theirs 2.0 0.5 (here), "
+        "theirs 3.0 failed: RuntimeError: no"
+    )
 
 
 def test_nerfacc_has_no_time_on_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.march.nerfacc", lambda: SimpleNamespace(__version__="0"))
     assert workload("march").peers == {}
+
+
+def test_a_peer_that_fails_does_not_fail_the_case() -> None:
+    def peer() -> None:
+        raise RuntimeError("no compiler")
+
+    sets = [Workload(peer, peer, ("y",), 1, peers={"theirs": peer})]
+    assert run._time_peer("theirs", sets, CPU, 0.0) == {
+        "peer": "theirs",
+        "ms": None,
+        "error": "RuntimeError: no compiler",
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_runs_on_cuda(name, monkeypatch, tmp_path) -> None:
+    """With a device that has no number, as --device cuda gives it."""
+    monkeypatch.setitem(timing._COPY_BYTES, "cuda", 1 << 20)
+    monkeypatch.setitem(timing._GEMM_SIZE, "cuda", 64)
+    path = tmp_path / "times.json"
+    flags = ["--device", "cuda", "--budget", "0.01", "--json", str(path)]
+    assert run.main([name, *flags, "--size", str(SIZES[CASES[name].unit])]) == 0
+    written = json.loads(path.read_text())
+    assert [result["case"] for result in written["results"]] == [name]
+    assert written["results"][0]["captured"] == CASES[name].captures
 
 
 def test_times_of_a_known_sleep() -> None:

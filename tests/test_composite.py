@@ -382,6 +382,48 @@ def test_empty(device, lengths):
     assert [a.shape for a in out] == [b.shape for b in reference]
 
 
+def units(got: Tensor, exact: Tensor) -> Tensor:
+    """Errors in units in the last place of the float32 numbers next to `exact`."""
+    near = exact.float().abs()
+    unit = torch.nextafter(near, torch.tensor(torch.inf)) - near
+    return (got.detach().cpu().double() - exact).abs() / unit.double()
+
+
+def test_exponentials_are_right_to_two_units(device):
+    """Opacity of one sample, and what it lets through to a wall, from tiny to opaque."""
+    x = torch.cat([torch.logspace(-38, 2, 20_001), torch.linspace(0.0, 104.0, 20_002)])
+    n = len(x)
+    sigmas = torch.stack([x, torch.full_like(x, 1e9)], dim=1).flatten().to(device)
+    starts = torch.tensor([0.0, 1.0], device=device).repeat(n)
+    rays = torch.arange(n, device=device).repeat_interleave(2)
+    _, _, _, weights = composite(sigmas, starts.new_ones(2 * n, 3), starts, starts + 1, rays, n)
+    assert units(weights[0::2], -torch.expm1(-x.double())).max() <= 2.0
+    assert units(weights[1::2], torch.exp(-x.double())).max() <= 2.0
+
+
+@pytest.mark.parametrize("density", [0.5, 5.0, 50.0])
+def test_errors_stay_within_twice_those_of_torch(density):
+    """Against float64: the compiled results and the float32 reference's, both with gradients."""
+    samples = packed(LENGTHS, density)
+    errors = []
+    exact = None
+    for function, inputs in (
+        (composite_full_reference, double(samples)),
+        (composite_full_reference, {k: v.clone() for k, v in samples.items()}),
+        (composite_full, {k: v.clone() for k, v in samples.items()}),
+    ):
+        for name in VALUES:
+            inputs[name].requires_grad_()
+        out = function(*full_args(inputs, len(LENGTHS)))
+        sum(image.sum() for image in out[:5]).backward()
+        # Without directions there is no orientation.
+        values = [*out[:-1], *(inputs[name].grad for name in VALUES)]
+        exact = exact or values
+        errors.append([relative(value, right) for value, right in zip(values, exact)])
+    _, torchs, ours = errors
+    assert all(a <= 2 * b + 1e-8 for a, b in zip(ours, torchs)), (ours, torchs)
+
+
 def test_one_long_ray(device):
     """20000 thin samples: float32 sums in order would lose 1e-4 of the transmittance."""
     n = 20_000

@@ -66,6 +66,17 @@ ACCEPTED = {
         "values": torch.ones(3),
     },
     "occupancy_threshold": {"occs": torch.zeros(9)},
+    "adam_step": {
+        "param": torch.zeros(9),
+        "grad": torch.ones(9),
+        "exp_avg": torch.zeros(9),
+        "exp_avg_sq": torch.zeros(9),
+        "step": torch.zeros(()),
+        "lr": 0.1,
+        "grad_scale": torch.ones(()),
+        "found_inf": torch.zeros(()),
+        "half_copy": torch.zeros(9, dtype=torch.float16),
+    },
 }
 
 FAULTS = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import cuda_only
 
 from dsd_fast import optimizer as module
 from dsd_fast.checkpoint import CheckpointError
@@ -94,6 +95,49 @@ def test_state_round_trip(scene, device):
         each.step(total(its_scene).square(), YES.to(device))
     assert unchanged(other, snapshot(scene))
     assert resumed.skipped.item() == 1
+
+
+def test_moments_of_torchs_adam_go_on(scene, device):
+    """A state written by torch.optim.Adam(fused=True) loads, and the next step is torch's."""
+    plain = Scene(small_config(), torch.Generator().manual_seed(0)).to(device)
+    cfg = OptimizerConfig()
+    adam = torch.optim.Adam(
+        [
+            {"params": list(plain.field.parameters()), "lr": cfg.geometry_lr},
+            {"params": list(plain.background.parameters()), "lr": cfg.background_lr},
+        ],
+        betas=cfg.betas,
+        eps=cfg.eps,
+        fused=True,
+    )
+    total(plain).backward()
+    adam.step()
+    scene.load_state_dict(plain.state_dict())
+    optimizer = Optimizer(scene, cfg, device)
+    state = optimizer.state_dict()
+    state["adam"] = {name: adam.state[p] for name, p in plain.named_parameters()}
+    optimizer.load_state_dict(state)
+    optimizer.step(total(scene).square(), YES.to(device))
+    adam.zero_grad()
+    total(plain).square().backward()
+    adam.step()
+    after = optimizer.state_dict()["adam"]
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(scene.get_parameter(name), p, rtol=1e-5, atol=1e-6)
+        assert set(after[name]) == set(adam.state[p])
+        assert after[name]["step"].item() == 2.0
+
+
+@cuda_only
+def test_the_half_table_follows_the_table(scene, device):
+    """In the same pass, and also past a step that is left out."""
+    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    for ok in (YES, NO, YES):
+        loss = scene.field(torch.rand(50, 3, device=device)).density.sum()
+        optimizer.step(loss + total(scene), ok.to(device))
+        address = scene.field.half_table().data_ptr()
+        assert torch.equal(scene.field._half_table, scene.field.grid.table.half())
+        assert scene.field.half_table().data_ptr() == address
 
 
 def test_moments_that_do_not_fit(scene, device):

@@ -3,13 +3,16 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import cuda_only, relative_error
 
 from dsd_fast.background import Background, BackgroundConfig
 from dsd_fast.cameras import CameraConfig, RandomCameras, eval_camera
 from dsd_fast.field import Field, FieldConfig, FieldOutput, GridConfig
 from dsd_fast.losses import LossConfig, regularizers
 from dsd_fast.material import MaterialConfig
+from dsd_fast.ops import PackedSamples
 from dsd_fast.renderer import Renderer, RendererConfig
+from dsd_fast.sample_room import SampleRoom
 
 RADIUS = 0.5
 ALBEDO = MaterialConfig(ambient_only_steps=10**9)
@@ -232,6 +235,132 @@ def test_further_renderings_of_a_step_can_leave_the_grid_alone():
         Sphere(), _background(), _cameras(), 0, True, _generator(), update_occupancy=False
     )
     assert output.n_samples == 0 and not renderer.occupancy.occs.any()
+
+
+def _cuda_render(renderer: Renderer, field: Field, seed: int = 0, generator=None):
+    """A training rendering of the same view on CUDA and the gradient of all its losses."""
+    cameras = _cameras(size=24).to("cuda")
+    background = Background(BackgroundConfig(random_aug=False), _generator()).cuda()
+    if generator is None:
+        generator = _generator(seed)
+    output = renderer(field, background, cameras, 8, True, generator)
+    terms = regularizers(output, LossConfig(), 0)
+    loss = output.rgb.square().sum() + sum(v * w for v, w in terms.values())
+    return output, torch.autograd.grad(loss, list(field.parameters()))
+
+
+def _cuda_scene(**changes) -> tuple[Renderer, Field]:
+    renderer, field = _renderer(**changes).cuda(), _small_field().cuda()
+    renderer.update_occupancy(field, 0, _generator())
+    return renderer, field
+
+
+@cuda_only
+def test_learnt_room_changes_nothing():
+    renderer, field = _cuda_scene()
+    first, first_gradients = _cuda_render(renderer, field)  # counts
+    second, gradients = _cuda_render(renderer, field)  # has room
+    assert int(first.n_samples) == int(second.n_samples) > 0
+    for name in ("rgb", "opacity", "depth", "normal", "z_variance", "orientation"):
+        value, expected = getattr(second, name), getattr(first, name)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for value, expected in zip(gradients, first_gradients):
+        assert relative_error(value, expected) < 1e-4
+
+
+@cuda_only
+def test_rendering_does_not_wait_for_the_device():
+    renderer, field = _cuda_scene()
+    _cuda_render(renderer, field)
+    cameras = _cameras(size=24).to("cuda")
+    background = Background(BackgroundConfig(random_aug=False), _generator()).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = renderer(field, background, cameras, 8, True, _generator())
+        terms = regularizers(output, LossConfig(), 0)
+        (output.rgb.sum() + sum(v * w for v, w in terms.values())).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert field.grid.table.grad.any()
+
+
+@cuda_only
+def test_samples_without_room_are_reported(caplog):
+    renderer, field = _cuda_scene(sample_room=(64.0, 3.0))
+    full, _ = _cuda_render(*_cuda_scene())
+    cut, gradients = _cuda_render(renderer, field)
+    assert int(cut.n_samples) == 3 * 24**2 < int(full.n_samples)
+    assert all(g.isfinite().all() for g in gradients)
+    torch.cuda.synchronize()
+    _cuda_render(renderer, field)
+    assert "found no room" in caplog.text and "raise sample_room" in caplog.text
+
+
+@cuda_only
+def test_a_graph_holds_a_rendering_and_its_backward_pass():
+    renderer, field = _cuda_scene(sample_room=(64.0, 32.0))
+    generator = torch.Generator("cuda").manual_seed(0)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        _cuda_render(renderer, field, generator=generator)
+    torch.cuda.synchronize()
+    cameras = _cameras(size=24).to("cuda")
+    background = Background(BackgroundConfig(random_aug=False), _generator()).cuda()
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        output = renderer(field, background, cameras, 8, True, generator)
+        terms = regularizers(output, LossConfig(), 0)
+        loss = output.rgb.square().sum() + sum(v * w for v, w in terms.values())
+        gradients = torch.autograd.grad(loss, list(field.parameters()))
+    with torch.no_grad():
+        field.grid.table.mul_(0.5)
+        field.half_table()
+    graph.replay()
+    replayed = [output.opacity.clone(), gradients[0].clone()]
+    plain = _cuda_render(renderer, field, generator=torch.Generator("cuda").manual_seed(0))
+    # Other jitter: alike, not equal.
+    assert relative_error(replayed[0], plain[0].opacity) < 0.05
+    assert relative_error(replayed[1], plain[1][0]) < 0.5
+    assert int(output.n_samples) > 0
+
+
+@cuda_only
+def test_a_graph_needs_a_room_for_samples():
+    renderer, field = _cuda_scene()
+    _cuda_render(renderer, field)
+    with pytest.raises(ValueError, match="set sample_room"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        _cuda_render(renderer, field, generator=torch.Generator("cuda"))
+
+
+def test_room_is_learnt_kept_and_forgotten():
+    room = SampleRoom("kept")
+    assert room.room(1000) is None
+    room.learn(20_000, 1000)
+    assert room.room(1000) == 25_000 and room.room(4000) == 100_000
+    room.learn(0, 1000)  # a view of nothing does not take the room away at once
+    assert room.room(1000) == 24_500
+    for _ in range(500):
+        room.learn(0, 1000)
+    assert room.room(1000) == 4096
+
+
+def test_room_reports_what_was_dropped(caplog):
+    packed = PackedSamples(*[torch.zeros(0)] * 5)._replace(
+        offsets=torch.tensor([0, 30]), n_dropped=torch.tensor(10)
+    )
+    learning, fixed = SampleRoom("kept"), SampleRoom("marched", 5000.0)
+    learning.watch(packed, 1)
+    assert "10 of 40 samples kept found no room in one rendering; the next" in caplog.text
+    fixed.watch(packed, 1)
+    assert "samples marched found no room in one rendering; raise sample_room" in caplog.text
+    assert learning.n_dropped == 10 and learning._per_ray == 40.0
+    assert fixed.room(1) == 5000
+
+
+def test_room_must_be_positive():
+    with pytest.raises(ValueError, match="sample_room: expected positive numbers, got 0.0"):
+        _renderer(sample_room=(1.0, 0.0))
 
 
 def test_step_size():

@@ -3,6 +3,7 @@
 (``torch.ops.dsd_fast.<name>``, with fake and, where it makes sense, autograd) and a test."""
 
 from dsd_fast.ops._pack import PackedSamples
+from dsd_fast.ops.adam import adam_step
 from dsd_fast.ops.composite import Composited, composite, composite_full, visibility
 from dsd_fast.ops.field import FieldShape, fused_field
 from dsd_fast.ops.hashgrid import GridSpec, hashgrid, hashgrid_jacobian
@@ -16,6 +17,7 @@ __all__ = [
     "FieldShape",
     "GridSpec",
     "PackedSamples",
+    "adam_step",
     "composite",
     "composite_full",
     "fused_field",
