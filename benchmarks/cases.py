@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import adam, composite, hashgrid, march, occupancy, render, sh
+from benchmarks import adam, composite, field, hashgrid, march, occupancy, render, sh
 from benchmarks.case import Case
 
 _POINTS = {"cpu": (1 << 16,), "cuda": (1 << 20,)}
@@ -20,6 +20,8 @@ _samples = partial(Case, unit="px", sizes=_SAMPLED_VIEWS, check_size=19)
 _cells = partial(Case, unit="cells", sizes=_CELLS, check_size=13)
 _numbers = partial(Case, unit="numbers", sizes=_NUMBERS, check_size=10007)
 _on_rays = {"points": hashgrid.along_rays}
+# On CUDA operands are float16, and a rounding may move a neuron over the edge of its ReLU.
+_fields = partial(_points, tolerance=5e-2)
 
 CASES: dict[str, Case] = {
     "encode/forward": _points(hashgrid.forward),
@@ -36,8 +38,15 @@ CASES: dict[str, Case] = {
     ),
     "sh/forward": _points(sh.forward),
     "sh/backward": _points(sh.backward),
-    # The number of samples comes to the host.
-    "march": Case(march.march, "px", _VIEWS, check_size=19, captures=False),
+    "field/density": _fields(partial(field.forward, features=False)),
+    "field/forward": _fields(field.forward),
+    "field/forward-backward": _fields(field.forward_backward),
+    "field/normals": _fields(partial(field.forward_backward, normals=True)),
+    "field/density-rays": _fields(partial(field.forward, features=False, **_on_rays)),
+    "field/forward-rays": _fields(partial(field.forward, **_on_rays)),
+    "field/forward-backward-rays": _fields(partial(field.forward_backward, **_on_rays)),
+    "field/normals-rays": _fields(partial(field.forward_backward, normals=True, **_on_rays)),
+    "march": Case(march.march, "px", _VIEWS, check_size=19),
     "visibility": _samples(composite.visibility),
     "composite/forward": _samples(composite.forward),
     "composite/forward-backward": _samples(composite.forward_backward),
@@ -47,6 +56,7 @@ CASES: dict[str, Case] = {
     "occupancy/threshold": _cells(occupancy.threshold),
     "adam/step": _numbers(adam.step),
     "adam/step-half": _numbers(partial(adam.step, half=True), tolerance=1e-3),
-    # Long chains of float32 arithmetic; the losses' gradients are small differences.
-    "render": _samples(render.render, tolerance=1e-3, captures=False),
+    # Long chains of arithmetic, on CUDA with float16 operands; the losses' gradients are small
+    # differences.
+    "render": _samples(render.render, tolerance=2e-2),
 }

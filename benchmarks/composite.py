@@ -19,22 +19,23 @@ from dsd_fast.ops.composite import (
     visibility_reference,
 )
 
-# Bytes of a sample's density, interval and ray index.
-_SAMPLE = 4 + 8 + 8
+# Bytes of a sample's density and interval.
+_SAMPLE = 4 + 8
 
 
 def visibility(width: int, device: torch.device, generator: torch.Generator) -> Workload:
     """Which samples can be seen, with the threshold of a run's first steps."""
     samples = scene.samples(width, device, generator)
-    arguments = (*samples, scene.occupancy(device).alpha_threshold())
-    n_samples = len(samples.sigmas)
+    arguments = (*samples[:3], None, samples.n_rays)
+    threshold, n_samples = scene.occupancy(device).alpha_threshold(), len(samples.sigmas)
+    more = {"offsets": samples.offsets}
     return Workload(
-        compiled=lambda: ops.visibility(*arguments),
-        reference=lambda: visibility_reference(*arguments),
+        compiled=lambda: ops.visibility(*arguments[:4], None, threshold, **more),
+        reference=lambda: visibility_reference(*arguments, threshold, 1e-4, **more),
         outputs=("visible",),
         n_items=n_samples,
         n_bytes=(_SAMPLE + 1) * n_samples,
-        peers=_visibility_peers(*arguments),
+        peers=_visibility_peers(samples, threshold),
     )
 
 
@@ -48,7 +49,7 @@ def forward(width: int, device: torch.device, generator: torch.Generator) -> Wor
         outputs=("color", "opacity", "depth", "weights"),
         n_items=len(rgbs),
         # Colours in, weights out; five numbers a ray.
-        n_bytes=(_SAMPLE + 12 + 4) * len(rgbs) + 20 * samples.n_rays,
+        n_bytes=(_SAMPLE + 12 + 4) * len(rgbs) + 28 * samples.n_rays,
         peers=_composite_peers(samples, rgbs),
     )
 
@@ -70,7 +71,7 @@ def forward_backward(width: int, device: torch.device, generator: torch.Generato
         outputs=("grad_sigmas", "grad_rgbs"),
         n_items=n_samples,
         # The samples are read twice; the gradients of density and colour are written.
-        n_bytes=(2 * (_SAMPLE + 12) + 4 + 16) * n_samples + 40 * n_rays,
+        n_bytes=(2 * (_SAMPLE + 12) + 4 + 16) * n_samples + 56 * n_rays,
         peers=_composite_peers(samples, inputs[1], grads),
     )
 
@@ -84,7 +85,7 @@ def full_forward(width: int, device: torch.device, generator: torch.Generator) -
         reference=lambda: _composite(composite_full_reference, samples, rgbs, normals)[:6],
         outputs=ops.Composited._fields[:6],
         n_items=len(rgbs),
-        n_bytes=(_SAMPLE + 24 + 4) * len(rgbs) + 36 * samples.n_rays,
+        n_bytes=(_SAMPLE + 24 + 4) * len(rgbs) + 44 * samples.n_rays,
     )
 
 
@@ -93,25 +94,33 @@ def full_backward(width: int, device: torch.device, generator: torch.Generator) 
     samples = scene.samples(width, device, generator)
     rgbs, normals = _colors(samples, generator), _normals(samples, generator)
     grads = _ray_grads(samples.n_rays, (3, 1, 1, 1, 3), device, generator)
-    intervals = samples[1:]
-    images = ops.composite_full(samples.sigmas, rgbs, normals, *intervals)
+    intervals, offsets = samples[1:3], samples.offsets
+    places = (None, samples.n_rays)
+    images = ops.composite_full(samples.sigmas, rgbs, normals, *intervals, offsets=offsets)
     kept = images.opacity, images.depth, images.z_variance
     inputs = tuple(x.clone().requires_grad_() for x in (samples.sigmas, rgbs, normals))
     return Workload(
         compiled=lambda: torch.ops.dsd_fast.composite_bwd(
-            *grads, None, samples.sigmas, rgbs, normals, *intervals, *kept
+            *grads, None, samples.sigmas, rgbs, normals, *intervals, *places, *kept, offsets
         ),
         reference=backward_of(
-            lambda: composite_full_reference(*inputs, *intervals)[:5], inputs, grads
+            lambda: composite_full_reference(*inputs, *intervals, *places, offsets)[:5],
+            inputs,
+            grads,
         ),
         outputs=("grad_sigmas", "grad_rgbs", "grad_normals"),
         n_items=len(rgbs),
-        n_bytes=(_SAMPLE + 24 + 28) * len(rgbs) + (36 + 12) * samples.n_rays,
+        n_bytes=(_SAMPLE + 24 + 28) * len(rgbs) + (44 + 12) * samples.n_rays,
     )
 
 
 def _composite(function, samples: Samples, *values: Tensor) -> tuple[Tensor, ...]:
-    return function(samples.sigmas, *values, *samples[1:])
+    if function in (composite_reference, composite_full_reference):
+        places = (None, samples.n_rays, samples.offsets)
+        return function(samples.sigmas, *values, samples.t_starts, samples.t_ends, *places)
+    return function(
+        samples.sigmas, *values, samples.t_starts, samples.t_ends, offsets=samples.offsets
+    )
 
 
 def _colors(samples: Samples, generator: torch.Generator) -> Tensor:
@@ -129,18 +138,12 @@ def _ray_grads(
     return tuple(torch.randn(n_rays, w, generator=generator).to(device) for w in widths)
 
 
-def _visibility_peers(
-    sigmas: Tensor,
-    t_starts: Tensor,
-    t_ends: Tensor,
-    ray_indices: Tensor,
-    n_rays: int,
-    threshold: Tensor,
-) -> dict[str, Call]:
+def _visibility_peers(samples: Samples, threshold: Tensor) -> dict[str, Call]:
     peer = nerfacc()
+    sigmas, t_starts, t_ends, ray_indices, _ = samples
     if peer is None or not sigmas.is_cuda:
         return {}
-    packed_info = peer.pack_info(ray_indices, n_rays)
+    packed_info = peer.pack_info(ray_indices, samples.n_rays)
     alpha_thre = threshold.item()
     return {
         f"nerfacc {peer.__version__}": lambda: peer.render_visibility_from_density(
@@ -155,7 +158,8 @@ def _composite_peers(
     peer = nerfacc()
     if peer is None or not rgbs.is_cuda:
         return {}
-    sigmas, t_starts, t_ends, ray_indices, n_rays = samples
+    sigmas, t_starts, t_ends, ray_indices, _ = samples
+    n_rays = samples.n_rays
     middle = 0.5 * (t_starts + t_ends)[:, None]
 
     def call() -> Sequence[Tensor]:

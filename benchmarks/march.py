@@ -9,7 +9,7 @@ from benchmarks import scene
 from benchmarks.case import Call, Workload
 from benchmarks.peers import nerfacc
 from dsd_fast import ops
-from dsd_fast.ops.march import march_reference
+from dsd_fast.ops.march import march_packed_reference
 
 
 def march(width: int, device: torch.device, generator: torch.Generator) -> Workload:
@@ -18,13 +18,14 @@ def march(width: int, device: torch.device, generator: torch.Generator) -> Workl
     grid = scene.occupancy(device)
     arguments = (origins, dirs, grid.binary, grid.aabb, scene.STEP_SIZE, jitter)
     n_samples = len(ops.march(*arguments)[0])
+    more = {"near": 0.0, "far": 1e10, "capacity": n_samples}
     return Workload(
-        compiled=lambda: ops.march(*arguments),
-        reference=lambda: march_reference(*arguments),
-        outputs=("ray_indices", "t_starts", "t_ends"),
+        compiled=lambda: ops.march_packed(*arguments, **more),
+        reference=lambda: march_packed_reference(*arguments, **more),
+        outputs=ops.PackedSamples._fields,
         n_items=n_samples,
-        # Origin, direction and jitter of a ray; index and interval of a sample.
-        n_bytes=28 * len(origins) + 16 * n_samples,
+        # Origin, direction, jitter and place of a ray; index and interval of a sample.
+        n_bytes=36 * len(origins) + 12 * n_samples,
         peers=_peers(origins, dirs),
     )
 

@@ -30,6 +30,11 @@ RECORDED: dict[tuple[str, int], tuple[Recorded, ...]] = {
     ("jacobian/forward", 1 << 20): (Recorded(_TCNN_16, 2.22), Recorded(_TCNN_32, 2.39)),
     # Value, input gradient, and the backward pass through both to the table.
     ("jacobian/forward-backward", 1 << 20): (Recorded(_TCNN_16, 17.2), Recorded(_TCNN_32, 26.0)),
+    # Grid and a fully fused 64 → 4 network, compiled at run time; the unfused normals are those of
+    # the grid alone.
+    ("field/forward", 1 << 20): (Recorded(_TCNN_16, 0.78),),
+    ("field/forward-backward", 1 << 20): (Recorded(_TCNN_16, 2.91),),
+    ("field/normals", 1 << 20): (Recorded(_TCNN_16, 17.2),),
     ("march", 128): (Recorded(_NERFACC, 0.78),),
     ("march", 512): (Recorded(_NERFACC, 4.44),),
     ("composite/forward", 512): (Recorded(_NERFACC, 1.85),),

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from benchmarks import scene
 from benchmarks.case import Workload, by_reference
+from benchmarks.field import DENSITY_FLOPS, FEATURE_FLOPS
 from dsd_fast.background import Background, BackgroundConfig
 from dsd_fast.field import Field, FieldConfig
 from dsd_fast.losses import LossConfig, regularizers
 from dsd_fast.renderer import Renderer
 
-# Multiplications and additions of one point in the two 32 → 64 → c networks.
-_DENSITY_FLOPS = 2 * (32 * 64 + 64)
-_FEATURE_FLOPS = 2 * (32 * 64 + 64 * 3)
-
+# Room for the samples a ray of this scene has on average: 47 to march and 29 to keep at 512².
+_ROOM = (64.0, 40.0)
 
 def render(width: int, device: torch.device, generator: torch.Generator) -> Workload:
     """width² pixels of the official field at step 0, its initial blob: 8 of 16 levels are active.
 
     March, visibility, field with normals, compositing, background, the five regularisers and a
     random gradient of the image in place of the guidance's, back to all parameters. The grid of
-    occupied cells is not updated. Flops: the field's two networks alone, once for each sample that
-    marching takes and three times (forward and backward) for each that is seen.
+    occupied cells is not updated, rays are not jittered. Flops: the field's two networks alone,
+    once for each sample that marching takes and three times (forward and backward) for each that
+    is seen.
     """
     field = Field(FieldConfig(), generator).to(device)
     background = Background(BackgroundConfig(random_aug=False), generator).to(device)
-    renderer = Renderer(scene.RENDERER).to(device)
+    cfg = replace(scene.RENDERER, randomized=False, sample_room=_ROOM)
+    renderer = Renderer(cfg).to(device)
     renderer.occupancy.load_state_dict(scene.occupancy(device).state_dict())
     cameras = scene.view(width, scene.RENDER_FOVY_DEG, device, generator)
     towards = torch.randn(1, width, width, 3, generator=generator).to(device) / width**2
     parameters = [*field.parameters(), *background.parameters()]
-    jitter = torch.Generator()
+    unused = torch.Generator()
 
     def forward():
-        jitter.manual_seed(0)
-        return renderer(field, background, cameras, 0, True, jitter, update_occupancy=False)
+        return renderer(field, background, cameras, 0, True, unused, update_occupancy=False)
 
     def call() -> tuple[Tensor, ...]:
         output = forward()
@@ -52,5 +54,5 @@ def render(width: int, device: torch.device, generator: torch.Generator) -> Work
         reference=by_reference(call),
         outputs=("rgb", "opacity", *(f"gradient of {name}" for name in names)),
         n_items=n_samples,
-        n_flops=n_samples * (4 * _DENSITY_FLOPS + 3 * _FEATURE_FLOPS),
+        n_flops=n_samples * (4 * DENSITY_FLOPS + 3 * FEATURE_FLOPS),
     )

@@ -26,13 +26,17 @@ STEP_SIZE = Renderer(RENDERER).step_size
 
 
 class Samples(NamedTuple):
-    """Packed samples of the rays of one view, and a density at each."""
+    """Packed samples of the R rays of one view, and a density at each."""
 
     sigmas: Tensor  # [S]
     t_starts: Tensor  # [S]
     t_ends: Tensor  # [S]
-    ray_indices: Tensor  # [S]
-    n_rays: int
+    ray_indices: Tensor  # int64 [S]
+    offsets: Tensor  # int64 [R+1]
+
+    @property
+    def n_rays(self) -> int:
+        return len(self.offsets) - 1
 
 
 def view(
@@ -84,4 +88,5 @@ def samples(width: int, device: torch.device, generator: torch.Generator) -> Sam
     middle = 0.5 * (t_starts + t_ends)[:, None]
     density = blob_density(origins[ray_indices] + middle * dirs[ray_indices])
     factor = 0.5 + torch.rand(len(middle), generator=generator).to(device)
-    return Samples(density * factor, t_starts, t_ends, ray_indices, len(origins))
+    offsets = torch.searchsorted(ray_indices, torch.arange(len(origins) + 1, device=device))
+    return Samples(density * factor, t_starts, t_ends, ray_indices, offsets)
