@@ -35,9 +35,12 @@ CASES: dict[str, Case] = {
     "sh/backward": _points(sh.backward),
     # The number of samples comes to the host.
     "march": Case(march.march, "px", _VIEWS, check_size=19, captures=False),
+    "march-packed": Case(march.packed, "px", _VIEWS, check_size=19),
     "visibility": _samples(composite.visibility),
+    "prune": _samples(composite.prune),
     "composite/forward": _samples(composite.forward),
     "composite/forward-backward": _samples(composite.forward_backward),
+    "composite/forward-backward-packed": _samples(composite.forward_backward_packed),
     "composite-full/forward": _samples(composite.full_forward),
     "composite-full/backward": _samples(composite.full_backward),
     "occupancy/update": _cells(occupancy.update),

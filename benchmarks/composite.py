@@ -18,6 +18,7 @@ from dsd_fast.ops.composite import (
     composite_reference,
     visibility_reference,
 )
+from dsd_fast.ops.prune import prune_reference
 
 # Bytes of a sample's density, interval and ray index.
 _SAMPLE = 4 + 8 + 8
@@ -35,6 +36,24 @@ def visibility(width: int, device: torch.device, generator: torch.Generator) -> 
         n_items=n_samples,
         n_bytes=(_SAMPLE + 1) * n_samples,
         peers=_visibility_peers(*arguments),
+    )
+
+
+def prune(width: int, device: torch.device, generator: torch.Generator) -> Workload:
+    """The samples that can be seen, packed anew in arrays with a tenth more room."""
+    samples = scene.samples(width, device, generator)
+    threshold = scene.occupancy(device).alpha_threshold()
+    n_seen = int(ops.visibility(*samples, threshold).sum())
+    capacity = n_seen + n_seen // 10
+    arguments = (*samples[:3], _offsets(samples), threshold)
+    n_samples = len(samples.sigmas)
+    return Workload(
+        compiled=lambda: ops.prune(*arguments, capacity=capacity),
+        reference=lambda: prune_reference(*arguments, capacity=capacity),
+        outputs=ops.PackedSamples._fields,
+        n_items=n_samples,
+        # Density and interval in, index and interval out; two offsets a ray.
+        n_bytes=12 * n_samples + 12 * capacity + 16 * samples.n_rays,
     )
 
 
@@ -75,6 +94,30 @@ def forward_backward(width: int, device: torch.device, generator: torch.Generato
     )
 
 
+def forward_backward_packed(
+    width: int, device: torch.device, generator: torch.Generator
+) -> Workload:
+    """`forward_backward` of samples that come with offsets, as `march_packed` gives them."""
+    samples = scene.samples(width, device, generator)
+    inputs = samples.sigmas.requires_grad_(), _colors(samples, generator).requires_grad_()
+    grads = _ray_grads(samples.n_rays, (3, 1, 1), device, generator)
+    offsets = _offsets(samples)
+
+    def call() -> Sequence[Tensor]:
+        images = ops.composite(*inputs, samples.t_starts, samples.t_ends, offsets=offsets)[:3]
+        return torch.autograd.grad(images, inputs, grads)
+
+    n_samples, n_rays = len(samples.sigmas), samples.n_rays
+    return Workload(
+        compiled=call,
+        reference=by_reference(call),
+        outputs=("grad_sigmas", "grad_rgbs"),
+        n_items=n_samples,
+        # As `forward_backward`, with two offsets a ray for an index a sample.
+        n_bytes=(2 * (12 + 12) + 4 + 16) * n_samples + 56 * n_rays,
+    )
+
+
 def full_forward(width: int, device: torch.device, generator: torch.Generator) -> Workload:
     """`forward` with normals and the variance of depth: what the renderer calls."""
     samples = scene.samples(width, device, generator)
@@ -112,6 +155,12 @@ def full_backward(width: int, device: torch.device, generator: torch.Generator) 
 
 def _composite(function, samples: Samples, *values: Tensor) -> tuple[Tensor, ...]:
     return function(samples.sigmas, *values, *samples[1:])
+
+
+def _offsets(samples: Samples) -> Tensor:
+    """Where each ray begins, [R + 1]."""
+    rays = torch.arange(samples.n_rays + 1, device=samples.sigmas.device)
+    return torch.searchsorted(samples.ray_indices, rays)
 
 
 def _colors(samples: Samples, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from benchmarks import scene
 from benchmarks.case import Call, Workload
 from benchmarks.peers import nerfacc
 from dsd_fast import ops
-from dsd_fast.ops.march import march_reference
+from dsd_fast.ops.march import march_packed_reference, march_reference
 
 
 def march(width: int, device: torch.device, generator: torch.Generator) -> Workload:
@@ -25,6 +25,24 @@ def march(width: int, device: torch.device, generator: torch.Generator) -> Workl
         n_items=n_samples,
         # Origin, direction and jitter of a ray; index and interval of a sample.
         n_bytes=28 * len(origins) + 16 * n_samples,
+        peers=_peers(origins, dirs),
+    )
+
+
+def packed(width: int, device: torch.device, generator: torch.Generator) -> Workload:
+    """The same samples in arrays with a tenth more room, without waiting for the device."""
+    origins, dirs, jitter = scene.rays(width, device, generator)
+    grid = scene.occupancy(device)
+    arguments = (origins, dirs, grid.binary, grid.aabb, scene.STEP_SIZE, jitter)
+    n_samples = len(ops.march(*arguments)[0])
+    capacity = n_samples + n_samples // 10
+    return Workload(
+        compiled=lambda: ops.march_packed(*arguments, capacity=capacity),
+        reference=lambda: march_packed_reference(*arguments, capacity=capacity),
+        outputs=ops.PackedSamples._fields,
+        n_items=n_samples,
+        # Origin, direction, jitter and offset of a ray; index and interval of a sample.
+        n_bytes=36 * len(origins) + 12 * capacity,
         peers=_peers(origins, dirs),
     )
 
