@@ -73,10 +73,11 @@ void composite_ray_bwd(const CompositeParams& p, const CompositeGrads& g, int64_
         g.sigmas[i] = static_cast<float>(x_grad) * (p.t_ends[i] - p.t_starts[i]);
         for (int c = 0; c < 3; ++c) g.rgbs[3 * i + c] = weight * r.color[c];
         if (kFull) {
-            const float away =
-                composite::orientation_grad(r, weight, dot(p.normals + 3 * i, r.dir));
-            for (int c = 0; c < 3; ++c) {
-                g.normals[3 * i + c] = weight * r.normal[c] + away * r.dir[c];
+            for (int c = 0; c < 3; ++c) g.normals[3 * i + c] = weight * r.normal[c];
+            if (r.orientation != 0.0f) {
+                const float away =
+                    composite::orientation_grad(r, weight, dot(p.normals + 3 * i, r.dir));
+                for (int c = 0; c < 3; ++c) g.normals[3 * i + c] += away * r.dir[c];
             }
         }
     }

@@ -268,7 +268,7 @@ void composite_fwd(const CompositeParams& p, void* stream) {
 void composite_bwd(const CompositeParams& p, const CompositeGrads& g, void* stream) {
     const unsigned int blocks = blocks_for_rays(p.n_rays);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    if (p.dirs != nullptr) {
+    if (p.dirs != nullptr && g.orientation != nullptr) {
         composite_bwd_kernel<true, true><<<blocks, kBlock, 0, cuda_stream>>>(p, g);
     } else if (composite::is_full(p)) {
         composite_bwd_kernel<true, false><<<blocks, kBlock, 0, cuda_stream>>>(p, g);
