@@ -48,6 +48,7 @@ CASES: dict[str, Case] = {
     "field/normals-rays": _fields(partial(field.forward_backward, normals=True, **_on_rays)),
     "march": Case(march.march, "px", _VIEWS, check_size=19),
     "visibility": _samples(composite.visibility),
+    "prune": _samples(composite.prune),
     "composite/forward": _samples(composite.forward),
     "composite/forward-backward": _samples(composite.forward_backward),
     "composite-full/forward": _samples(composite.full_forward),

@@ -18,6 +18,7 @@ from dsd_fast.ops.composite import (
     composite_reference,
     visibility_reference,
 )
+from dsd_fast.ops.prune import prune_reference
 
 # Bytes of a sample's density and interval.
 _SAMPLE = 4 + 8
@@ -36,6 +37,24 @@ def visibility(width: int, device: torch.device, generator: torch.Generator) -> 
         n_items=n_samples,
         n_bytes=(_SAMPLE + 1) * n_samples,
         peers=_visibility_peers(samples, threshold),
+    )
+
+
+def prune(width: int, device: torch.device, generator: torch.Generator) -> Workload:
+    """The samples that can be seen, packed anew in arrays with a tenth more room."""
+    samples = scene.samples(width, device, generator)
+    threshold = scene.occupancy(device).alpha_threshold()
+    arguments = (*samples[:3], samples.offsets, threshold, 1e-4)
+    visible = ops.visibility(*samples[:3], None, None, threshold, offsets=samples.offsets)
+    n_samples, n_seen = len(samples.sigmas), int(visible.sum())
+    capacity = n_seen + n_seen // 10
+    return Workload(
+        compiled=lambda: ops.prune(*arguments, capacity=capacity),
+        reference=lambda: prune_reference(*arguments, capacity=capacity),
+        outputs=ops.PackedSamples._fields,
+        n_items=n_samples,
+        # Density and interval in, index and interval out; two offsets a ray.
+        n_bytes=12 * n_samples + 12 * capacity + 16 * samples.n_rays,
     )
 
 

@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kWarps = kBlock / kWarp;
 
+// Blocks at a time on a multiprocessor, so that enough loads are under way: at most 64 registers.
+constexpr int kBlocksAtOnce = 4;
+
 __device__ __forceinline__ int64_t ray_of_warp() {
     return (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
 }
@@ -52,7 +55,8 @@ __device__ __forceinline__ void fill_zero(float* values, int64_t first, int64_t 
 // and the ray's sums. Lanes add in float (a few terms each) and join at the end. kOrient comes with
 // kFull only.
 template <bool kFull, bool kOrient>
-__global__ void __launch_bounds__(kBlock) composite_fwd_kernel(const CompositeParams p) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+    composite_fwd_kernel(const CompositeParams p) {
     __shared__ float triples[kOrient ? kWarps : 1][3 * kWarp];
     fill_zero(p.weights, composite::end_of_all(p), p.n_samples);
     const int64_t ray = ray_of_warp();
@@ -131,8 +135,8 @@ __global__ void __launch_bounds__(kBlock) composite_fwd_kernel(const CompositePa
 // for the first, in the first two floats of their gradients of colour; a sweep backward reads it,
 // carries the gradient of what lies behind, and writes the gradients of the samples.
 template <bool kFull, bool kOrient>
-__global__ void __launch_bounds__(kBlock) composite_bwd_kernel(const CompositeParams p,
-                                                               const CompositeGrads g) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+    composite_bwd_kernel(const CompositeParams p, const CompositeGrads g) {
     __shared__ float triples[kWarps][3 * kWarp];
     const int64_t end_of_all = composite::end_of_all(p);
     fill_zero(g.sigmas, end_of_all, p.n_samples);
@@ -264,7 +268,7 @@ void composite_fwd(const CompositeParams& p, void* stream) {
 void composite_bwd(const CompositeParams& p, const CompositeGrads& g, void* stream) {
     const unsigned int blocks = blocks_for_rays(p.n_rays);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    if (p.dirs != nullptr) {
+    if (p.dirs != nullptr && g.orientation != nullptr) {
         composite_bwd_kernel<true, true><<<blocks, kBlock, 0, cuda_stream>>>(p, g);
     } else if (composite::is_full(p)) {
         composite_bwd_kernel<true, false><<<blocks, kBlock, 0, cuda_stream>>>(p, g);

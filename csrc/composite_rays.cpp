@@ -176,11 +176,12 @@ void composite_ray_bwd(const CompositeParams& p, const CompositeGrads& g, int64_
             const int64_t at = 3 * (first + i);
             for (int c = 0; c < 3; ++c) g.rgbs[at + c] = weight[i] * r.color[c];
             if (kFull) {
+                for (int c = 0; c < 3; ++c) g.normals[at + c] = weight[i] * r.normal[c];
+            }
+            if (kFull && r.orientation != 0.0f) {
                 const float away =
                     composite::orientation_grad(r, weight[i], dot(p.normals + at, r.dir));
-                for (int c = 0; c < 3; ++c) {
-                    g.normals[at + c] = weight[i] * r.normal[c] + away * r.dir[c];
-                }
+                for (int c = 0; c < 3; ++c) g.normals[at + c] += away * r.dir[c];
             }
         }
     }

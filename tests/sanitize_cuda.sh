@@ -21,7 +21,7 @@ check() {
 }
 
 check memcheck -k "cuda and not compiles_without_graph_breaks" \
-    tests/test_{adam,hashgrid,sh,march,composite,occupancy}.py
+    tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,occupancy}.py
 
 # Two and four features; with and without normals. The names of our kernels hold their namespace.
 check "racecheck --kernel-name kernel_substring=dsd" \
@@ -29,6 +29,9 @@ check "racecheck --kernel-name kernel_substring=dsd" \
     "tests/test_hashgrid.py::test_kernels_agree_with_the_reference[cuda-None-65-F4]" \
     "tests/test_sh.py::test_kernels_agree_with_the_reference_in_float64[cuda-257]" \
     "tests/test_march.py::test_same_samples_as_reference[cuda-grid=7-occupied=0.5]" \
+    "tests/test_march.py::test_packed_samples_of_rays_with_many_runs[cuda]" \
+    "tests/test_prune.py::test_same_samples_as_reference[cuda-13 rays]" \
+    "tests/test_composite.py::test_orientation[cuda-density=50.0]" \
     "tests/test_composite.py::test_forward_and_gradients[cuda-density=50.0]" \
     "tests/test_composite.py::test_golden[cuda-compiled]" \
     "tests/test_composite.py::test_visibility[cuda-0.001]" \
