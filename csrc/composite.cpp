@@ -16,7 +16,8 @@ DSD_HD float dot(const float* a, const float* b) {
 template <bool kFull>
 void composite_ray(const CompositeParams& p, int64_t ray) {
     const int64_t begin = composite::begin_of(p, ray), end = composite::end_of(p, ray);
-    double optical_depth = 0, opacity = 0, depth = 0, orientation = 0, color[3] = {}, normal[3] = {};
+    double optical_depth = 0, opacity = 0, depth = 0, orientation = 0;
+    double color[3] = {}, normal[3] = {};
     for (int64_t i = begin; i < end; ++i) {
         const float x = composite::thickness(p, i);
         const float weight = composite::transmittance(optical_depth) * composite::alpha(x);

@@ -16,7 +16,7 @@ __device__ __forceinline__ int64_t ray_of_warp() {
     return (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
 }
 
-// Samples of the group that begins at `base` of a ray that ends at `end`: a warp's, or fewer at last.
+// Samples of the group that begins at `base` of a ray that ends at `end`: 32, or fewer at last.
 __device__ __forceinline__ int samples_of(int64_t base, int64_t end) {
     return static_cast<int>(end - base < kWarp ? end - base : kWarp);
 }
@@ -40,7 +40,7 @@ __device__ __forceinline__ void sum_channels(const float (&elements)[3], int lan
     for (int c = 0; c < 3; ++c) channels[c] = sum_all(pick(elements, channel_of(c, lane)));
 }
 
-// Leaves a lane's elements in shared memory and takes the sum of its sample's three. All lanes call.
+// Leaves a lane's elements in shared memory; gives the sum of its sample's three. All lanes call.
 __device__ __forceinline__ float sum_triple(float* shared, const float (&elements)[3], int lane) {
     for (int j = 0; j < 3; ++j) shared[kWarp * j + lane] = elements[j];
     __syncwarp();
@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         if (lane == kWarp - 1) behind_here = 0.0f;
         if (active) {
             // The product and the sum cancel where all behind is alike: no rounding before that.
-            const float x_grad = fmaf(weight_grad, after, -behind.high) - (behind.low + behind_here);
+            const float x_grad =
+                fmaf(weight_grad, after, -behind.high) - (behind.low + behind_here);
             __stcs(g.sigmas + i, x_grad * (t_end - t_start));
         }
         behind.add(__shfl_sync(kAllLanes, from_here, 0));
