@@ -16,6 +16,11 @@ __device__ __forceinline__ int64_t ray_of_warp() {
     return (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
 }
 
+// Samples of the group that begins at `base` of a ray that ends at `end`: 32, or fewer at last.
+__device__ __forceinline__ int samples_of(int64_t base, int64_t end) {
+    return static_cast<int>(end - base < kWarp ? end - base : kWarp);
+}
+
 // Triples. The values [S, 3] of 32 samples are 96 floats, which lanes take in order, so that they
 // read and write whole sectors: element j of a lane is number 32 j + lane, of sample
 // (32 j + lane) / 3 and channel (32 j + lane) % 3.
@@ -35,7 +40,7 @@ __device__ __forceinline__ void sum_channels(const float (&elements)[3], int lan
     for (int c = 0; c < 3; ++c) channels[c] = sum_all(pick(elements, channel_of(c, lane)));
 }
 
-// Leaves a lane's elements in shared memory and takes the sum of its sample's three. All lanes call.
+// Leaves a lane's elements in shared memory; gives the sum of its sample's three. All lanes call.
 __device__ __forceinline__ float sum_triple(float* shared, const float (&elements)[3], int lane) {
     for (int j = 0; j < 3; ++j) shared[kWarp * j + lane] = elements[j];
     __syncwarp();
@@ -70,8 +75,9 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     OpticalDepth walk;
     float opacity = 0, depth = 0, orientation = 0, color[3] = {}, normal[3] = {};
     for (int64_t base = begin; base < end; base += kWarp) {
-        const int64_t i = base + lane;
-        const bool active = i < end;
+        const int64_t i = base + lane, first = 3 * base + lane;
+        const int n = samples_of(base, end);
+        const bool active = lane < n;
         const float t_start = active ? p.t_starts[i] : 0.0f, t_end = active ? p.t_ends[i] : 0.0f;
         const float x = active ? p.sigmas[i] * (t_end - t_start) : 0.0f;
         const float before = walk.advance(x, lane);
@@ -81,15 +87,14 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         depth += weight * composite::middle(t_start, t_end);
         float products[3];
         for (int j = 0; j < 3; ++j) {
-            const int64_t e = 3 * base + kWarp * j + lane;
             const float w = __shfl_sync(kAllLanes, weight, sample_of(j, lane));
             products[j] = 0.0f;
-            if (e >= 3 * end) continue;
-            color[j] += w * __ldcs(p.rgbs + e);
+            if (kWarp * j + lane >= 3 * n) continue;
+            color[j] += w * __ldcs(p.rgbs + first + kWarp * j);
             if (kFull) {
-                const float n = __ldcs(p.normals + e);
-                normal[j] += w * n;
-                products[j] = n * dir[j];
+                const float value = __ldcs(p.normals + first + kWarp * j);
+                normal[j] += w * value;
+                products[j] = value * dir[j];
             }
         }
         if (kOrient) {
@@ -169,8 +174,9 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     }
     LongSum behind;  // over the groups behind of dL/dw w
     for (int64_t base = last; base >= begin; base -= kWarp) {
-        const int64_t i = base + lane;
-        const bool active = i < end;
+        const int64_t i = base + lane, first = 3 * base + lane;
+        const int n = samples_of(base, end);
+        const bool active = lane < n;
         LongSum in_front;
         if (lane == 0 && base > begin) {  // the lane that wrote it
             in_front.high = g.rgbs[3 * base];
@@ -187,13 +193,12 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 
         float products[3] = {}, facing[3] = {};
         for (int j = 0; j < 3; ++j) {
-            const int64_t e = 3 * base + kWarp * j + lane;
-            if (e >= 3 * end) continue;
-            products[j] = color[j] * __ldcs(p.rgbs + e);
+            if (kWarp * j + lane >= 3 * n) continue;
+            products[j] = color[j] * __ldcs(p.rgbs + first + kWarp * j);
             if (kFull) {
-                const float n = __ldcs(p.normals + e);
-                products[j] += normal[j] * n;
-                facing[j] = dir[j] * n;
+                const float value = __ldcs(p.normals + first + kWarp * j);
+                products[j] += normal[j] * value;
+                facing[j] = dir[j] * value;
             }
         }
         const float values = sum_triple(shared, products, lane);
@@ -205,7 +210,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         if (lane == kWarp - 1) behind_here = 0.0f;
         if (active) {
             // The product and the sum cancel where all behind is alike: no rounding before that.
-            const float x_grad = fmaf(weight_grad, after, -behind.high) - (behind.low + behind_here);
+            const float x_grad =
+                fmaf(weight_grad, after, -behind.high) - (behind.low + behind_here);
             __stcs(g.sigmas + i, x_grad * (t_end - t_start));
         }
         behind.add(__shfl_sync(kAllLanes, from_here, 0));
@@ -215,12 +221,14 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
             away = composite::orientation_grad(r, weight, sum_triple(shared, facing, lane));
         }
         for (int j = 0; j < 3; ++j) {
-            const int64_t e = 3 * base + kWarp * j + lane;
             const float w = __shfl_sync(kAllLanes, weight, sample_of(j, lane));
             const float a = kOrient ? __shfl_sync(kAllLanes, away, sample_of(j, lane)) : 0.0f;
-            if (e >= 3 * end) continue;
-            __stcs(g.rgbs + e, w * color[j]);
-            if (kFull) __stcs(g.normals + e, kOrient ? w * normal[j] + a * dir[j] : w * normal[j]);
+            if (kWarp * j + lane >= 3 * n) continue;
+            __stcs(g.rgbs + first + kWarp * j, w * color[j]);
+            if (kFull) {
+                const float grad = kOrient ? w * normal[j] + a * dir[j] : w * normal[j];
+                __stcs(g.normals + first + kWarp * j, grad);
+            }
         }
     }
 }

@@ -15,7 +15,7 @@ namespace dsd {
 // float counts whole steps exactly up to here; a ray's lattice ends there.
 constexpr int kMaxMarchSteps = 1 << 24;
 
-// Runs of a ray that are kept from counting for writing; a ray with more is walked again from there.
+// Runs of a ray that are kept from counting for writing; behind them a ray is walked again.
 constexpr int kMarchRuns = 4;
 
 // Samples begin <= k < end without a gap.
@@ -184,8 +184,8 @@ DSD_HD void write_run(const MarchParams& p, int64_t ray, float start, const Marc
     }
 }
 
-// Writes the samples of a ray to places begin to end, as many as count_ray found or fewer; the lanes
-// of a warp do it together.
+// Writes the samples of a ray to places begin to end, as many as count_ray found or fewer; the
+// lanes of a warp do it together.
 DSD_HD void write_ray(const MarchParams& p, int64_t ray, int64_t begin, int64_t end, int lane,
                       int n_lanes) {
     if (begin >= end) return;

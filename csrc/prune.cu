@@ -22,8 +22,8 @@ struct GroupSamples {
     }
 };
 
-// One block counts a group of rays, a warp every kGroupWarps-th of them, 32 samples at a time; reads
-// densities and intervals, writes a flag for each sample and the counts.
+// One block counts a group of rays, a warp every kGroupWarps-th of them, 32 samples at a time;
+// reads densities and intervals, writes a flag for each sample and the counts.
 __global__ void __launch_bounds__(kGroup) prune_count_kernel(const PruneParams p) {
     __shared__ GroupSamples samples;
     __shared__ int counts[kGroup];

@@ -118,10 +118,14 @@ class Renderer(nn.Module):
 
     Holds the occupancy grid (buffers `occupancy.occs`, `occupancy.binary`) and no parameters.
 
-    On CUDA, with a field of the usual shape, nothing waits for the device but the first rendering,
-    which learns how much room samples need: later ones have a quarter more room than was needed
-    lately. With `cfg.sample_room` there is no such first time, and a CUDA graph can hold a
+    On CUDA, with a field of the usual shape, nothing waits for the device but the first renderings,
+    which learn how much room samples need: later ones have a quarter more room than was needed
+    lately. With `cfg.sample_room` there are no such first ones, and a CUDA graph can hold a
     rendering and its backward pass.
+
+    Peak memory of a training rendering on an H100, the official field and its optimizer included:
+    1.24 GiB at 512² with 7.6 million samples kept and room for 10.5 (0.37 GiB at 128²), about 95
+    bytes for each sample there is room for, and 315 MiB.
     """
 
     def __init__(self, cfg: RendererConfig, material: MaterialConfig | None = None) -> None:

@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 # Room beyond what was needed lately: views differ, and counts come a few renderings late.
 MARGIN = 1.25
 # What was needed is forgotten at this rate a rendering.
-DECAY = 0.98
+DECAY = 0.99
+# Renderings whose samples are counted before there is room for others': views differ a lot.
+LESSONS = 16
 # The least room that is learnt.
 FLOOR = 4096
 
@@ -38,12 +40,13 @@ class SampleRoom:
         self._what = what
         self._is_fixed = per_ray is not None
         self._per_ray = per_ray
+        self._n_lessons = 0
         # (samples and dropped ones on the host, when they have arrived, rays)
         self._coming: deque[tuple[Tensor, torch.cuda.Event, int]] = deque()
         self.n_dropped = 0
 
     def room(self, n_rays: int) -> int | None:
-        """Room for the samples of so many rays; None before anything was learnt."""
+        """Room for the samples of so many rays; None before enough was learnt."""
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if capturing and not self._is_fixed:
             raise ValueError(
@@ -52,16 +55,17 @@ class SampleRoom:
             )
         if not capturing:
             self._look()
-        if self._per_ray is None:
-            return None
         if self._is_fixed:
             return math.ceil(self._per_ray * n_rays)
+        if self._n_lessons < LESSONS:
+            return None
         return max(math.ceil(MARGIN * self._per_ray * n_rays), FLOOR)
 
     def learn(self, n_samples: int, n_rays: int) -> None:
         """Take a count that is known."""
         if not self._is_fixed and n_rays:
             self._per_ray = max(n_samples / n_rays, DECAY * (self._per_ray or 0.0))
+            self._n_lessons += 1
 
     def watch(self, packed: PackedSamples, n_rays: int) -> None:
         """Take a count that is on its way."""
