@@ -26,6 +26,8 @@ _fields = partial(_points, tolerance=5e-2)
 CASES: dict[str, Case] = {
     "encode/forward": _points(hashgrid.forward),
     "encode/forward-rays": _points(partial(hashgrid.forward, **_on_rays)),
+    "encode/forward-half": _points(partial(hashgrid.forward, half=True)),
+    "encode/forward-half-rays": _points(partial(hashgrid.forward, half=True, **_on_rays)),
     "encode/backward": _points(hashgrid.backward),
     "encode/backward-rays": _points(partial(hashgrid.backward, **_on_rays)),
     "jacobian/forward": _points(hashgrid.jacobian_forward),

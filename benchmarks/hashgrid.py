@@ -57,16 +57,22 @@ def table(device: torch.device) -> Tensor:
 
 
 def forward(
-    n: int, device: torch.device, generator: torch.Generator, points: Points = uniform
+    n: int,
+    device: torch.device,
+    generator: torch.Generator,
+    points: Points = uniform,
+    half: bool = False,
 ) -> Workload:
     """Encode points, no gradient wanted. (The reference computes the Jacobian too.)"""
     x, weights = points(n, device, generator), table(device).detach()
+    if half:
+        weights = weights.half()
     return Workload(
         compiled=lambda: ops.hashgrid(x, weights, SPEC),
         reference=lambda: hashgrid_reference(x, weights, SPEC),
         outputs=("y",),
         n_items=n,
-        n_bytes=_bytes(n, widths=3 + SPEC.n_outputs) + _bytes_touched(n),
+        n_bytes=_bytes(n, widths=3 + SPEC.n_outputs) + _bytes_touched(n) // (1 + half),
     )
 
 

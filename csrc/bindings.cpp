@@ -113,9 +113,13 @@ dsd::HashGridParams hashgrid_params(int64_t n_points, int n_active, int n_featur
 }
 
 void hashgrid_fwd(Address x, Address table, Address y, Address jac, int64_t n_points, int n_active,
-                  int n_features, const std::string& levels, int device, Address stream,
-                  int n_threads) {
+                  int n_features, const std::string& levels, bool half_table, int device,
+                  Address stream, int n_threads) {
     auto params = hashgrid_params(n_points, n_active, n_features, levels, x, table);
+    params.half_table = half_table;
+    if (device < 0 && half_table) {
+        throw std::invalid_argument("hash grid: the CPU reads float32 tables only");
+    }
     params.y = pointer<float>(y);
     params.jac = pointer<float>(jac);
     launch({device, stream, n_threads}, DSD_CPU_CALL(DSD_CPU(hashgrid_fwd)(params, n_threads)),

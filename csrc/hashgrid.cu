@@ -31,44 +31,61 @@ struct alignas(4 * F) Numbers {
     float value[F];
 };
 
-// A thread owns one point on one level (blockIdx.y, so that the blocks in flight share a level's
-// part of the table in L2). It reads 8 entries and writes F values and, with kJacobian, 3 F
-// derivatives; zeros where the level is not active.
-template <int F, bool kJacobian>
-__global__ void __launch_bounds__(kBlock) hashgrid_fwd_kernel(
+// Levels of the forward kernel's block: as many as fill a sector of 32 bytes with their features.
+template <int F>
+constexpr int kFwdLevels = 8 / F;
+
+// A thread owns one point on a few levels (blockIdx.y, so that the blocks in flight share these
+// levels' part of the table in L2). On each it reads 8 entries, of type T, and writes F values and,
+// with kJacobian, 3 F derivatives; zeros where the level is not active.
+template <class T, int F, bool kJacobian>
+__global__ void __launch_bounds__(kBlock, 2) hashgrid_fwd_kernel(
     const __grid_constant__ HashGridParams params) {
     bool valid;
     const int64_t point = point_of_thread(params, valid);
-    const int l = static_cast<int>(blockIdx.y);
-    const int64_t at = (point * params.n_levels + l) * F;
-    Numbers<F> y = {};
-    float jac[F][3] = {};
-    if (l < params.n_active) {
-        const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
-        const GridLevel& level = params.levels[l];
-        for_cube(x, [&](auto inside) {
+    const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
+    const int first = blockIdx.y * kFwdLevels<F>;
+    const T* table = reinterpret_cast<const T*>(params.table);
+    Numbers<F> y[kFwdLevels<F>] = {};
+    float jac[kFwdLevels<F>][F][3] = {};
+    for_cube(x, [&](auto inside) {
+        // Without a branch, so that the loads of all levels can be in flight: a level that is not
+        // active reads the last one that is, for nothing.
+#pragma unroll
+        for (int i = 0; i < kFwdLevels<F>; ++i) {
+            const int l = first + i;
+            if (params.n_active == 0) continue;
+            const GridLevel& level = params.levels[l < params.n_active ? l : params.n_active - 1];
             const GridCell cell = grid_locate<decltype(inside)::value>(level, x[0], x[1], x[2]);
             float v[F][8];
-            Corners<float, F>(params.table + level.offset * F, cell).values(cell, v);
+            Corners<T, F>(table + level.offset * F, cell).values(cell, v);
 #pragma unroll
             for (int f = 0; f < F; ++f) {
-                if (kJacobian) {
-                    y.value[f] = grid_value_jacobian(v[f], cell.fx, cell.fy, cell.fz, level.scale,
-                                                     jac[f][0], jac[f][1], jac[f][2]);
-                } else {
-                    y.value[f] = grid_value(v[f], cell.fx, cell.fy, cell.fz);
+                const float value =
+                    kJacobian ? grid_value_jacobian(v[f], cell.fx, cell.fy, cell.fz, level.scale,
+                                                    jac[i][f][0], jac[i][f][1], jac[i][f][2])
+                              : grid_value(v[f], cell.fx, cell.fy, cell.fz);
+                y[i].value[f] = l < params.n_active ? value : 0.0f;
+#pragma unroll
+                for (int d = 0; d < 3; ++d) {
+                    jac[i][f][d] = l < params.n_active ? jac[i][f][d] : 0.0f;
                 }
             }
-        });
-    }
+        }
+    });
     if (!valid) return;
-    *reinterpret_cast<Numbers<F>*>(params.y + at) = y;
-    if (kJacobian) {
-        // 3 F floats from 3 at: aligned to 8 bytes for even F.
-        auto* out = reinterpret_cast<float2*>(params.jac + 3 * at);
-        const float* flat = &jac[0][0];
 #pragma unroll
-        for (int k = 0; k < 3 * F / 2; ++k) out[k] = make_float2(flat[2 * k], flat[2 * k + 1]);
+    for (int i = 0; i < kFwdLevels<F>; ++i) {
+        if (first + i >= params.n_levels) break;
+        const int64_t at = (point * params.n_levels + first + i) * F;
+        *reinterpret_cast<Numbers<F>*>(params.y + at) = y[i];
+        if (kJacobian) {
+            // 3 F floats from 3 at: aligned to 8 bytes for even F.
+            auto* out = reinterpret_cast<float2*>(params.jac + 3 * at);
+            const float* flat = &jac[i][0][0];
+#pragma unroll
+            for (int k = 0; k < 3 * F / 2; ++k) out[k] = make_float2(flat[2 * k], flat[2 * k + 1]);
+        }
     }
 }
 
@@ -149,12 +166,16 @@ __global__ void __launch_bounds__(kBlock) hashgrid_bwd_input_kernel(
 }  // namespace
 
 void hashgrid_fwd(const HashGridParams& params, void* stream) {
-    const dim3 grid(blocks_for(params.n_points), params.n_levels);
-    const auto kernel = params.n_features == 2
-                            ? (params.jac ? hashgrid_fwd_kernel<2, true>
-                                          : hashgrid_fwd_kernel<2, false>)
-                            : (params.jac ? hashgrid_fwd_kernel<4, true>
-                                          : hashgrid_fwd_kernel<4, false>);
+    const int levels = params.n_features == 2 ? kFwdLevels<2> : kFwdLevels<4>;
+    const dim3 grid(blocks_for(params.n_points), (params.n_levels + levels - 1) / levels);
+    using Kernel = void (*)(HashGridParams);
+    constexpr Kernel kKernels[] = {
+        hashgrid_fwd_kernel<float, 2, false>,  hashgrid_fwd_kernel<float, 2, true>,
+        hashgrid_fwd_kernel<float, 4, false>,  hashgrid_fwd_kernel<float, 4, true>,
+        hashgrid_fwd_kernel<__half, 2, false>, hashgrid_fwd_kernel<__half, 2, true>,
+        hashgrid_fwd_kernel<__half, 4, false>, hashgrid_fwd_kernel<__half, 4, true>};
+    const Kernel kernel = kKernels[(params.half_table ? 4 : 0) + (params.n_features == 4 ? 2 : 0) +
+                                   (params.jac != nullptr)];
     kernel<<<grid, kBlock, 0, static_cast<cudaStream_t>(stream)>>>(params);
     check(cudaGetLastError(), "hashgrid_fwd");
 }

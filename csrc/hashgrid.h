@@ -38,6 +38,7 @@ struct HashGridParams {
     int32_t n_levels;
     int32_t n_active;  // levels from here on give zeros and take no gradient
     int32_t n_features;
+    int32_t half_table;  // table is float16 (hashgrid_fwd on CUDA alone)
     const float* x;
     const float* table;
     float* y;

@@ -67,6 +67,24 @@ def test_levels_are_those_of_the_official_grid() -> None:
 
 
 @pytest.mark.parametrize("value, jacobian", FACES)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n_active", [None, 1, 3])
+def test_float16_table(value, jacobian, spec, n_active, device) -> None:
+    """The numbers of a float32 table that holds the same values, and the gradient to points."""
+    x, table = make_inputs(spec, 65, device)
+    half, same = table.half(), table.half().float()
+    x.requires_grad_()
+    y, jac = jacobian(x, half, spec, n_active)
+    want_y, want_jac = jacobian(x, same, spec, n_active)
+    assert torch.equal(y, want_y) and torch.equal(jac, want_jac)
+    assert torch.equal(value(x, half, spec, n_active), value(x, same, spec, n_active))
+    grads = cotangents(spec, 65, x)[0]
+    (got,) = torch.autograd.grad(value(x, half, spec, n_active), x, grads)
+    (want,) = torch.autograd.grad(value(x, same, spec, n_active), x, grads)
+    assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("value, jacobian", FACES)
 def test_tiny_cuda_nn_fixture(value, jacobian, device, golden) -> None:
     data, settings = golden("peer_render")
     data = {k: v.to(device) for k, v in data.items() if k.startswith("a.")}
@@ -323,7 +341,10 @@ TABLE = torch.zeros(SMALL.n_params)
     "x, table, n_active, error, text",
     [
         pytest.param(X.double(), TABLE, None, TypeError, r"x must be float32.*float64", id="dtype"),
-        pytest.param(X, TABLE.half(), None, TypeError, "table must be float32", id="table dtype"),
+        pytest.param(X, TABLE.double(), None, TypeError, "table must be float32", id="table dtype"),
+        pytest.param(
+            X, TABLE.half().requires_grad_(), None, ValueError, "is read alone", id="half table"
+        ),
         pytest.param(
             X[:, :2], TABLE, None, ValueError, r"\[N, 3\], got float32 \[4, 2\]", id="shape"
         ),

@@ -211,6 +211,8 @@ def hashgrid_jacobian_reference(
 ) -> tuple[Tensor, Tensor]:
     """`hashgrid_jacobian` in pure torch: any floating dtype and device, by autograd alone."""
     n_active = _active_levels("hashgrid", spec, n_active_levels)
+    if table.dtype == torch.float16 != x.dtype:
+        table = table.to(x.dtype)
     _check_inputs("hashgrid", x, table, spec, dtype=None)
     levels = [_level_reference(x, table, spec, level) for level in spec.levels[:n_active]]
     rest = (spec.n_levels - n_active) * spec.n_features
@@ -235,10 +237,19 @@ def _check_inputs(
     # Made twice: by the public functions, where torch would turn a list or a mix of devices away in
     # words of its own, and by the operators, which torch.ops can reach directly.
     check_tensor(op, "x", x, dtype, ["N", 3])
-    check_tensor(op, "table", table, x.dtype, [spec.n_params], x.device)
+    is_half = isinstance(table, Tensor) and table.dtype == torch.float16
+    table_dtype = torch.float16 if is_half and dtype == torch.float32 else x.dtype
+    check_tensor(op, "table", table, table_dtype, [spec.n_params], x.device)
+    if is_half and table.requires_grad:
+        raise ValueError(
+            f"{op}: a float16 table is read alone; expected requires_grad False, got True: train a "
+            "float32 table, and encode with its copy"
+        )
 
 
-def _launch(kernel: str, x: Tensor, *tensors: Tensor | None, args: _SpecArgs) -> None:
+def _launch(
+    kernel: str, x: Tensor, *tensors: Tensor | None, args: _SpecArgs, more: tuple[bool, ...] = ()
+) -> None:
     """Runs a compiled kernel on `x` and `tensors`, in the order of csrc/bindings.cpp."""
     spec, n_active = _spec(*args[:-1]), args[-1]
     # CUDA moves 16 bytes of a table at a time, and a level's features of the others. torch's own
@@ -256,6 +267,7 @@ def _launch(kernel: str, x: Tensor, *tensors: Tensor | None, args: _SpecArgs) ->
         n_active,
         spec.n_features,
         spec.packed_levels,
+        *more,
         *target(x),
     )
 
@@ -266,7 +278,10 @@ def _fwd(op: str, x: Tensor, table: Tensor, args: _SpecArgs, jacobian: bool) -> 
     y = x.new_empty(x.shape[0], spec.n_outputs)
     jac = x.new_empty(x.shape[0], spec.n_outputs, 3) if jacobian else None
     if x.shape[0] > 0:
-        _launch("hashgrid_fwd", x, table, y, jac, args=args)
+        # The CPU computes in float32, with the values of a float16 table.
+        read = table if x.is_cuda else table.float()
+        is_half = read.dtype == torch.float16
+        _launch("hashgrid_fwd", x, read, y, jac, args=args, more=(is_half,))
     return [y] if jac is None else [y, jac]
 
 
@@ -327,7 +342,7 @@ def _bwd_input_op(
     _check_grads("hashgrid_bwd_input", x, grad_y, grad_jac, spec)
     grad_x = torch.empty_like(x)
     if x.shape[0] > 0:
-        _launch("hashgrid_bwd_input", x, table, grad_y, grad_jac, grad_x, args=args)
+        _launch("hashgrid_bwd_input", x, table.float(), grad_y, grad_jac, grad_x, args=args)
     return grad_x
 
 
@@ -442,7 +457,8 @@ def hashgrid(
     Args:
         x: [N, 3] float32, contiguous, CPU or CUDA; the unit cube is where the grid is meant to be
             used, points outside it read wrapped-around entries. N may be 0.
-        table: [spec.n_params] float32, contiguous, on x's device.
+        table: [spec.n_params] float32, contiguous, on x's device. Or float16, which is read alone:
+            it takes no gradient, and halves the traffic on CUDA.
         spec: shape of the grid.
         n_active_levels: finer levels than the first so many are skipped: zeros, and no gradient
             (None: all active).
