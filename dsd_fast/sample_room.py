@@ -14,13 +14,14 @@ from dsd_fast.ops import PackedSamples
 log = logging.getLogger(__name__)
 
 # Room beyond what was needed lately: views differ, and counts come a few renderings late.
-MARGIN = 1.25
-# What was needed is forgotten at this rate a rendering.
-DECAY = 0.99
-# Renderings whose samples are counted before there is room for others': views differ a lot.
+MARGIN = 1.5
+# What was needed is forgotten at this rate a rendering. Close views, which need several times the
+# room of others, come once in some hundred.
+DECAY = 0.998
+# Renderings whose samples are counted before there is room for others'.
 LESSONS = 16
-# The least room that is learnt.
-FLOOR = 4096
+# The least room that is learnt: 100 MB, and small pictures never outgrow it.
+FLOOR = 1 << 20
 
 
 class SampleRoom:
@@ -44,6 +45,7 @@ class SampleRoom:
         # (samples and dropped ones on the host, when they have arrived, rays)
         self._coming: deque[tuple[Tensor, torch.cuda.Event, int]] = deque()
         self.n_dropped = 0
+        self._n_overflows = 0
 
     def room(self, n_rays: int) -> int | None:
         """Room for the samples of so many rays; None before enough was learnt."""
@@ -86,12 +88,16 @@ class SampleRoom:
 
     def _take(self, n_samples: int, n_dropped: int, n_rays: int) -> None:
         self.learn(n_samples + n_dropped, n_rays)
-        if n_dropped:
-            self.n_dropped += n_dropped
+        if not n_dropped:
+            return
+        self.n_dropped += n_dropped
+        self._n_overflows += 1
+        if self._n_overflows & (self._n_overflows - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
             log.warning(
-                "%d of %d samples %s found no room in one rendering%s",
+                "%d of %d samples %s found no room in one rendering (%d times so far)%s",
                 n_dropped,
                 n_samples + n_dropped,
                 self._what,
+                self._n_overflows,
                 "; raise sample_room" if self._is_fixed else "; the next ones have more",
             )

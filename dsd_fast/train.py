@@ -174,6 +174,7 @@ def fit(
                         "t": float(guided.t.float().mean()),
                         "t_delta": float(guided.t_delta.float().mean()),
                         "samples": int(image.n_samples),
+                        "dropped_samples": scene.renderer.n_dropped,
                         "size": views.height,
                         "seconds": report.seconds(),
                         "steps_per_second": report.rate(done),

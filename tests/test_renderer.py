@@ -12,7 +12,7 @@ from dsd_fast.losses import LossConfig, regularizers
 from dsd_fast.material import MaterialConfig
 from dsd_fast.ops import PackedSamples
 from dsd_fast.renderer import Renderer, RendererConfig
-from dsd_fast.sample_room import LESSONS, SampleRoom
+from dsd_fast.sample_room import FLOOR, LESSONS, SampleRoom
 
 RADIUS = 0.5
 ALBEDO = MaterialConfig(ambient_only_steps=10**9)
@@ -341,12 +341,12 @@ def test_room_is_learnt_kept_and_forgotten():
     for _ in range(LESSONS):
         assert room.room(1000) is None
         room.learn(20_000, 1000)
-    assert room.room(1000) == 25_000 and room.room(4000) == 100_000
+    assert room.room(100_000) == 3_000_000 and room.room(400_000) == 12_000_000
     room.learn(0, 1000)  # a view of nothing does not take the room away at once
-    assert room.room(1000) == 24_750
-    for _ in range(1000):
+    assert room.room(100_000) == 2_994_000
+    for _ in range(5000):
         room.learn(0, 1000)
-    assert room.room(1000) == 4096
+    assert room.room(100_000) == room.room(1) == FLOOR
 
 
 def test_room_reports_what_was_dropped(caplog):
@@ -355,10 +355,15 @@ def test_room_reports_what_was_dropped(caplog):
     )
     learning, fixed = SampleRoom("kept"), SampleRoom("marched", 5000.0)
     learning.watch(packed, 1)
-    assert "10 of 40 samples kept found no room in one rendering; the next" in caplog.text
+    assert "10 of 40 samples kept found no room in one rendering (1 times so far); the next" in (
+        caplog.text
+    )
+    for _ in range(4):
+        learning.watch(packed, 1)
+    assert caplog.text.count("samples kept") == 3  # the first, second and fourth
     fixed.watch(packed, 1)
-    assert "samples marched found no room in one rendering; raise sample_room" in caplog.text
-    assert learning.n_dropped == 10 and learning._per_ray == 40.0
+    assert "samples marched found no room" in caplog.text and "raise sample_room" in caplog.text
+    assert learning.n_dropped == 50 and learning._per_ray == 40.0
     assert fixed.room(1) == 5000
 
 
