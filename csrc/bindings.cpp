@@ -152,10 +152,10 @@ void hashgrid_bwd_input(Address x, Address table, Address grad_y, Address grad_j
 
 // `weights` are W1 and W2 of the density head, then of the feature head; `numbers` are radius, and
 // height (or the constant) and size of the blob.
-dsd::FieldParams field_params(Address points, Address n_valid, Address table, const std::array<Address, 4>& weights,
-                              int64_t n_points, int n_active, int n_features,
-                              const std::string& levels, bool half_table, int bias_kind,
-                              int activation, const std::array<double, 3>& numbers) {
+dsd::FieldParams field_params(Address points, Address n_valid, Address table,
+                              const std::array<Address, 4>& weights, int64_t n_points, int n_active,
+                              int n_features, const std::string& levels, bool half_table,
+                              int bias_kind, int activation, const std::array<double, 3>& numbers) {
     dsd::FieldParams params = {};
     if (levels.size() % sizeof(dsd::GridLevel) != 0 || levels.size() > sizeof(params.levels) ||
         (n_features != 2 && n_features != 4) ||
@@ -194,13 +194,13 @@ void field_launch(const dsd::FieldParams& params, bool backward, int device, Add
 }
 
 // `outputs`: density, features (0: none), normal (0: none).
-void field_fwd(Address points, Address n_valid, Address table, const std::array<Address, 4>& weights,
-               const std::array<Address, 3>& outputs, int64_t n_points, int n_active,
-               int n_features, const std::string& levels, bool half_table, int bias_kind,
-               int activation, const std::array<double, 3>& numbers, int device, Address stream,
-               int n_threads) {
-    auto params = field_params(points, n_valid, table, weights, n_points, n_active, n_features, levels,
-                               half_table, bias_kind, activation, numbers);
+void field_fwd(Address points, Address n_valid, Address table,
+               const std::array<Address, 4>& weights, const std::array<Address, 3>& outputs,
+               int64_t n_points, int n_active, int n_features, const std::string& levels,
+               bool half_table, int bias_kind, int activation, const std::array<double, 3>& numbers,
+               int device, Address stream, int n_threads) {
+    auto params = field_params(points, n_valid, table, weights, n_points, n_active, n_features,
+                               levels, half_table, bias_kind, activation, numbers);
     params.density = pointer<float>(outputs[0]);
     params.features = pointer<float>(outputs[1]);
     params.normal = pointer<float>(outputs[2]);
@@ -219,13 +219,13 @@ int64_t field_workspace(int64_t n_points, int n_levels, int n_features, bool hal
 }
 
 // `grads`: of density, features, normal (0: none came), then those to add to: table, weights.
-void field_bwd(Address points, Address n_valid, Address table, const std::array<Address, 4>& weights,
-               const std::array<Address, 8>& grads, Address workspace, int64_t n_points,
-               int n_active, int n_features, const std::string& levels, bool half_table,
-               int bias_kind, int activation, const std::array<double, 3>& numbers, int device,
-               Address stream, int n_threads) {
-    auto params = field_params(points, n_valid, table, weights, n_points, n_active, n_features, levels,
-                               half_table, bias_kind, activation, numbers);
+void field_bwd(Address points, Address n_valid, Address table,
+               const std::array<Address, 4>& weights, const std::array<Address, 8>& grads,
+               Address workspace, int64_t n_points, int n_active, int n_features,
+               const std::string& levels, bool half_table, int bias_kind, int activation,
+               const std::array<double, 3>& numbers, int device, Address stream, int n_threads) {
+    auto params = field_params(points, n_valid, table, weights, n_points, n_active, n_features,
+                               levels, half_table, bias_kind, activation, numbers);
     params.grad_density = pointer<const float>(grads[0]);
     params.grad_features = pointer<const float>(grads[1]);
     params.grad_normal = pointer<const float>(grads[2]);
@@ -308,8 +308,8 @@ void march_count(Address origins, Address dirs, Address jitter, Address occupanc
                  int n_cells, const std::array<double, 6>& aabb, double step, double near,
                  double far, Address runs, const Scratch& scratch, int device, Address stream,
                  int n_threads) {
-    auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
-                               far);
+    auto params =
+        march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near, far);
     params.runs = pointer<dsd::MarchRun>(runs);
     params.out = pack_params(n_rays, scratch);
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::march_count(params, n_threads)),
@@ -320,8 +320,8 @@ void march_write(Address origins, Address dirs, Address jitter, Address occupanc
                  int n_cells, const std::array<double, 6>& aabb, double step, double near,
                  double far, Address runs, const Scratch& scratch, int64_t capacity,
                  const Packed& packed, bool wide, int device, Address stream, int n_threads) {
-    auto params = march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near,
-                               far);
+    auto params =
+        march_params(origins, dirs, jitter, occupancy, n_rays, n_cells, aabb, step, near, far);
     params.runs = pointer<dsd::MarchRun>(runs);
     params.out = pack_params(n_rays, scratch, capacity, packed, wide);
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::march_write(params, n_threads)),
@@ -346,9 +346,8 @@ dsd::VisibilityParams visibility_params(Address sigmas, Address t_starts, Addres
 void visibility(Address sigmas, Address t_starts, Address t_ends, Address offsets,
                 Address alpha_threshold, double transmittance_threshold, int64_t n_rays,
                 int64_t n_samples, Address visible, int device, Address stream, int n_threads) {
-    const auto params =
-        visibility_params(sigmas, t_starts, t_ends, offsets, alpha_threshold,
-                          transmittance_threshold, n_rays, n_samples, visible);
+    const auto params = visibility_params(sigmas, t_starts, t_ends, offsets, alpha_threshold,
+                                          transmittance_threshold, n_rays, n_samples, visible);
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::visibility(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::visibility(params, stream)));
 }
@@ -373,15 +372,22 @@ void composite_fwd(Address sigmas, Address rgbs, Address normals, Address t_star
                    Address opacity, Address depth, Address z_variance, Address normal,
                    Address weights, Address orientation, int device, Address stream,
                    int n_threads) {
-    const dsd::CompositeParams params = {
-        pointer<const float>(sigmas),   pointer<const float>(rgbs),
-        pointer<const float>(normals),  pointer<const float>(t_starts),
-        pointer<const float>(t_ends),   pointer<const int64_t>(offsets),
-        pointer<const float>(dirs),     n_rays,
-        n_samples,                      pointer<float>(color),
-        pointer<float>(opacity),        pointer<float>(depth),
-        pointer<float>(z_variance),     pointer<float>(normal),
-        pointer<float>(weights),        pointer<float>(orientation)};
+    const dsd::CompositeParams params = {pointer<const float>(sigmas),
+                                         pointer<const float>(rgbs),
+                                         pointer<const float>(normals),
+                                         pointer<const float>(t_starts),
+                                         pointer<const float>(t_ends),
+                                         pointer<const int64_t>(offsets),
+                                         pointer<const float>(dirs),
+                                         n_rays,
+                                         n_samples,
+                                         pointer<float>(color),
+                                         pointer<float>(opacity),
+                                         pointer<float>(depth),
+                                         pointer<float>(z_variance),
+                                         pointer<float>(normal),
+                                         pointer<float>(weights),
+                                         pointer<float>(orientation)};
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::composite_fwd(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::composite_fwd(params, stream)));
 }
@@ -393,30 +399,45 @@ void composite_bwd(Address sigmas, Address rgbs, Address normals, Address t_star
                    Address grad_normal, Address grad_weights, Address grad_orientation,
                    Address grad_sigmas, Address grad_rgbs, Address grad_normals, int device,
                    Address stream, int n_threads) {
-    const dsd::CompositeParams params = {
-        pointer<const float>(sigmas),   pointer<const float>(rgbs),
-        pointer<const float>(normals),  pointer<const float>(t_starts),
-        pointer<const float>(t_ends),   pointer<const int64_t>(offsets),
-        pointer<const float>(dirs),     n_rays,
-        n_samples,                      nullptr,
-        pointer<float>(opacity),        pointer<float>(depth),
-        pointer<float>(z_variance),     nullptr,
-        nullptr,                        nullptr};
-    const dsd::CompositeGrads grads = {
-        pointer<const float>(grad_color),   pointer<const float>(grad_opacity),
-        pointer<const float>(grad_depth),   pointer<const float>(grad_z_variance),
-        pointer<const float>(grad_normal),  pointer<const float>(grad_weights),
-        pointer<const float>(grad_orientation), pointer<float>(grad_sigmas),
-        pointer<float>(grad_rgbs),          pointer<float>(grad_normals)};
+    const dsd::CompositeParams params = {pointer<const float>(sigmas),
+                                         pointer<const float>(rgbs),
+                                         pointer<const float>(normals),
+                                         pointer<const float>(t_starts),
+                                         pointer<const float>(t_ends),
+                                         pointer<const int64_t>(offsets),
+                                         pointer<const float>(dirs),
+                                         n_rays,
+                                         n_samples,
+                                         nullptr,
+                                         pointer<float>(opacity),
+                                         pointer<float>(depth),
+                                         pointer<float>(z_variance),
+                                         nullptr,
+                                         nullptr,
+                                         nullptr};
+    const dsd::CompositeGrads grads = {pointer<const float>(grad_color),
+                                       pointer<const float>(grad_opacity),
+                                       pointer<const float>(grad_depth),
+                                       pointer<const float>(grad_z_variance),
+                                       pointer<const float>(grad_normal),
+                                       pointer<const float>(grad_weights),
+                                       pointer<const float>(grad_orientation),
+                                       pointer<float>(grad_sigmas),
+                                       pointer<float>(grad_rgbs),
+                                       pointer<float>(grad_normals)};
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::composite_bwd(params, grads, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::composite_bwd(params, grads, stream)));
 }
 
 void occupancy_update(Address occs, Address indices, Address values, Address peaks, int64_t n_cells,
                       int64_t n_values, double decay, int device, Address stream, int n_threads) {
-    const dsd::OccupancyUpdateParams params = {
-        pointer<float>(occs), pointer<const int64_t>(indices), pointer<const float>(values),
-        pointer<float>(peaks), n_cells, n_values, static_cast<float>(decay)};
+    const dsd::OccupancyUpdateParams params = {pointer<float>(occs),
+                                               pointer<const int64_t>(indices),
+                                               pointer<const float>(values),
+                                               pointer<float>(peaks),
+                                               n_cells,
+                                               n_values,
+                                               static_cast<float>(decay)};
     launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::occupancy_update(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::occupancy_update(params, stream)));
 }

@@ -21,7 +21,9 @@ constexpr int kScatterBlock = 256;
 // same time: their part of the table's gradient stays in the L2 cache.
 constexpr int kScatterLevels = 4;
 // Rows of floats then end at a multiple of 16 bytes.
-__host__ __device__ constexpr int64_t round_up_to_4(int64_t n) { return (n + 3) / 4 * 4; }
+__host__ __device__ constexpr int64_t round_up_to_4(int64_t n) {
+    return (n + 3) / 4 * 4;
+}
 
 // Between the kernels of the backward pass: for each level and sample dL/de of the level's
 // features, in type T divided by the sample's largest, and with kNormals g as well; for each sample
@@ -60,8 +62,8 @@ struct Pad<float> {
 // operands of the heads.
 template <class T, bool kBackward, bool kNormals>
 struct Tiles {
-    static constexpr int kRow = kW + Pad<T>::value;      // a row of an [., E] tile
-    static constexpr int kRowH = kH + Pad<T>::value;     // a row of an [., 64] tile
+    static constexpr int kRow = kW + Pad<T>::value;   // a row of an [., E] tile
+    static constexpr int kRowH = kH + Pad<T>::value;  // a row of an [., 64] tile
     static constexpr bool kG = kBackward || kNormals;
     // Tensor cores compute hidden values again and keep sums of weight gradients in registers.
     static constexpr bool kInMemory = kBackward && sizeof(T) == 4;
@@ -217,8 +219,8 @@ __device__ __forceinline__ void heads(const Tiles<float, kBackward, kNormals>& t
     for (int c = 0; c < 3; ++c) tiles.out[4 * t + 1 + c] = y[c];
 }
 
-// Sums of the weight gradients over a block's tiles: S (see field.h), dL/dW1f and dL/dW2f. In float32
-// they lie in shared memory and every sum has one thread.
+// Sums of the weight gradients over a block's tiles: S (see field.h), dL/dW1f and dL/dW2f. In
+// float32 they lie in shared memory and every sum has one thread.
 template <class T, bool kNormals, int kParts>
 struct WeightSums;
 
@@ -240,8 +242,9 @@ struct WeightSums<float, kNormals, kParts> {
                 }
                 if (features && tiles.h[t * kRowH + j] > 0.0f) {
                     float q = 0.0f;
-    #pragma unroll
-                    for (int c = 0; c < 3; ++c) q += tiles.w2[(c + 1) * kH + j] * tiles.q[3 * t + c];
+#pragma unroll
+                    for (int c = 0; c < 3; ++c)
+                        q += tiles.w2[(c + 1) * kH + j] * tiles.q[3 * t + c];
                     w += q * tiles.ratio[2 * t + 1] * tiles.e[t * kRow + k];
                 }
             }
@@ -291,8 +294,8 @@ __device__ __forceinline__ unsigned int pack(float low, float high) {
 // c[16, 8] += a[16, 16] b[16, 8] in the fragments of mma.m16n8k16. With lane = 4 r + s, c holds
 // (r, 2s), (r, 2s + 1), (r + 8, 2s), (r + 8, 2s + 1); a holds the pairs of columns 2s at rows r and
 // r + 8, then those 8 columns on; b holds the pairs of rows 2s and 2s + 8 in column r.
-__device__ __forceinline__ void multiply(float (&c)[4], const unsigned int (&a)[4],
-                                         unsigned int b0, unsigned int b1) {
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned int (&a)[4], unsigned int b0,
+                                         unsigned int b1) {
 #if __CUDA_ARCH__ >= 800
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -492,8 +495,8 @@ __device__ __forceinline__ void load_a(const __half* w1, int row, unsigned int (
     }
 }
 
-// As above, samples as the multiplication's k. A warp has kParts times 16 neurons, whose sums stay in
-// its registers; the warps of a block share all kH neurons.
+// As above, samples as the multiplication's k. A warp has kParts times 16 neurons, whose sums stay
+// in its registers; the warps of a block share all kH neurons.
 template <bool kNormals, int kParts>
 struct WeightSums<__half, kNormals, kParts> {
     using Tile = Tiles<__half, true, kNormals>;
@@ -561,13 +564,17 @@ struct WeightSums<__half, kNormals, kParts> {
                         to_hidden[i / 3] += w2[down][i % 3] * q_t[i / 3][i % 3];
                     }
                     const float y0 = fmaxf(y[2 * down], 0.0f), y1 = fmaxf(y[2 * down + 1], 0.0f);
-                    q[2 * right + down] = pack(y0 > 0.0f ? to_hidden[0] : 0.0f,
-                                               y1 > 0.0f ? to_hidden[1] : 0.0f);
+                    q[2 * right + down] =
+                        pack(y0 > 0.0f ? to_hidden[0] : 0.0f, y1 > 0.0f ? to_hidden[1] : 0.0f);
                     h[2 * right + down] = pack(y0, y1);
                 }
                 if (r < 3) {
-                    b[right] = pack(r == 0 ? q_t[0][0] : r == 1 ? q_t[0][1] : q_t[0][2],
-                                    r == 0 ? q_t[1][0] : r == 1 ? q_t[1][1] : q_t[1][2]);
+                    b[right] = pack(r == 0   ? q_t[0][0]
+                                    : r == 1 ? q_t[0][1]
+                                             : q_t[0][2],
+                                    r == 0   ? q_t[1][0]
+                                    : r == 1 ? q_t[1][1]
+                                             : q_t[1][2]);
                 }
             }
 #pragma unroll
@@ -672,8 +679,8 @@ __device__ __forceinline__ void add_gradient(const FieldParams& params,
 // A block goes through tiles of blockDim.x samples, a thread gathers one sample's corners, and the
 // heads run on the tile. Reads points, table and weights; writes density and what else is wanted.
 template <class T, int F, bool kNormals>
-__global__ void __launch_bounds__(kBlockMax, 4) field_fwd_kernel(
-    const __grid_constant__ FieldParams params) {
+__global__ void __launch_bounds__(kBlockMax, 4)
+    field_fwd_kernel(const __grid_constant__ FieldParams params) {
     extern __shared__ __align__(16) char memory[];
     Tiles<T, false, kNormals> tiles;
     tiles.lay_out(memory, blockDim.x);
@@ -738,7 +745,9 @@ __device__ __forceinline__ float to_g(const Tiles<T, true, kNormals>& tiles, int
 }
 
 // NaN if one of them is: gradients that are not finite must show.
-__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
+__device__ __forceinline__ float larger(float a, float b) {
+    return a > b || a != a ? a : b;
+}
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -746,13 +755,12 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// As the forward kernel, then: a thread writes what its sample's gradient to the table needs, and the
-// block adds the tile to its sums of weight gradients, which go to global memory at the end. A block of
-// the half kind has kBlockMax / kParts threads.
+// As the forward kernel, then: a thread writes what its sample's gradient to the table needs, and
+// the block adds the tile to its sums of weight gradients, which go to global memory at the end. A
+// block of the half kind has kBlockMax / kParts threads.
 template <class T, int F, bool kNormals, int kParts>
 __global__ void __launch_bounds__(kBlockMax / kParts, (sizeof(T) == 2 ? 3 : 1) * kParts)
-field_bwd_kernel(
-    const __grid_constant__ FieldParams params) {
+    field_bwd_kernel(const __grid_constant__ FieldParams params) {
     extern __shared__ __align__(16) char memory[];
     Tiles<T, true, kNormals> tiles;
     tiles.lay_out(memory, blockDim.x);
@@ -785,7 +793,8 @@ field_bwd_kernel(
             }
         }
 #pragma unroll
-        for (int c = 0; c < 3; ++c) tiles.q[3 * t + c] = q_largest != 0.0f ? q[c] / q_largest : 0.0f;
+        for (int c = 0; c < 3; ++c)
+            tiles.q[3 * t + c] = q_largest != 0.0f ? q[c] / q_largest : 0.0f;
         heads(tiles, features);
 
         float gradient[3], v[3] = {}, grad_normal[3] = {}, r = 0.0f;
@@ -797,8 +806,7 @@ field_bwd_kernel(
                 if (valid) grad_normal[d] = params.grad_normal[3 * i + d];
             }
         }
-        const float grad_density =
-            params.grad_density && valid ? params.grad_density[i] : 0.0f;
+        const float grad_density = params.grad_density && valid ? params.grad_density[i] : 0.0f;
         r = field_head_gradient(params, raw, gradient, grad_density, grad_normal, v);
         if (!valid) r = v[0] = v[1] = v[2] = 0.0f;
 
@@ -860,11 +868,11 @@ field_bwd_kernel(
     sums.flush(params, tiles, features);
 }
 
-// The second kernel of the backward pass: a thread adds one sample's gradient to 8 entries on each of
-// a few levels (blockIdx.y).
+// The second kernel of the backward pass: a thread adds one sample's gradient to 8 entries on each
+// of a few levels (blockIdx.y).
 template <class T, int F, bool kNormals>
-__global__ void __launch_bounds__(kScatterBlock) field_scatter_kernel(
-    const __grid_constant__ FieldParams params) {
+__global__ void __launch_bounds__(kScatterBlock)
+    field_scatter_kernel(const __grid_constant__ FieldParams params) {
     const Between<T, F, kNormals> between(params.workspace, params.n_points);
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kScatterBlock + threadIdx.x;
     const int64_t n_valid = field_count(params);
@@ -937,8 +945,7 @@ template <class T, bool kBackward, bool kNormals, class Kernel>
 void launch_persistent(Kernel kernel, int block, const FieldParams& params, void* stream,
                        const char* what) {
     int device = 0, n_sms = 0, per_sm = 0;
-    const auto bytes =
-        static_cast<int>(Tiles<T, kBackward, kNormals>().lay_out(nullptr, block));
+    const auto bytes = static_cast<int>(Tiles<T, kBackward, kNormals>().lay_out(nullptr, block));
     check(cudaGetDevice(&device), what);
     check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device), what);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
@@ -985,18 +992,18 @@ void launch(const FieldParams& params, bool backward, void* stream) {
         }
     } else {
         launch_persistent<T, false, kNormals>(field_fwd_kernel<T, F, kNormals>,
-                                              choose_block<T, false, kNormals>("field_fwd"),
-                                              params, stream, "field_fwd");
+                                              choose_block<T, false, kNormals>("field_fwd"), params,
+                                              stream, "field_fwd");
     }
 }
 
 void choose(const FieldParams& params, bool normals, bool backward, void* stream) {
     const int index = (params.half_table ? 4 : 0) + (params.n_features == 4 ? 2 : 0) + normals;
     using Launch = void (*)(const FieldParams&, bool, void*);
-    constexpr Launch kLaunches[] = {
-        launch<float, 2, false>,  launch<float, 2, true>,  launch<float, 4, false>,
-        launch<float, 4, true>,   launch<__half, 2, false>, launch<__half, 2, true>,
-        launch<__half, 4, false>, launch<__half, 4, true>};
+    constexpr Launch kLaunches[] = {launch<float, 2, false>,  launch<float, 2, true>,
+                                    launch<float, 4, false>,  launch<float, 4, true>,
+                                    launch<__half, 2, false>, launch<__half, 2, true>,
+                                    launch<__half, 4, false>, launch<__half, 4, true>};
     kLaunches[index](params, backward, stream);
 }
 

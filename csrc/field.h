@@ -33,7 +33,8 @@ enum FieldActivation : int32_t { kSoftplus = 0, kExp = 1, kTruncExp = 2 };
 // Shapes: points [N, 3] in world units, table [entries, F], w1d and w1f [64, L F], w2d [1, 64],
 // w2f [3, 64], density [N], features and normal [N, 3]; a gradient has the shape of what it belongs
 // to. Null are: features and normal where they are not wanted, gradients of outputs that none came
-// for. Points from *n_valid on get zeros, and have no part in gradients. The backward pass adds to the gradients of the table and of the weights.
+// for. Points from *n_valid on get zeros, and have no part in gradients. The backward pass adds to
+// the gradients of the table and of the weights.
 struct FieldParams {
     int64_t n_points;
     int64_t n_before;        // points of earlier chunks, which count in *n_valid
@@ -64,7 +65,7 @@ struct FieldParams {
     float* grad_w2d;
     float* grad_w1f;
     float* grad_w2f;
-    void* workspace;    // CUDA's backward pass: as many bytes as field_workspace says
+    void* workspace;  // CUDA's backward pass: as many bytes as field_workspace says
     GridLevel levels[kGridMaxLevels];
 };
 
@@ -140,10 +141,10 @@ DSD_HD float field_head_gradient(const FieldParams& params, float raw, const flo
     const float norm = sqrtf(x * x + y * y + z * z);
     const float inverse = 1.0f / fmaxf(norm, kFieldNormalEps);
     // Below the threshold normalisation only scales.
-    const float along = norm > kFieldNormalEps ? inverse * inverse * (x * grad_normal[0] +
-                                                                      y * grad_normal[1] +
-                                                                      z * grad_normal[2])
-                                               : 0.0f;
+    const float along =
+        norm > kFieldNormalEps
+            ? inverse * inverse * (x * grad_normal[0] + y * grad_normal[1] + z * grad_normal[2])
+            : 0.0f;
     const float gx = -inverse * (grad_normal[0] - along * x);
     const float gy = -inverse * (grad_normal[1] - along * y);
     const float gz = -inverse * (grad_normal[2] - along * z);

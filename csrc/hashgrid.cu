@@ -39,8 +39,8 @@ constexpr int kFwdLevels = 8 / F;
 // levels' part of the table in L2). On each it reads 8 entries, of type T, and writes F values and,
 // with kJacobian, 3 F derivatives; zeros where the level is not active.
 template <class T, int F, bool kJacobian>
-__global__ void __launch_bounds__(kBlock, 2) hashgrid_fwd_kernel(
-    const __grid_constant__ HashGridParams params) {
+__global__ void __launch_bounds__(kBlock, 2)
+    hashgrid_fwd_kernel(const __grid_constant__ HashGridParams params) {
     bool valid;
     const int64_t point = point_of_thread(params, valid);
     const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kBlock, 2) hashgrid_fwd_kernel(
     Numbers<F> y[kFwdLevels<F>] = {};
     float jac[kFwdLevels<F>][F][3] = {};
     for_cube(x, [&](auto inside) {
-        // Without a branch, so that the loads of all levels can be in flight: a level that is not
-        // active reads the last one that is, for nothing.
+    // Without a branch, so that the loads of all levels can be in flight: a level that is not
+    // active reads the last one that is, for nothing.
 #pragma unroll
         for (int i = 0; i < kFwdLevels<F>; ++i) {
             const int l = first + i;
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kBlock, 2) hashgrid_fwd_kernel(
 // values and, with kJacobian, of their 3 F derivatives, and adds one combined gradient to each of 8
 // entries a level.
 template <int F, bool kJacobian>
-__global__ void __launch_bounds__(kBlock) hashgrid_bwd_table_kernel(
-    const __grid_constant__ HashGridParams params) {
+__global__ void __launch_bounds__(kBlock)
+    hashgrid_bwd_table_kernel(const __grid_constant__ HashGridParams params) {
     bool valid;
     const int64_t point = point_of_thread(params, valid);
     const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kBlock) hashgrid_bwd_table_kernel(
             const int64_t at = (point * params.n_levels + l) * F;
             const GridCell cell = grid_locate<decltype(inside)::value>(level, x[0], x[1], x[2]);
             Numbers<F> gy = {};
-            if (valid && params.grad_y) gy = *reinterpret_cast<const Numbers<F>*>(params.grad_y + at);
+            if (valid && params.grad_y)
+                gy = *reinterpret_cast<const Numbers<F>*>(params.grad_y + at);
             float g[F][8];
 #pragma unroll
             for (int f = 0; f < F; ++f) {
@@ -132,8 +133,8 @@ __global__ void __launch_bounds__(kBlock) hashgrid_bwd_table_kernel(
 // A thread owns one point. It goes through the active levels, reads 8 entries and the gradients of
 // the outputs on each, and writes the point's gradient.
 template <int F>
-__global__ void __launch_bounds__(kBlock) hashgrid_bwd_input_kernel(
-    const __grid_constant__ HashGridParams params) {
+__global__ void __launch_bounds__(kBlock)
+    hashgrid_bwd_input_kernel(const __grid_constant__ HashGridParams params) {
     bool valid;
     const int64_t point = point_of_thread(params, valid);
     const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
@@ -193,8 +194,8 @@ void hashgrid_bwd_table(const HashGridParams& params, void* stream) {
 }
 
 void hashgrid_bwd_input(const HashGridParams& params, void* stream) {
-    const auto kernel = params.n_features == 2 ? hashgrid_bwd_input_kernel<2>
-                                               : hashgrid_bwd_input_kernel<4>;
+    const auto kernel =
+        params.n_features == 2 ? hashgrid_bwd_input_kernel<2> : hashgrid_bwd_input_kernel<4>;
     kernel<<<blocks_for(params.n_points), kBlock, 0, static_cast<cudaStream_t>(stream)>>>(params);
     check(cudaGetLastError(), "hashgrid_bwd_input");
 }

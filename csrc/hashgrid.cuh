@@ -60,8 +60,8 @@ struct Entry {
 template <class T, int F>
 struct Corners {
     using E = Entry<T, F>;
-    uint4 group[4];   // of the even corners
-    uint4 other[4];   // of the odd ones, where it is another
+    uint4 group[4];  // of the even corners
+    uint4 other[4];  // of the odd ones, where it is another
     bool apart[4];
 
     __device__ __forceinline__ Corners(const T* entries, const GridCell& cell) {
@@ -118,8 +118,8 @@ __device__ __forceinline__ void add_entry(float* at, const float (&g)[F][8], int
 // Adds corners c and c + 1, neighbours along x: in one instruction where their entries are the two
 // halves of an aligned pair, as they are for every other cell.
 template <int F>
-__device__ __forceinline__ void add_pair(float* grad, const GridCell& cell,
-                                         const float (&g)[F][8], int c) {
+__device__ __forceinline__ void add_pair(float* grad, const GridCell& cell, const float (&g)[F][8],
+                                         int c) {
     const uint32_t a = cell.entry[c], b = cell.entry[c + 1];
 #if __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
     if (F == 2 && (a ^ b) == 1u) {

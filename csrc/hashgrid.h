@@ -1,10 +1,10 @@
-// Multiresolution hash-grid encoding (Müller et al. 2022, "Instant Neural Graphics Primitives"), with
-// the table layout of tiny-cuda-nn, element for element.
+// Multiresolution hash-grid encoding (Müller et al. 2022, "Instant Neural Graphics Primitives"),
+// with the table layout of tiny-cuda-nn, element for element.
 //
 // Level l has scale s_l and resolution R_l = ceil(s_l) + 1 (dsd_fast.ops.hashgrid.GridSpec computes
-// both). A point x maps to p = x s_l + 0.5; its cell is floor(p), its value the trilinear mix of the
-// cell's 8 corners. A corner's entry is x + y R + z R^2 where R^3 entries fit into the level's table,
-// else a hash of the three numbers; either is taken modulo the level's size.
+// both). A point x maps to p = x s_l + 0.5; its cell is floor(p), its value the trilinear mix of
+// the cell's 8 corners. A corner's entry is x + y R + z R^2 where R^3 entries fit into the level's
+// table, else a hash of the three numbers; either is taken modulo the level's size.
 //
 // With corner values v, fraction f = p - floor(p) and w_c = prod_d (c_d ? f_d : 1 - f_d):
 //   value           y       = sum_c w_c v_c
@@ -31,8 +31,8 @@ struct GridLevel {
 };
 static_assert(sizeof(GridLevel) == 24, "GridSpec.packed_levels packs it without padding");
 
-// Shapes: x [N, 3], table [entries, F], y [N, L * F], jac [N, L * F, 3]; a gradient has the shape of
-// what it belongs to. Optional pointers may be null where a launcher says so.
+// Shapes: x [N, 3], table [entries, F], y [N, L * F], jac [N, L * F, 3]; a gradient has the shape
+// of what it belongs to. Optional pointers may be null where a launcher says so.
 struct HashGridParams {
     int64_t n_points;
     int32_t n_levels;
@@ -93,7 +93,8 @@ DSD_HD GridCell grid_locate(const GridLevel& level, float x, float y, float z) {
     grid_cell(y, level.scale, cell.y, cell.fy);
     grid_cell(z, level.scale, cell.z, cell.fz);
     for (uint32_t c = 0; c < 8; ++c) {
-        const uint32_t px = cell.x + (c & 1), py = cell.y + (c >> 1 & 1), pz = cell.z + (c >> 2 & 1);
+        const uint32_t px = cell.x + (c & 1), py = cell.y + (c >> 1 & 1),
+                       pz = cell.z + (c >> 2 & 1);
         const uint32_t hashed = grid_entry_hashed(level.size, px, py, pz);
         const uint32_t dense = grid_entry_dense(level.resolution, px, py, pz);
         const uint32_t wrapped = kInside ? dense - (dense >= level.size ? level.size : 0)
@@ -103,7 +104,9 @@ DSD_HD GridCell grid_locate(const GridLevel& level, float x, float y, float z) {
     return cell;
 }
 
-DSD_HD float mix(float a, float b, float f) { return a + f * (b - a); }
+DSD_HD float mix(float a, float b, float f) {
+    return a + f * (b - a);
+}
 
 // Value of one feature from its 8 corner values.
 DSD_HD float grid_value(const float v[8], float fx, float fy, float fz) {
