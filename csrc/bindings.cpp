@@ -79,6 +79,7 @@ py::dict build_info() {
     py::dict info;
     info["cpu_isa"] = dsd::cpu_has_avx2() ? "avx2+fma" : "baseline";
     info["sanitize"] = DSD_SANITIZE;
+    info["bindings_sha256"] = DSD_BINDINGS_SHA256;
 #if defined(__VERSION__)
     info["compiler"] = __VERSION__;
 #endif

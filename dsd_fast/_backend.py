@@ -6,13 +6,18 @@ never a silent fallback. The compiled module is never None: it is there, or an I
 not.
 """
 
+import hashlib
 import os
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 _BACKENDS = ("compiled", "torch")
+
+# There in a source folder; an installed package has no sources that its module could lag behind.
+_BINDINGS = Path(__file__).parent.parent / "csrc" / "bindings.cpp"
 
 
 @cache
@@ -21,14 +26,25 @@ def _load() -> ModuleType | ImportError:
         from dsd_fast import _C
     except ImportError as error:
         return error
+    if _is_stale(_C.build_info()):
+        return ImportError(f"{_C.__file__} was built from other sources than {_BINDINGS.parent}")
     return _C
+
+
+def _is_stale(build_info: dict[str, object]) -> bool:
+    """Whether the module was built from other bindings than those in the source folder."""
+    if not _BINDINGS.is_file():
+        return False
+    now = hashlib.sha256(_BINDINGS.read_bytes()).hexdigest()
+    return build_info.get("bindings_sha256") != now
 
 
 def extension() -> ModuleType:
     """The compiled module.
 
     Raises:
-        ImportError: it is not built or does not load; the cause is in the text and chained.
+        ImportError: it is not built, does not load, or was built from other sources than those in
+            the source folder; the cause is in the text and chained.
     """
     loaded = _load()
     if isinstance(loaded, ImportError):

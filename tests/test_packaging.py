@@ -278,9 +278,22 @@ def test_every_environment_variable_is_documented() -> None:
         assert f"`{name}`" in page, name
 
 
+def test_module_of_other_bindings_is_refused(monkeypatch, tmp_path) -> None:
+    built = _backend.extension().build_info()
+    assert not _backend._is_stale(built)
+    monkeypatch.setattr(_backend, "_BINDINGS", tmp_path / "bindings.cpp")
+    assert not _backend._is_stale(built)  # installed without sources
+    (tmp_path / "bindings.cpp").write_text("other")
+    assert _backend._is_stale(built)
+    monkeypatch.setattr(_backend, "_load", _backend._load.__wrapped__)
+    with pytest.raises(ImportError, match=r"other sources than .*pip install -e"):
+        _backend.extension()
+
+
 def test_build_info_is_complete() -> None:
     built = _backend.extension().build_info()
-    assert set(built) == {"cpu_isa", "sanitize", "compiler", "cuda", "cuda_archs", "cuda_absent"}
+    cuda = {"cuda", "cuda_archs", "cuda_absent"}
+    assert set(built) == {"cpu_isa", "sanitize", "compiler", "bindings_sha256"} | cuda
     assert (built["cuda"] is None) == (built["cuda_archs"] == "") == (built["cuda_absent"] != "")
 
 
