@@ -80,92 +80,97 @@ void arrange_weights(const FieldParams& params, Weights& weights) {
     }
 }
 
-// A block of samples, up to what the outputs and the backward pass need. Columns of levels that are
-// not active are left out of everything.
-struct alignas(64) Block {
+// The encoding of a block of samples. Columns of levels that are not active are left out of
+// everything.
+struct alignas(64) Encoded {
     float e[kFieldWidth][kBlock];
     float jac[3][kFieldWidth][kBlock];
-    float hidden[2][kFieldHidden][kBlock];  // before the ReLU, or the density head's mask
-    float g[kFieldWidth][kBlock];
-    float raw[kBlock];
-    float gradient[3][kBlock];  // of the raw density, world units
-    Points unit;
+    Points point, unit;
     int n;
     int columns;  // that are active
 };
 
-// Where the samples' corners are, and the first of the cache lines that will be read.
-void locate_early(const FieldParams& params, int l, const Block& block, Cells& cells) {
-    locate(params.levels[l], block.unit, block.n, cells);
-    const float* table = static_cast<const float*>(params.table) +
-                         params.levels[l].offset * params.n_features;
-    for (int c = 0; c < 8; ++c) {
-        for (int i = 0; i < block.n; ++i) {
-            DSD_PREFETCH_READ(table + static_cast<int64_t>(cells.entry[c][i]) * params.n_features);
-        }
-    }
-}
+// What follows from it, up to what the outputs and the backward pass need.
+struct alignas(64) Block {
+    float hidden[2][kFieldHidden][kBlock];  // before the ReLU, or the density head's mask
+    float g[kFieldWidth][kBlock];
+    float raw[kBlock];
+    float gradient[3][kBlock];  // of the raw density, world units
+};
 
 template <int F, bool kNormals>
-void encode(const FieldParams& params, Block& block) {
-    Cells cells[2];
+void encode_level(const FieldParams& params, int l, Encoded& in) {
+    const GridLevel& level = params.levels[l];
+    Cells cell;
     float v[8][F][kBlock];
-    if (params.n_active > 0) locate_early(params, 0, block, cells[0]);
-    for (int l = 0; l < params.n_active; ++l) {
-        // One level ahead of the reads.
-        if (l + 1 < params.n_active) locate_early(params, l + 1, block, cells[(l + 1) & 1]);
-        const GridLevel& level = params.levels[l];
-        const Cells& cell = cells[l & 1];
-        gather<F>(static_cast<const float*>(params.table) + level.offset * F, cell, block.n, v);
-        for (int f = 0; f < F; ++f) {
-            const int k = l * F + f;
-            float* e = block.e[k];
-            float *jx = block.jac[0][k], *jy = block.jac[1][k], *jz = block.jac[2][k];
-            for (int i = 0; i < block.n; ++i) {
-                const float corner[8] = {v[0][f][i], v[1][f][i], v[2][f][i], v[3][f][i],
-                                         v[4][f][i], v[5][f][i], v[6][f][i], v[7][f][i]};
-                if (kNormals) {
-                    e[i] = grid_value_jacobian(corner, cell.fx[i], cell.fy[i], cell.fz[i],
-                                               level.scale, jx[i], jy[i], jz[i]);
-                } else {
-                    e[i] = grid_value(corner, cell.fx[i], cell.fy[i], cell.fz[i]);
-                }
+    locate(level, in.unit, in.n, cell);
+    gather<F>(static_cast<const float*>(params.table) + level.offset * F, cell, in.n, v);
+    for (int f = 0; f < F; ++f) {
+        const int k = l * F + f;
+        float* e = in.e[k];
+        float *jx = in.jac[0][k], *jy = in.jac[1][k], *jz = in.jac[2][k];
+        for (int i = 0; i < in.n; ++i) {
+            const float corner[8] = {v[0][f][i], v[1][f][i], v[2][f][i], v[3][f][i],
+                                     v[4][f][i], v[5][f][i], v[6][f][i], v[7][f][i]};
+            if (kNormals) {
+                e[i] = grid_value_jacobian(corner, cell.fx[i], cell.fy[i], cell.fz[i], level.scale,
+                                           jx[i], jy[i], jz[i]);
+            } else {
+                e[i] = grid_value(corner, cell.fx[i], cell.fy[i], cell.fz[i]);
             }
-            // Samples that fill the block up have no part in anything.
-            for (int i = block.n; i < kBlock; ++i) {
-                e[i] = 0.0f;
-                if (kNormals) jx[i] = jy[i] = jz[i] = 0.0f;
+        }
+        // Samples that fill the block up have no part in anything.
+        for (int i = in.n; i < kBlock; ++i) {
+            e[i] = 0.0f;
+            if (kNormals) jx[i] = jy[i] = jz[i] = 0.0f;
+        }
+    }
+}
+
+int block_size(int64_t first, int64_t end) {
+    return end - first < kBlock ? static_cast<int>(end - first) : kBlock;
+}
+
+// Samples [begin, end), a chunk at most. Level by level, because a level's table has few enough
+// pages for the translation buffer and all levels together do not.
+template <int F>
+void encode(const FieldParams& params, int64_t begin, int64_t end, bool normals, Encoded* chunk) {
+    const int n_blocks = static_cast<int>((end - begin + kBlock - 1) / kBlock);
+    for (int b = 0; b < n_blocks; ++b) {
+        Encoded& in = chunk[b];
+        const int64_t first = begin + b * kBlock;
+        in.n = block_size(first, end);
+        in.columns = params.n_active * F;
+        in.point = {};
+        load_points(params.points + 3 * first, in.n, in.point);
+        for (int i = 0; i < kBlock; ++i) {
+            in.unit.x[i] = field_unit(in.point.x[i], params.inverse_diameter);
+            in.unit.y[i] = field_unit(in.point.y[i], params.inverse_diameter);
+            in.unit.z[i] = field_unit(in.point.z[i], params.inverse_diameter);
+        }
+    }
+    for (int l = 0; l < params.n_active; ++l) {
+        for (int b = 0; b < n_blocks; ++b) {
+            if (normals) {
+                encode_level<F, true>(params, l, chunk[b]);
+            } else {
+                encode_level<F, false>(params, l, chunk[b]);
             }
         }
     }
 }
 
-template <int F>
-void evaluate(const FieldParams& params, const Weights& weights, int64_t first, int n, bool density,
-              bool normals, bool features, Block& block) {
-    Points point = {};
-    load_points(params.points + 3 * first, n, point);
-    for (int i = 0; i < kBlock; ++i) {
-        block.unit.x[i] = field_unit(point.x[i], params.inverse_diameter);
-        block.unit.y[i] = field_unit(point.y[i], params.inverse_diameter);
-        block.unit.z[i] = field_unit(point.z[i], params.inverse_diameter);
-    }
-    block.n = n;
-    block.columns = params.n_active * F;
-    if (normals) {
-        encode<F, true>(params, block);
-    } else {
-        encode<F, false>(params, block);
-    }
-    const int samples = padded(n, 2 * kLanes);
+void evaluate(const FieldParams& params, const Weights& weights, const Encoded& in, bool density,
+              bool features, Block& block) {
+    const int samples = padded(in.n, 2 * kLanes);
     for (int head = density ? 0 : 1; head < (features ? 2 : 1); ++head) {
-        product<1, kFieldHidden, kBlock, false>(weights.first[head][0], block.e[0], kFieldHidden,
-                                                block.columns, samples, block.hidden[head][0]);
+        product<1, kFieldHidden, kBlock, false>(weights.first[head][0], in.e[0], kFieldHidden,
+                                                in.columns, samples, block.hidden[head][0]);
     }
     if (!density) return;
     float slope[3];
     for (int i = 0; i < kBlock; ++i) {
-        block.raw[i] = field_bias(params, point.x[i], point.y[i], point.z[i], slope);
+        block.raw[i] = field_bias(params, in.point.x[i], in.point.y[i], in.point.z[i], slope);
         for (int d = 0; d < 3; ++d) block.gradient[d][i] = slope[d];
     }
     for (int j = 0; j < kFieldHidden; ++j) {
@@ -177,20 +182,21 @@ void evaluate(const FieldParams& params, const Weights& weights, int64_t first, 
 }
 
 // The density head's mask in place of its hidden layer, and the gradient of the raw density.
-void differentiate(const FieldParams& params, const Weights& weights, bool normals, Block& block) {
-    const int samples = padded(block.n, 2 * kLanes);
+void differentiate(const FieldParams& params, const Weights& weights, const Encoded& in,
+                   bool normals, Block& block) {
+    const int samples = padded(in.n, 2 * kLanes);
     for (int j = 0; j < kFieldHidden; ++j) {
         float* h = block.hidden[0][j];
         for (int i = 0; i < samples; ++i) h[i] = h[i] > 0.0f ? 1.0f : 0.0f;
     }
     product<1, kFieldWidth, kBlock, false>(weights.back[0][0], block.hidden[0][0],
-                                           padded(block.columns, 4), kFieldHidden, samples,
+                                           padded(in.columns, 4), kFieldHidden, samples,
                                            block.g[0]);
     if (!normals) return;
     for (int d = 0; d < 3; ++d) {
         float sum[kBlock] = {};
-        for (int k = 0; k < block.columns; ++k) {
-            for (int i = 0; i < samples; ++i) sum[i] += block.g[k][i] * block.jac[d][k][i];
+        for (int k = 0; k < in.columns; ++k) {
+            for (int i = 0; i < samples; ++i) sum[i] += block.g[k][i] * in.jac[d][k][i];
         }
         for (int i = 0; i < samples; ++i) {
             block.gradient[d][i] += sum[i] * params.inverse_diameter;
@@ -198,13 +204,13 @@ void differentiate(const FieldParams& params, const Weights& weights, bool norma
     }
 }
 
-template <int F>
-void fwd_block(const FieldParams& params, const Weights& weights, int64_t first, int n) {
+void fwd_block(const FieldParams& params, const Weights& weights, int64_t first,
+               const Encoded& in) {
     const bool normals = params.normal != nullptr, features = params.features != nullptr;
     Block block;
-    evaluate<F>(params, weights, first, n, true, normals, features, block);
-    if (normals) differentiate(params, weights, true, block);
-    for (int i = 0; i < n; ++i) {
+    evaluate(params, weights, in, true, features, block);
+    if (normals) differentiate(params, weights, in, true, block);
+    for (int i = 0; i < in.n; ++i) {
         float slope, curvature;
         params.density[first + i] = field_activate(params.activation, block.raw[i], slope,
                                                    curvature);
@@ -219,14 +225,14 @@ void fwd_block(const FieldParams& params, const Weights& weights, int64_t first,
         const float* h = block.hidden[1][j];
         const float red = params.w2f[j], green = params.w2f[kFieldHidden + j],
                     blue = params.w2f[2 * kFieldHidden + j];
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < in.n; ++i) {
             const float active = h[i] < 0.0f ? 0.0f : h[i];
             sums[0][i] += red * active;
             sums[1][i] += green * active;
             sums[2][i] += blue * active;
         }
     }
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < in.n; ++i) {
         for (int c = 0; c < 3; ++c) params.features[3 * (first + i) + c] = sums[c][i];
     }
 }
@@ -256,13 +262,13 @@ void transpose(const float (*x)[kBlock], int columns, float (*out)[kFieldWidth])
     }
 }
 
-void bwd_density(const FieldParams& params, const Weights& weights, int64_t first, Block& block,
-                 WeightSums& sums, TableGradient& out) {
+void bwd_density(const FieldParams& params, const Weights& weights, int64_t first,
+                 const Encoded& in, Block& block, WeightSums& sums, TableGradient& out) {
     const bool normals = params.grad_normal != nullptr;
-    differentiate(params, weights, normals, block);
+    differentiate(params, weights, in, normals, block);
     float r[kBlock] = {};
     memset(out.v, 0, sizeof out.v);
-    for (int i = 0; i < block.n; ++i) {
+    for (int i = 0; i < in.n; ++i) {
         const float gradient[3] = {block.gradient[0][i], block.gradient[1][i],
                                    block.gradient[2][i]};
         float grad_normal[3] = {}, v[3];
@@ -275,31 +281,31 @@ void bwd_density(const FieldParams& params, const Weights& weights, int64_t firs
         for (int d = 0; normals && d < 3; ++d) out.v[d][i] = v[d];
     }
     alignas(64) float u[kFieldWidth][kBlock], rows[kBlock][kFieldWidth];
-    for (int k = 0; k < block.columns; ++k) {
+    for (int k = 0; k < in.columns; ++k) {
         for (int i = 0; i < kBlock; ++i) {
-            u[k][i] = r[i] * block.e[k][i];
+            u[k][i] = r[i] * in.e[k][i];
             out.g[k][i] = block.g[k][i];
             out.to_e[k][i] = r[i] * block.g[k][i];
         }
         if (!normals) continue;
         for (int i = 0; i < kBlock; ++i) {
-            u[k][i] += block.jac[0][k][i] * out.v[0][i] + block.jac[1][k][i] * out.v[1][i] +
-                       block.jac[2][k][i] * out.v[2][i];
+            u[k][i] += in.jac[0][k][i] * out.v[0][i] + in.jac[1][k][i] * out.v[1][i] +
+                       in.jac[2][k][i] * out.v[2][i];
         }
     }
-    transpose(u, block.columns, rows);
-    product<kBlock, 1, kFieldWidth, true>(block.hidden[0][0], rows[0], kFieldHidden, block.n,
-                                          padded(block.columns, 2 * kLanes), sums.s[0]);
+    transpose(u, in.columns, rows);
+    product<kBlock, 1, kFieldWidth, true>(block.hidden[0][0], rows[0], kFieldHidden, in.n,
+                                          padded(in.columns, 2 * kLanes), sums.s[0]);
 }
 
 // Adds to out.to_e.
-void bwd_features(const FieldParams& params, const Weights& weights, int64_t first, Block& block,
-                  WeightSums& sums, TableGradient& out) {
+void bwd_features(const FieldParams& params, const Weights& weights, int64_t first,
+                  const Encoded& in, Block& block, WeightSums& sums, TableGradient& out) {
     alignas(64) float grad[3][kBlock] = {}, rows[kBlock][kFieldWidth];
-    for (int i = 0; i < block.n; ++i) {
+    for (int i = 0; i < in.n; ++i) {
         for (int c = 0; c < 3; ++c) grad[c][i] = params.grad_features[3 * (first + i) + c];
     }
-    const int samples = padded(block.n, 2 * kLanes);
+    const int samples = padded(in.n, 2 * kLanes);
     // The hidden layer turns into q.
     for (int j = 0; j < kFieldHidden; ++j) {
         float* h = block.hidden[1][j];
@@ -319,28 +325,27 @@ void bwd_features(const FieldParams& params, const Weights& weights, int64_t fir
             h[i] = h[i] > 0.0f ? q : 0.0f;
         }
     }
-    transpose(block.e, block.columns, rows);
-    product<kBlock, 1, kFieldWidth, true>(block.hidden[1][0], rows[0], kFieldHidden, block.n,
-                                          padded(block.columns, 2 * kLanes), sums.w1f[0]);
+    transpose(in.e, in.columns, rows);
+    product<kBlock, 1, kFieldWidth, true>(block.hidden[1][0], rows[0], kFieldHidden, in.n,
+                                          padded(in.columns, 2 * kLanes), sums.w1f[0]);
     product<1, kFieldWidth, kBlock, true>(weights.back[1][0], block.hidden[1][0],
-                                          padded(block.columns, 4), kFieldHidden, samples,
+                                          padded(in.columns, 4), kFieldHidden, samples,
                                           out.to_e[0]);
 }
 
-template <int F>
-void bwd_block(const FieldParams& params, const Weights& weights, int64_t first, int n,
+void bwd_block(const FieldParams& params, const Weights& weights, int64_t first, const Encoded& in,
                WeightSums& sums, TableGradient& out) {
     const bool normals = params.grad_normal != nullptr, features = params.grad_features != nullptr;
     const bool density = normals || params.grad_density != nullptr;
     Block block;
-    evaluate<F>(params, weights, first, n, density, normals, features, block);
-    out.unit = block.unit;
+    evaluate(params, weights, in, density, features, block);
+    out.unit = in.unit;
     if (density) {
-        bwd_density(params, weights, first, block, sums, out);
+        bwd_density(params, weights, first, in, block, sums, out);
     } else {
         memset(&out.v, 0, sizeof out - sizeof out.unit);
     }
-    if (features) bwd_features(params, weights, first, block, sums, out);
+    if (features) bwd_features(params, weights, first, in, block, sums, out);
 }
 
 // Adds n samples to one level of the table's gradient.
@@ -384,10 +389,6 @@ struct Array {
     T* data;
 };
 
-int block_size(int64_t first, int64_t end) {
-    return end - first < kBlock ? static_cast<int>(end - first) : kBlock;
-}
-
 void add_weight_gradients(const FieldParams& params, const WeightSums& sums) {
     const int width = params.n_levels * params.n_features;
     for (int j = 0; j < kFieldHidden; ++j) {
@@ -417,9 +418,12 @@ void bwd(const FieldParams& params, int n_threads) {
     for (int64_t start = 0; start < n_valid; start += kRound) {
         const int64_t n = n_valid - start < kRound ? n_valid - start : kRound;
         parallel_chunks(n, kChunk, n_threads, [&](int64_t begin, int64_t end) {
+            Encoded chunk[kChunk / kBlock];
+            encode<F>(params, start + begin, start + end, params.grad_normal != nullptr,
+                      chunk);
             for (int64_t b = begin; b < end; b += kBlock) {
-                bwd_block<F>(params, weights, start + b, block_size(b, end),
-                             parts.data[begin / kChunk], blocks.data[b / kBlock]);
+                bwd_block(params, weights, start + b, chunk[(b - begin) / kBlock],
+                          parts.data[begin / kChunk], blocks.data[b / kBlock]);
             }
         });
         // A level has one thread, which takes the samples in their order.
@@ -442,8 +446,10 @@ void field_fwd(const FieldParams& params, int n_threads) {
         constexpr int F = decltype(features)::value;
         parallel_chunks(params.n_points, kChunk, n_threads, [&](int64_t begin, int64_t end) {
             const int64_t valid = n_valid < begin ? begin : n_valid < end ? n_valid : end;
+            Encoded chunk[kChunk / kBlock];
+            encode<F>(params, begin, valid, params.normal != nullptr, chunk);
             for (int64_t b = begin; b < valid; b += kBlock) {
-                fwd_block<F>(params, weights, b, block_size(b, valid));
+                fwd_block(params, weights, b, chunk[(b - begin) / kBlock]);
             }
             for (int64_t i = valid; i < end; ++i) field_clear(params, i);
         });
