@@ -190,7 +190,7 @@ void field_launch(const dsd::FieldParams& params, bool backward, int device, Add
         throw std::invalid_argument("field: the CPU reads float32 tables only");
     }
     launch({device, stream, n_threads},
-           DSD_CPU_CALL((backward ? dsd::field_bwd : dsd::field_fwd)(params, n_threads)),
+           DSD_CPU_CALL((backward ? DSD_CPU(field_bwd) : DSD_CPU(field_fwd))(params, n_threads)),
            DSD_CUDA_CALL((backward ? dsd::cuda::field_bwd : dsd::cuda::field_fwd)(params, stream)));
 }
 

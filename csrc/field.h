@@ -165,8 +165,8 @@ DSD_HD float field_unit(float p, float inverse_diameter) {
 }
 
 // Results do not depend on n_threads; half_table is refused by the binding.
-void field_fwd(const FieldParams&, int n_threads);
-void field_bwd(const FieldParams&, int n_threads);
+DSD_DECLARE_CPU(void field_fwd(const FieldParams&, int n_threads))
+DSD_DECLARE_CPU(void field_bwd(const FieldParams&, int n_threads))
 
 namespace cuda {
 // Bytes that field_bwd needs, at an address that is a multiple of 16.

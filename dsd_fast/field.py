@@ -1,8 +1,8 @@
 """The 3D field: hash grid → density, features, normals ("implicit volume").
 
-All arithmetic is float32 with autocast off (or float64, for a field converted to double). On CUDA
-one fused operator does the work of a field of the usual shape (`ops.fused_field`), and reads a
-float16 copy of the table unless `FieldConfig.half_table` is off.
+All arithmetic is float32 with autocast off (or float64, for a field converted to double). One fused
+operator does the work of a field of the usual shape (`ops.fused_field`); on CUDA it reads a float16
+copy of the table unless `FieldConfig.half_table` is off.
 """
 
 from __future__ import annotations
@@ -228,11 +228,20 @@ class Field(nn.Module):
         self._half_of = (self.grid.table.data_ptr(), self.grid.table._version)
 
     def skips_rows(self, device: torch.device) -> bool:
-        """Whether `n_valid` is taken, for points of float32 on this device."""
-        return self._can_fuse and device.type == "cuda" and not use_reference()
+        """Whether `n_valid` is taken, for points of float32 on this device.
+
+        Never on the CPU: nothing is gained there by not counting, and rows that are left out would
+        make sums depend on how much room there was.
+        """
+        return device.type == "cuda" and self._fuses_on(device)
+
+    def _fuses_on(self, device: torch.device) -> bool:
+        return self._can_fuse and device.type in ("cpu", "cuda") and not use_reference()
 
     def _check_rows(self, points: Tensor, n_valid: Tensor | None) -> None:
-        if n_valid is not None and not self._is_fused(points):
+        if n_valid is None:
+            return
+        if not (self._is_fused(points) and self.skips_rows(points.device)):
             raise ValueError(
                 "n_valid: expected None for this field, dtype and device (see skips_rows); take "
                 "the valid rows alone"
@@ -240,7 +249,7 @@ class Field(nn.Module):
 
     def _is_fused(self, points: Tensor) -> bool:
         is_float = points.dtype == self.grid.table.dtype == torch.float32
-        return is_float and self.skips_rows(points.device)
+        return is_float and self._fuses_on(points.device)
 
     def _fused(
         self, points: Tensor, n_valid: Tensor | None, *, features: bool, normals: bool
@@ -263,7 +272,7 @@ class Field(nn.Module):
             self.grid.n_active_levels,
             features=features,
             normals=normals,
-            half_table=self.half_table() if cfg.half_table else None,
+            half_table=self.half_table() if self.reads_half_table() else None,
             n_valid=n_valid,
         )
 
