@@ -20,10 +20,8 @@
 #endif
 
 #if defined(__GNUC__)
-#define DSD_PREFETCH_READ(address) __builtin_prefetch(address)
 #define DSD_PREFETCH_WRITE(address) __builtin_prefetch(address, 1)
 #else
-#define DSD_PREFETCH_READ(address) (void)(address)
 #define DSD_PREFETCH_WRITE(address) (void)(address)
 #endif
 
