@@ -40,7 +40,10 @@ _DDIM = tl.constexpr(DDIM)
 _MIN_SQUARED_NORM = tl.constexpr(1e-6)
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 _SUM_BLOCK = tl.constexpr(64)
-_WARPS = 8
+# Without contraction each operation rounds as torch's own does; these kernels wait for memory.
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+# Left as they are at 1 or 16, so that another batch size compiles nothing anew.
+_COUNTS = ["n_items", "n_splits"]
 
 
 @triton.jit
@@ -159,7 +162,7 @@ def _moved(b_z, b_eps, t, t_next, p_abar):
 
 
 # Program (group and item, split): reads a split of the item's four rows once, writes its 3 sums.
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def dots_kernel(p_eps, p_dots, n_items, n, split, n_splits, BLOCK: tl.constexpr):
     i_g = tl.program_id(0) // n_items
     i_b = tl.program_id(0) % n_items
@@ -174,7 +177,7 @@ def dots_kernel(p_eps, p_dots, n_items, n, split, n_splits, BLOCK: tl.constexpr)
 
 
 # Program (item, split): reads the item's rows, writes its split of the guided prediction.
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def combine_kernel(
     p_eps, p_weights, p_dots, p_guided, scale, n_items, n, split, n_splits,
     MODE: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr,
@@ -191,7 +194,7 @@ def combine_kernel(
 
 
 # Program (item, split): reads the item's rows and z at t, writes z at t_next, its rows and levels.
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def step_kernel(
     p_eps, p_weights, p_dots, p_z, p_t, p_t_next, p_abar, p_moved, p_rows, p_levels,
     scale, n_items, n, split, n_splits,
@@ -217,7 +220,7 @@ def step_kernel(
 
 
 # Program (item, tile): reads the slot's state and prediction, writes z at t_next, rows and levels.
-@triton.jit
+@triton.jit(do_not_specialize=["n_items"])
 def state_kernel(
     p_states, p_eps, p_slot, p_t, p_t_next, p_abar, p_moved, p_rows, p_levels, n_items, n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -239,7 +242,7 @@ def state_kernel(
 
 # Program (item, split): reads the item's rows and x, writes x at t_delta, and the rows and levels
 # of both noisy latents, those of t_delta first.
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def link_kernel(
     p_eps, p_weights, p_dots, p_x, p_t, p_t_delta, p_mirrored, p_abar,
     p_x_delta, p_rows, p_levels, scale, n_items, n, width, split, n_splits,
@@ -279,7 +282,7 @@ def link_kernel(
 
 # Program (item, split): reads the item's rows of both levels and x, writes gradient and target and
 # its sums. The program that finishes last adds up the sums of all, in their order.
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def gradient_kernel(
     p_eps_delta, p_eps_t, p_weights, p_dots_delta, p_dots_t, p_x, p_t, p_abar,
     p_grad, p_target, p_sums, p_done, p_numbers, p_finite,
@@ -291,10 +294,7 @@ def gradient_kernel(
     begin = tl.program_id(1) * split
     end = tl.minimum(begin + split, n)
     alpha, sigma = _signal_and_noise(p_abar, tl.load(p_t + i_b))
-    if WEIGHTING == _DDIM:
-        weight = sigma / alpha
-    else:
-        weight = sigma * sigma
+    weight = sigma / alpha if WEIGHTING == _DDIM else sigma * sigma
     d_0, d_1 = _parallel_shares(
         p_eps_delta, p_dots_delta, i_b, n_items, n, n_splits, MODE_DELTA, SUMMED, BLOCK
     )
@@ -324,18 +324,18 @@ def gradient_kernel(
     tl.debug_barrier()
     n_programs = n_items * n_splits
     if tl.atomic_add(p_done, 1, sem="acq_rel") == n_programs - 1:
-        b_squares = tl.zeros([_SUM_BLOCK], tl.float32)
-        b_bad = tl.zeros([_SUM_BLOCK], tl.float32)
+        b_all_squares = tl.zeros([_SUM_BLOCK], tl.float32)
+        b_all_bad = tl.zeros([_SUM_BLOCK], tl.float32)
         for start in range(0, n_programs, _SUM_BLOCK):
             o_s = start + tl.arange(0, _SUM_BLOCK)
             m_s = o_s < n_programs
             # volatile: other programs wrote these during this launch
-            b_squares += tl.load(p_sums + 2 * o_s, mask=m_s, other=0.0, volatile=True)
-            b_bad += tl.load(p_sums + 2 * o_s + 1, mask=m_s, other=0.0, volatile=True)
-        squares = tl.sum(b_squares, 0)
+            b_all_squares += tl.load(p_sums + 2 * o_s, mask=m_s, other=0.0, volatile=True)
+            b_all_bad += tl.load(p_sums + 2 * o_s + 1, mask=m_s, other=0.0, volatile=True)
+        squares = tl.sum(b_all_squares, 0)
         tl.store(p_numbers, 0.5 * squares / n_items)
         tl.store(p_numbers + 1, tl.sqrt_rn(squares))
-        tl.store(p_finite, (tl.sum(b_bad, 0) == 0.0).to(tl.uint8))
+        tl.store(p_finite, (tl.sum(b_all_bad, 0) == 0.0).to(tl.uint8))
         # ready for the next launch, which may be a replay of this one
         tl.store(p_done, 0)
 
@@ -349,7 +349,7 @@ def combine_fwd(eps: Tensor, weights: Tensor | None, scale: float, mode: int, ro
         combine_kernel[(n_items, n_splits)](
             p_eps=eps, p_weights=_or(weights, eps), p_dots=_or(dots, eps), p_guided=guided,
             scale=scale, n_items=n_items, n=n, split=split, n_splits=n_splits,
-            MODE=mode, SUMMED=dots is not None, BLOCK=BLOCK, num_warps=_WARPS,
+            MODE=mode, SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return guided
 
@@ -367,7 +367,7 @@ def step_fwd(
             p_eps=eps, p_weights=_or(weights, eps), p_dots=_or(dots, eps), p_z=z, p_t=t,
             p_t_next=t_next, p_abar=abar, p_moved=moved, p_rows=out, p_levels=levels,
             scale=scale, n_items=n_items, n=n, split=split, n_splits=n_splits,
-            ROWS=rows, MODE=mode, SUMMED=dots is not None, BLOCK=BLOCK, num_warps=_WARPS,
+            ROWS=rows, MODE=mode, SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return moved, out, levels
 
@@ -384,7 +384,7 @@ def state_fwd(
         state_kernel[(n_items, triton.cdiv(n, BLOCK))](
             p_states=states, p_eps=predictions, p_slot=slot, p_t=t, p_t_next=t_next, p_abar=abar,
             p_moved=moved, p_rows=out, p_levels=levels, n_items=n_items, n=n,
-            ROWS=rows, BLOCK=BLOCK, num_warps=_WARPS,
+            ROWS=rows, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return moved, out, levels
 
@@ -405,7 +405,7 @@ def link_fwd(
             p_abar=abar, p_x_delta=x_delta, p_rows=out, p_levels=levels,
             scale=scale, n_items=n_items, n=n, width=x.shape[-1], split=split, n_splits=n_splits,
             ROWS=rows, MODE=mode, MIRROR=mirrored is not None, SUMMED=dots is not None,
-            BLOCK=BLOCK, num_warps=_WARPS,
+            BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return x_delta, out, levels
 
@@ -430,12 +430,13 @@ def gradient_fwd(
         dots_t = None if dots is None else dots[groups - 1]
         sums = x.new_empty((n_items, n_splits, 2))
         gradient_kernel[(n_items, n_splits)](
-            p_eps_delta=eps, p_eps_t=eps_t, p_weights=_or(weights, eps), p_dots_delta=_or(dots, eps),
-            p_dots_t=_or(dots_t, eps), p_x=x, p_t=t, p_abar=abar, p_grad=grad, p_target=target,
-            p_sums=sums, p_done=done, p_numbers=numbers, p_finite=finite,
+            p_eps_delta=eps, p_eps_t=eps_t, p_weights=_or(weights, eps),
+            p_dots_delta=_or(dots, eps), p_dots_t=_or(dots_t, eps), p_x=x, p_t=t, p_abar=abar,
+            p_grad=grad, p_target=target, p_sums=sums, p_done=done,
+            p_numbers=numbers, p_finite=finite,
             scale_delta=scales[0], scale_t=scales[1], n_items=n_items, n=n, split=split,
             n_splits=n_splits, MODE_DELTA=modes[0], MODE_T=modes[1], WEIGHTING=weighting,
-            SUMMED=dots is not None, BLOCK=BLOCK, num_warps=_WARPS,
+            SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return grad, target, numbers, finite.view(torch.bool)
 
@@ -453,7 +454,7 @@ def _splits(
     dots = eps.new_empty((groups, n_items, n_splits, 3), dtype=torch.float32)
     dots_kernel[(groups * n_items, n_splits)](
         p_eps=eps, p_dots=dots, n_items=n_items, n=n, split=BLOCK, n_splits=n_splits,
-        BLOCK=BLOCK, num_warps=_WARPS,
+        BLOCK=BLOCK, **_OPTIONS,
     )  # fmt: skip
     return BLOCK, n_splits, dots
 

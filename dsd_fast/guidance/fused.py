@@ -81,7 +81,7 @@ def combine(eps: Tensor, guide: Guide, scale: float) -> Tensor:
     """Guided prediction [B,C,h,w] of a stack eps [R*B,C,h,w], as `guidance.combine`."""
     if not _on_kernels(eps):
         return _combine(eps, guide, scale)
-    eps, weights, n_items = _stack("combine", eps, guide)
+    eps, weights, _ = _stack("combine", eps, guide)
     return _kernels().combine_fwd(eps, weights, scale, _mode(guide, scale), guide.rows)
 
 
@@ -184,9 +184,7 @@ def link(
         mirrored: bool [B], items that take eps_o flipped left to right, or None.
     """
     if not _on_kernels(eps):
-        return link_reference(
-            eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored
-        )
+        return link_reference(eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored)
     eps, weights, n_items = _stack("link", eps, guide)
     x = _item("link: x", x, eps, n_items)
     _check_levels("link", x, alphas_cumprod, t, t_delta)
@@ -260,9 +258,7 @@ def step_reference(
     dtype: torch.dtype,
 ) -> Batch:
     """`step` in torch, any device; float64 is kept, as in all references."""
-    return _moved(
-        z, _combine(eps, guide, scale), t, t_next, alphas_cumprod, dtype, guide.rows == 4
-    )
+    return _moved(z, _combine(eps, guide, scale), t, t_next, alphas_cumprod, dtype, guide.rows == 4)
 
 
 def state_reference(
@@ -398,11 +394,7 @@ def _stack(op: str, eps: Tensor, guide: Guide) -> tuple[Tensor, Tensor | None, i
 
 def _item(name: str, tensor: Tensor, eps: Tensor, n_items: int) -> Tensor:
     expected = (n_items, *eps.shape[1:])
-    if (
-        tensor.shape != expected
-        or tensor.dtype != torch.float32
-        or tensor.device != eps.device
-    ):
+    if tensor.shape != expected or tensor.dtype != torch.float32 or tensor.device != eps.device:
         raise ValueError(
             f"{name}: expected float32 {list(expected)} on {eps.device}, "
             f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
