@@ -153,6 +153,51 @@ def _store_levels(p_levels, t, i_b, n_items, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _store_pair_levels(
+    p_levels, p_t, p_t_delta, i_b, n_items, ROWS: tl.constexpr, PAIR: tl.constexpr
+):
+    """Levels of the pair's rows, by the first program of the item."""
+    if tl.program_id(1) == 0:
+        t = tl.load(p_t + i_b)
+        if PAIR:
+            _store_levels(p_levels, tl.load(p_t_delta + i_b), i_b, n_items, ROWS)
+            _store_levels(p_levels + ROWS * n_items, t, i_b, n_items, ROWS)
+        else:
+            _store_levels(p_levels, t, i_b, n_items, ROWS)
+
+
+@triton.jit
+def _mirrored(o_x, p_mirrored, i_b, width, MIRROR: tl.constexpr):
+    """Where to read what belongs at o_x: flipped left to right for items that ask for it."""
+    o_eps = o_x
+    if MIRROR:
+        o_flipped = o_x + (width - 1 - 2 * (o_x % width))
+        o_eps = tl.where(tl.load(p_mirrored + i_b) != 0, o_flipped, o_x)
+    return o_eps
+
+
+@triton.jit
+def _store_linked(
+    p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+    ROWS: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
+    """A tile of the rendering at t_delta and at t, with noise b_eps, and of their rows."""
+    alpha, sigma = _signal_and_noise(p_abar, tl.load(p_t + i_b))
+    alpha_delta, sigma_delta = _signal_and_noise(p_abar, tl.load(p_t_delta + i_b))
+    o_item = i_b.to(tl.int64) * n + o_x
+    b_x = tl.load(p_x + o_item, mask=m_x, other=0.0)
+    b_delta = alpha_delta * b_x + sigma_delta * b_eps
+    b_t = alpha * b_x + sigma * b_eps
+    tl.store(p_x_delta + o_item, b_delta, mask=m_x)
+    if PAIR:
+        _store_rows(p_rows, b_delta, i_b, n_items, n, o_x, m_x, ROWS)
+        p_rows_t = p_rows + (ROWS * n_items).to(tl.int64) * n
+        _store_rows(p_rows_t, b_t, i_b, n_items, n, o_x, m_x, ROWS)
+    else:
+        _store_rows(p_rows, b_t, i_b, n_items, n, o_x, m_x, ROWS)
+
+
+@triton.jit
 def _moved(b_z, b_eps, t, t_next, p_abar):
     """DDIM with eta = 0 from t to t_next; a step of no length is exactly the identity."""
     alpha, sigma = _signal_and_noise(p_abar, t)
@@ -219,11 +264,12 @@ def step_kernel(
         _store_rows(p_rows, b_z, i_b, n_items, n, o_x, m_x, ROWS)
 
 
-# Program (item, tile): reads the slot's state and prediction, writes z at t_next, rows and levels.
+# Program (item, tile): reads a slot's state and a slot's prediction, writes z at t_next, its rows
+# and levels.
 @triton.jit(do_not_specialize=["n_items"])
 def state_kernel(
-    p_states, p_eps, p_slot, p_t, p_t_next, p_abar, p_moved, p_rows, p_levels, n_items, n,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_states, p_eps, p_slot, p_slot_eps, p_t, p_t_next, p_abar, p_moved, p_rows, p_levels,
+    n_items, n, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -232,52 +278,71 @@ def state_kernel(
     t_next = tl.load(p_t_next + i_b)
     if tl.program_id(1) == 0:
         _store_levels(p_levels, t_next, i_b, n_items, ROWS)
-    i_slot = tl.load(p_slot + i_b).to(tl.int64)
-    b_z = tl.load(p_states + i_slot * n + o_x, mask=m_x, other=0.0).to(tl.float32)
-    b_eps = tl.load(p_eps + i_slot * n + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_z = _load_row(p_states, tl.load(p_slot + i_b), n, o_x, m_x)
+    b_eps = _load_row(p_eps, tl.load(p_slot_eps + i_b), n, o_x, m_x)
     b_z = _moved(b_z, b_eps, t, t_next, p_abar)
     tl.store(p_moved + i_b.to(tl.int64) * n + o_x, b_z, mask=m_x)
     _store_rows(p_rows, b_z, i_b, n_items, n, o_x, m_x, ROWS)
 
 
 # Program (item, split): reads the item's rows and x, writes x at t_delta, and the rows and levels
-# of both noisy latents, those of t_delta first.
+# of both noisy latents, those of t_delta first; without PAIR those of t alone.
 @triton.jit(do_not_specialize=_COUNTS)
 def link_kernel(
     p_eps, p_weights, p_dots, p_x, p_t, p_t_delta, p_mirrored, p_abar,
     p_x_delta, p_rows, p_levels, scale, n_items, n, width, split, n_splits,
-    ROWS: tl.constexpr, MODE: tl.constexpr, MIRROR: tl.constexpr, SUMMED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, MODE: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr,
+    SUMMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     begin = tl.program_id(1) * split
     end = tl.minimum(begin + split, n)
-    t = tl.load(p_t + i_b)
-    t_delta = tl.load(p_t_delta + i_b)
-    alpha, sigma = _signal_and_noise(p_abar, t)
-    alpha_delta, sigma_delta = _signal_and_noise(p_abar, t_delta)
-    n_rows = ROWS * n_items
-    if tl.program_id(1) == 0:
-        _store_levels(p_levels, t_delta, i_b, n_items, ROWS)
-        _store_levels(p_levels + n_rows, t, i_b, n_items, ROWS)
-    p_rows_t = p_rows + n_rows.to(tl.int64) * n
+    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, PAIR)
     k_0, k_1 = _parallel_shares(p_eps, p_dots, i_b, n_items, n, n_splits, MODE, SUMMED, BLOCK)
     for start in range(begin, end, BLOCK):
         o_x = start + tl.arange(0, BLOCK)  # [BLOCK]
         m_x = o_x < end
-        o_eps = o_x
-        if MIRROR:
-            # sums over a row do not see its order, so mirroring the reads mirrors the prediction
-            o_flipped = o_x + (width - 1 - 2 * (o_x % width))
-            o_eps = tl.where(tl.load(p_mirrored + i_b) != 0, o_flipped, o_x)
+        # sums over a row do not see its order, so mirroring the reads mirrors the prediction
+        o_eps = _mirrored(o_x, p_mirrored, i_b, width, MIRROR)
         b_eps = _guided(p_eps, p_weights, i_b, n_items, n, o_eps, m_x, scale, k_0, k_1, MODE)
-        o_item = i_b.to(tl.int64) * n + o_x
-        b_x = tl.load(p_x + o_item, mask=m_x, other=0.0)
-        b_delta = alpha_delta * b_x + sigma_delta * b_eps
-        b_t = alpha * b_x + sigma * b_eps
-        tl.store(p_x_delta + o_item, b_delta, mask=m_x)
-        _store_rows(p_rows, b_delta, i_b, n_items, n, o_x, m_x, ROWS)
-        _store_rows(p_rows_t, b_t, i_b, n_items, n, o_x, m_x, ROWS)
+        _store_linked(
+            p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+            ROWS, PAIR,
+        )  # fmt: skip
+
+
+# Program (item, tile): as link_kernel, from predictions already combined: between those of two
+# slots of a table.
+@triton.jit(do_not_specialize=["n_items"])
+def link_table_kernel(
+    p_eps, p_slot, p_slot_next, p_mix, p_x, p_t, p_t_delta, p_mirrored, p_abar,
+    p_x_delta, p_rows, p_levels, n_items, n, width,
+    ROWS: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0)
+    o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_x = o_x < n
+    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, PAIR)
+    o_eps = _mirrored(o_x, p_mirrored, i_b, width, MIRROR)
+    b_eps = _load_row(p_eps, tl.load(p_slot + i_b), n, o_eps, m_x)
+    b_next = _load_row(p_eps, tl.load(p_slot_next + i_b), n, o_eps, m_x)
+    b_eps += tl.load(p_mix + i_b) * (b_next - b_eps)
+    _store_linked(
+        p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+        ROWS, PAIR,
+    )  # fmt: skip
+
+
+# Program (row, tile): writes a text row, the mix of two rows of the bank.
+@triton.jit
+def text_kernel(p_bank, p_first, p_second, p_share, p_rows, n, BLOCK: tl.constexpr):
+    i_r = tl.program_id(0)
+    o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_x = o_x < n
+    share = tl.load(p_share + i_r)
+    b_row = share * _load_row(p_bank, tl.load(p_first + i_r), n, o_x, m_x)
+    b_row += (1.0 - share) * _load_row(p_bank, tl.load(p_second + i_r), n, o_x, m_x)
+    tl.store(p_rows + i_r.to(tl.int64) * n + o_x, b_row.to(p_rows.dtype.element_ty), mask=m_x)
 
 
 # Program (item, split): reads the item's rows of both levels and x, writes gradient and target and
@@ -373,8 +438,8 @@ def step_fwd(
 
 
 def state_fwd(
-    states: Tensor, predictions: Tensor, slot: Tensor, t: Tensor, t_next: Tensor, abar: Tensor,
-    rows: int, dtype: torch.dtype,
+    states: Tensor, predictions: Tensor, slot: Tensor, slot_eps: Tensor, t: Tensor,
+    t_next: Tensor, abar: Tensor, rows: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `step_fwd` from slots of a table of states and guided predictions [S,C,h,w]."""
     n_items, n = slot.shape[0], states[0].numel()
@@ -382,9 +447,9 @@ def state_fwd(
     moved, out, levels = _next_batch(like, rows, dtype, states.device)
     with _on(states):
         state_kernel[(n_items, triton.cdiv(n, BLOCK))](
-            p_states=states, p_eps=predictions, p_slot=slot, p_t=t, p_t_next=t_next, p_abar=abar,
-            p_moved=moved, p_rows=out, p_levels=levels, n_items=n_items, n=n,
-            ROWS=rows, BLOCK=BLOCK, **_OPTIONS,
+            p_states=states, p_eps=predictions, p_slot=slot, p_slot_eps=slot_eps, p_t=t,
+            p_t_next=t_next, p_abar=abar, p_moved=moved, p_rows=out, p_levels=levels,
+            n_items=n_items, n=n, ROWS=rows, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return moved, out, levels
 
@@ -392,11 +457,11 @@ def state_fwd(
 def link_fwd(
     eps: Tensor, weights: Tensor | None, scale: float, mode: int, rows: int,
     x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype, pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(x at t_delta, rows of x at t_delta and at t, their levels) from the trajectory's stack."""
     n_items, n = x.shape[0], x[0].numel()
-    x_delta, out, levels = _next_batch(x, 2 * rows, dtype)
+    x_delta, out, levels = _next_batch(x, (1 + pair) * rows, dtype)
     with _on(eps):
         split, n_splits, dots = _splits(eps, n_items, n, 1, mode == PERP_NEG)
         link_kernel[(n_items, n_splits)](
@@ -404,10 +469,43 @@ def link_fwd(
             p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
             p_abar=abar, p_x_delta=x_delta, p_rows=out, p_levels=levels,
             scale=scale, n_items=n_items, n=n, width=x.shape[-1], split=split, n_splits=n_splits,
-            ROWS=rows, MODE=mode, MIRROR=mirrored is not None, SUMMED=dots is not None,
-            BLOCK=BLOCK, **_OPTIONS,
+            ROWS=rows, MODE=mode, MIRROR=mirrored is not None, PAIR=pair,
+            SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return x_delta, out, levels
+
+
+def link_table_fwd(
+    predictions: Tensor, slot: Tensor, slot_next: Tensor, mix: Tensor, rows: int,
+    x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
+    dtype: torch.dtype, pair: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `link_fwd` from guided predictions [S,C,h,w]: slot's, moved by mix to slot_next's."""
+    n_items, n = x.shape[0], x[0].numel()
+    x_delta, out, levels = _next_batch(x, (1 + pair) * rows, dtype)
+    with _on(x):
+        link_table_kernel[(n_items, triton.cdiv(n, BLOCK))](
+            p_eps=predictions, p_slot=slot, p_slot_next=slot_next, p_mix=mix, p_x=x, p_t=t,
+            p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
+            p_abar=abar, p_x_delta=x_delta, p_rows=out, p_levels=levels,
+            n_items=n_items, n=n, width=x.shape[-1], ROWS=rows, MIRROR=mirrored is not None,
+            PAIR=pair, BLOCK=BLOCK, **_OPTIONS,
+        )  # fmt: skip
+    return x_delta, out, levels
+
+
+def text_fwd(
+    bank: Tensor, first: Tensor, second: Tensor, share: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """share bank[first] + (1 - share) bank[second]: [R,L,D] in `dtype` of a bank [V,L,D]."""
+    n = bank[0].numel()
+    rows = bank.new_empty((first.shape[0], *bank.shape[1:]), dtype=dtype)
+    with _on(bank):
+        text_kernel[(first.shape[0], triton.cdiv(n, BLOCK))](
+            p_bank=bank, p_first=first, p_second=second, p_share=share, p_rows=rows, n=n,
+            BLOCK=BLOCK, **_OPTIONS,
+        )  # fmt: skip
+    return rows
 
 
 def gradient_fwd(

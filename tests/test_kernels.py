@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsd_fast.diffusion.noise_schedule import alphas_cumprod
 from dsd_fast.guidance import fused
 from dsd_fast.guidance.fused import Guide
-from dsd_fast.guidance.prompt import expand_rows
+from dsd_fast.guidance.prompt import expand_rows, mixed_rows, text_mix
 
 pytest.importorskip("triton", reason="needs Triton")
 from dsd_fast.kernels import guidance as kernels
@@ -158,11 +158,11 @@ def test_step(n_items, shape, dtype, kind, walk) -> None:
 @CASES
 @pytest.mark.parametrize("perp_neg", [True, False])
 def test_state(n_items, shape, dtype, perp_neg) -> None:
-    states, predictions = randn(5, *shape), randn(5, *shape, seed=1)
+    states, predictions = randn(5, *shape), randn(7, *shape, seed=1)
     slot = levels(*[4, 0, 4][:n_items])
     t, t_next = spread(899, n_items), spread(812, n_items)
     t_next[-1] = t[-1]
-    arguments = (slot, t, t_next)
+    arguments = (slot, slot + 2, t, t_next)
     got = fused.state(states, predictions, *arguments, ABAR, dtype, perp_neg)
     twin = fused.state_reference(states, predictions, *arguments, ABAR, dtype, perp_neg)
     exact = fused.state_reference(
@@ -194,6 +194,60 @@ def test_link(n_items, shape, dtype, kind, mirror, walk) -> None:
     first = got.rows.chunk(2)[0]
     assert_rows(first, expand_rows(got.value, guide.rows == 4).to(dtype))
     assert torch.equal(got.levels, twin.levels)
+
+
+@CASES
+@pytest.mark.parametrize("perp_neg", [True, False])
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_link_table(n_items, shape, dtype, perp_neg, pair, mirror) -> None:
+    table, x = randn(5, *shape), randn(n_items, *shape, seed=1)
+    slot, slot_next = levels(*[4, 0, 2][:n_items]), levels(*[3, 0, 1][:n_items])
+    mix = torch.linspace(0, 0.7, n_items, device=DEVICE)
+    t = spread(700, n_items)
+    t_delta = t + 57 if pair else t
+    mirrored = (levels(1, 0, 1) > 0)[:n_items] if mirror else None
+    flags = (perp_neg, mirrored, pair)
+    got, twin = (
+        link(table, slot, slot_next, mix, x, t, t_delta, ABAR, dtype, *flags)
+        for link in (fused.link_table, fused.link_table_reference)
+    )
+    exact = fused.link_table_reference(
+        table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta, ABAR.double(),
+        torch.float64, *flags,
+    )  # fmt: skip
+    assert_as_good(got.value, twin.value, exact.value, 1e-6)
+    assert got.rows.shape == twin.rows.shape and got.rows.dtype == dtype
+    if dtype != torch.bfloat16:
+        assert_as_good(got.rows, twin.rows, exact.rows, 1e-6)
+    if pair:
+        first = got.rows.chunk(2)[0]
+        assert_rows(first, expand_rows(got.value, perp_neg).to(dtype))
+    assert torch.equal(got.levels, twin.levels)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_link_of_one_level(mirror, walk) -> None:
+    """Without a pair the rows are those of t, as the second half of a pair's."""
+    guide, x = guide_of("perp_neg", 2), randn(2, 3, 5, 7, seed=1)
+    eps, t = randn(8, 3, 5, 7), levels(700, 420)
+    mirrored = levels(0, 1) > 0 if mirror else None
+    arguments = (eps, guide, 7.5, x, t, t, ABAR, torch.float16, mirrored)
+    one, pair = (fused.link(*arguments, pair=pair) for pair in (False, True))
+    assert torch.equal(one.value, pair.value)
+    assert torch.equal(one.rows, pair.rows.chunk(2)[1])
+    assert torch.equal(one.levels, pair.levels.chunk(2)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_text(dtype) -> None:
+    bank = randn(8, 5, 7)
+    mix = text_mix(torch.tensor([0.0, 10.0, 80.0]), torch.tensor([20.0, -130.0, 0.0]))
+    rows = [tensor.to(DEVICE) for tensor in (mix.first, mix.second, mix.share)]
+    got, want = fused.text(bank, *rows, dtype), mixed_rows(bank, *rows)
+    assert got.dtype == dtype and got.shape == (12, 5, 7)
+    torch.testing.assert_close(got, want.to(dtype))
+    assert torch.equal(got[3:], want[3:].to(dtype))  # rows that are not mixed
 
 
 @CASES
@@ -277,7 +331,7 @@ class Computed(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["perp_neg", "plain"])
-def test_a_cached_step_is_three_launches(kind, monkeypatch) -> None:
+def test_a_cached_step_is_few_launches(kind, monkeypatch) -> None:
     launched = []
 
     class Recorder:
@@ -287,7 +341,7 @@ def test_a_cached_step_is_three_launches(kind, monkeypatch) -> None:
         def __getitem__(self, grid):
             return lambda **arguments: launched.append(self.name)
 
-    for name in ("dots", "combine", "step", "state", "link", "gradient"):
+    for name in ("dots", "combine", "step", "state", "link", "link_table", "text", "gradient"):
         monkeypatch.setattr(kernels, f"{name}_kernel", Recorder(name))
     torch.use_deterministic_algorithms(False)  # which fills fresh memory
     guide, shape, half = guide_of(kind, 2), (4, 64, 64), torch.float16
@@ -295,12 +349,19 @@ def test_a_cached_step_is_three_launches(kind, monkeypatch) -> None:
     eps = randn(2 * guide.rows * 2, *shape).to(half)
     slot, t, t_delta = levels(1, 2), levels(600, 610), levels(640, 650)
     done = torch.zeros((), dtype=torch.int32, device=DEVICE)
-    first = eps[: 2 * guide.rows]
+    first, mix = eps[: 2 * guide.rows], torch.zeros(2, device=DEVICE)
+    bank, rows, share = randn(8, 5, 7), levels(0, 1), torch.ones(2, device=DEVICE)
     with Computed() as computed:
-        fused.state(table, table, slot, t, t_delta, ABAR, half, guide.rows == 4)
+        fused.text(bank, rows, rows, share, half)
+        fused.link_table(table, slot, slot, mix, x, t, t_delta, ABAR, half, guide.rows == 4)
+        fused.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
+        assert launched == ["text", "link_table", "gradient"]
+        launched.clear()
+        fused.text(bank, rows, rows, share, half)
+        fused.state(table, table, slot, slot, t, t_delta, ABAR, half, guide.rows == 4)
         fused.link(first, guide, 7.5, x, t, t_delta, ABAR, half)
         fused.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
-    assert launched == ["state", "link", "gradient"]
+    assert launched == ["text", "state", "link", "gradient"]
     assert computed.names == []
 
 
@@ -312,7 +373,7 @@ def test_a_cached_step_in_a_graph_follows_its_inputs() -> None:
     done = torch.zeros((), dtype=torch.int32, device=DEVICE)
 
     def run() -> fused.Gradient:
-        z = fused.state(table, predictions, slot, t_node, t_delta, ABAR, torch.float16, True)
+        z = fused.state(table, predictions, slot, slot, t_node, t_delta, ABAR, torch.float16, True)
         pair = fused.link(z.rows, guide, 7.5, x, t, t_delta, ABAR, torch.float16)
         return fused.gradient(pair.rows, guide, (1.0, 7.5), x, t, ABAR, done=done)
 

@@ -1,23 +1,22 @@
-"""A guidance step outside the UNet, in three passes: from its output to its next input.
+"""A guidance step outside the UNet, in a few passes: from its output to its next input.
 
-With cached trajectories a step is state -> UNet -> link -> UNet -> gradient, each of the three one
-launch; an exact trajectory is seed rows, then `step` after each UNet call, then link and gradient.
-Every pass writes the rows and levels of the UNet's next batch beside its own result.
+With the trajectory's noise in a table a step is text, link_table -> UNet -> gradient, each one
+launch; from its states alone, text, state -> UNet -> link -> UNet -> gradient; an exact trajectory
+takes `step` after each UNet call. Every pass writes the rows and levels of the UNet's next batch
+beside its own result. `dsd.DSDGuidance` puts them together.
 
 On CUDA, where Triton can be imported, the passes are the kernels of `dsd_fast.kernels.guidance`;
 elsewhere, and with DSD_BACKEND=torch, the functions of this package that they are fused from
-(`*_reference`). The kernels never wait for the device and can be held by a CUDA graph; they cannot
-see whether the levels, which must be 0 to 999, are. The references read levels on the host.
+(`*_reference`). Neither waits for the device, so that a CUDA graph can hold them; they cannot see
+whether the levels, which must be 0 to 999, are.
 
-Rows of B items are those of `guidance.prompt`: R = 4 an item with perp-neg weights, 2 without.
+Rows of B items are those of `guidance.prompt`: R = 4 an item with perp-neg weights, 2 without. A
+negative whose weight is next to nothing still has its row: which ones those are differs from view
+to view, and a batch of another size would be another graph, for a row in eight at the few azimuths
+around 0 and 90 degrees.
+
 Predictions are noise, of any floating dtype; arithmetic and results are float32 but for the rows.
-Nothing here is differentiated: give the loss a gradient as `dsd.DSDGuidance.at_levels` does.
-
-How `dsd.DSDGuidance` is to take this over: `simulate` keeps its loop with `step` for its body;
-`TrajectoryCache` keeps states and predictions in one table each, [bins * nodes, C, h, w], whose
-slot is bin * nodes + node; `_linked_gradient` becomes `link`, one UNet call, `gradient`. Levels are
-uploaded once a step. A model that predicts velocity converts its rows first
-(`noise_schedule.noise_of_velocity`), or stays with the references.
+Nothing here is differentiated: `dsd.DSDGuidance.at_plan` gives the loss its gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from dsd_fast._backend import use_reference
 from dsd_fast.guidance.prompt import combine as combine_reference
-from dsd_fast.guidance.prompt import expand_rows
+from dsd_fast.guidance.prompt import expand_rows, mixed_rows
 from dsd_fast.guidance.trajectory import ddim_step, signal_and_noise
 
 WEIGHTINGS = ("sds", "ddim")
@@ -58,7 +57,7 @@ class Batch(NamedTuple):
 
     # [B,C,h,w] float32: z at t_next, or x at t_delta.
     value: Tensor
-    # [R*B,C,h,w] in the UNet's dtype; of `link` [2*R*B,C,h,w], the rows of t_delta first.
+    # [R*B,C,h,w] in the UNet's dtype; of a linked pair [2*R*B,C,h,w], the rows of t_delta first.
     rows: Tensor
     # Level of each row, int64.
     levels: Tensor
@@ -125,34 +124,36 @@ def state(
     states: Tensor,
     predictions: Tensor,
     slot: Tensor,
+    slot_eps: Tensor,
     t: Tensor,
     t_next: Tensor,
     alphas_cumprod: Tensor,
     dtype: torch.dtype,
     perp_neg: bool,
 ) -> Batch:
-    """The DDIM step of `step` from a table of trajectory states with their guided predictions.
+    """The DDIM step of `step` from tables of trajectory states and of guided predictions.
 
     Args:
-        states, predictions: [S,C,h,w] of one dtype, any number of slots.
-        slot: int64 [B], each item's slot, 0 to S-1 (not checked on the device).
-        t: level of that slot, int64 [B]; where it equals t_next, the state itself is the result.
+        states, predictions: [S,C,h,w] and [P,C,h,w], any number of slots.
+        slot, slot_eps: int64 [B], each item's slots in the two (not checked on the device).
+        t: level of those slots, int64 [B]; where it equals t_next, the state itself is the result.
     """
     if not _on_kernels(states):
         return state_reference(
-            states, predictions, slot, t, t_next, alphas_cumprod, dtype, perp_neg
+            states, predictions, slot, slot_eps, t, t_next, alphas_cumprod, dtype, perp_neg
         )
-    if states.ndim != 4 or predictions.shape != states.shape or slot.shape != t.shape:
+    if states.ndim != 4 or predictions.shape[1:] != states.shape[1:] or slot.shape != t.shape:
         raise ValueError(
             "state: expected states and predictions [S,C,h,w] and slot [B], got "
             f"{list(states.shape)}, {list(predictions.shape)} and {list(slot.shape)}"
         )
-    _check_levels("state", states[: t.shape[0]], alphas_cumprod, slot, t, t_next, n_items=len(t))
+    _check_levels("state", states, alphas_cumprod, slot, slot_eps, t, t_next, n_items=len(t))
     return Batch(
         *_kernels().state_fwd(
             states.contiguous(),
             predictions.contiguous(),
             slot,
+            slot_eps,
             t,
             t_next,
             alphas_cumprod,
@@ -172,6 +173,7 @@ def link(
     alphas_cumprod: Tensor,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
+    pair: bool = True,
 ) -> Batch:
     """Combine to the trajectory's noise eps_o, and put renderings on it at two levels.
 
@@ -182,22 +184,97 @@ def link(
         x: renderings [B,C,h,w] float32.
         t, t_delta: int64 [B], on the device of x.
         mirrored: bool [B], items that take eps_o flipped left to right, or None.
+        pair: without it, for t = t_delta in every item, rows of one level serve both (Q8).
     """
     if not _on_kernels(eps):
-        return link_reference(eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored)
+        return link_reference(
+            eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored, pair
+        )
     eps, weights, n_items = _stack("link", eps, guide)
     x = _item("link: x", x, eps, n_items)
     _check_levels("link", x, alphas_cumprod, t, t_delta)
-    if mirrored is not None and (mirrored.dtype != torch.bool or mirrored.shape != (n_items,)):
-        raise ValueError(
-            f"link: expected mirrored bool [{n_items}], got {mirrored.dtype} {list(mirrored.shape)}"
-        )
+    _check_mirrored("link", mirrored, n_items)
     mode = _mode(guide, scale)
+    rows = guide.rows
     return Batch(
         *_kernels().link_fwd(
-            eps, weights, scale, mode, guide.rows, x, t, t_delta, alphas_cumprod, mirrored, dtype
+            eps, weights, scale, mode, rows, x, t, t_delta, alphas_cumprod, mirrored, dtype, pair
         )
     )
+
+
+def link_table(
+    predictions: Tensor,
+    slot: Tensor,
+    slot_next: Tensor,
+    mix: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_delta: Tensor,
+    alphas_cumprod: Tensor,
+    dtype: torch.dtype,
+    perp_neg: bool,
+    mirrored: Tensor | None = None,
+    pair: bool = True,
+) -> Batch:
+    """`link` with eps_o from a table: eps = p[slot], eps_o = eps + mix (p[slot_next] - eps).
+
+    Args:
+        predictions: p, guided predictions [P,C,h,w] float32, any number of slots.
+        slot, slot_next: int64 [B], 0 to P-1 (not checked on the device).
+        mix: float32 [B], 0 to 1.
+    """
+    rows = 4 if perp_neg else 2
+    if not _on_kernels(predictions):
+        return link_table_reference(
+            predictions,
+            slot,
+            slot_next,
+            mix,
+            x,
+            t,
+            t_delta,
+            alphas_cumprod,
+            dtype,
+            perp_neg,
+            mirrored,
+            pair,
+        )
+    n_items = len(t)
+    x = _item("link_table: x", x, predictions, n_items)
+    _check_levels("link_table", x, alphas_cumprod, t, t_delta, slot, slot_next)
+    _check_mirrored("link_table", mirrored, n_items)
+    if mix.dtype != torch.float32 or mix.shape != (n_items,):
+        raise ValueError(
+            f"link_table: expected mix float32 [{n_items}], got {mix.dtype} {list(mix.shape)}"
+        )
+    return Batch(
+        *_kernels().link_table_fwd(
+            predictions.contiguous(),
+            slot,
+            slot_next,
+            mix,
+            rows,
+            x,
+            t,
+            t_delta,
+            alphas_cumprod,
+            mirrored,
+            dtype,
+            pair,
+        )
+    )
+
+
+def text(bank: Tensor, first: Tensor, second: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
+    """Text rows share bank[first] + (1 - share) bank[second]: [N,L,D] in the UNet's dtype.
+
+    Args:
+        bank: [V,L,D]; first, second: int64 [N]; share: float32 [N] (see `prompt.text_mix`).
+    """
+    if not _on_kernels(bank):
+        return mixed_rows(bank, first, second, share).to(dtype)
+    return _kernels().text_fwd(bank.contiguous(), first, second, share, dtype)
 
 
 def gradient(
@@ -265,6 +342,7 @@ def state_reference(
     states: Tensor,
     predictions: Tensor,
     slot: Tensor,
+    slot_eps: Tensor,
     t: Tensor,
     t_next: Tensor,
     alphas_cumprod: Tensor,
@@ -272,7 +350,7 @@ def state_reference(
     perp_neg: bool,
 ) -> Batch:
     """`state` in torch, any device."""
-    z, eps = _at_least_float(states[slot]), _at_least_float(predictions[slot])
+    z, eps = _at_least_float(states[slot]), _at_least_float(predictions[slot_eps])
     return _moved(z, eps, t, t_next, alphas_cumprod, dtype, perp_neg)
 
 
@@ -286,18 +364,31 @@ def link_reference(
     alphas_cumprod: Tensor,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
+    pair: bool = True,
 ) -> Batch:
     """`link` in torch, any device."""
     eps_o = _combine(eps, guide, scale)
-    if mirrored is not None:
-        eps_o = torch.where(mirrored.view(-1, 1, 1, 1), eps_o.flip(-1), eps_o)
-    alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta.cpu(), x)
-    alpha, sigma = signal_and_noise(alphas_cumprod, t.cpu(), x)
-    x_delta = alpha_delta * x + sigma_delta * eps_o
-    perp_neg = guide.rows == 4
-    pair = (expand_rows(x_delta, perp_neg), expand_rows(alpha * x + sigma * eps_o, perp_neg))
-    levels = torch.cat([expand_rows(t_delta, perp_neg), expand_rows(t, perp_neg)])
-    return Batch(x_delta, torch.cat(pair).to(dtype), levels)
+    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, guide.rows == 4, mirrored, pair)
+
+
+def link_table_reference(
+    predictions: Tensor,
+    slot: Tensor,
+    slot_next: Tensor,
+    mix: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_delta: Tensor,
+    alphas_cumprod: Tensor,
+    dtype: torch.dtype,
+    perp_neg: bool,
+    mirrored: Tensor | None = None,
+    pair: bool = True,
+) -> Batch:
+    """`link_table` in torch, any device."""
+    eps = _at_least_float(predictions[slot])
+    eps_o = eps + mix.view(-1, 1, 1, 1) * (predictions[slot_next] - eps)
+    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, perp_neg, mirrored, pair)
 
 
 def gradient_reference(
@@ -312,7 +403,7 @@ def gradient_reference(
     """`gradient` in torch, any device."""
     one_level = eps.shape[0] == guide.rows * x.shape[0]
     eps_delta, eps_t = (eps, eps) if one_level else eps.chunk(2)
-    alpha, sigma = signal_and_noise(alphas_cumprod, t.cpu(), x)
+    alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
     weight = sigma.square() if weighting == "sds" else sigma / alpha
     grad = weight * (_combine(eps_t, guide, scales[1]) - _combine(eps_delta, guide, scales[0]))
     loss = 0.5 * grad.square().sum() / x.shape[0]
@@ -338,10 +429,34 @@ def _moved(
     dtype: torch.dtype,
     perp_neg: bool,
 ) -> Batch:
-    moved = ddim_step(z, eps, t.cpu(), t_next.cpu(), alphas_cumprod)
+    moved = ddim_step(z, eps, t, t_next, alphas_cumprod)
     # A step of zero length is the identity only up to rounding.
     z = torch.where((t > t_next).view(-1, 1, 1, 1), moved, z)
     return Batch(z, expand_rows(z, perp_neg).to(dtype), expand_rows(t_next, perp_neg))
+
+
+def _linked(
+    eps_o: Tensor,
+    x: Tensor,
+    t: Tensor,
+    t_delta: Tensor,
+    alphas_cumprod: Tensor,
+    dtype: torch.dtype,
+    perp_neg: bool,
+    mirrored: Tensor | None,
+    pair: bool,
+) -> Batch:
+    if mirrored is not None:
+        eps_o = torch.where(mirrored.view(-1, 1, 1, 1), eps_o.flip(-1), eps_o)
+    alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta, x)
+    alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
+    x_delta = alpha_delta * x + sigma_delta * eps_o
+    rows = expand_rows(alpha * x + sigma * eps_o, perp_neg)
+    levels = expand_rows(t, perp_neg)
+    if pair:
+        rows = torch.cat([expand_rows(x_delta, perp_neg), rows])
+        levels = torch.cat([expand_rows(t_delta, perp_neg), levels])
+    return Batch(x_delta, rows.to(dtype), levels)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:
@@ -400,6 +515,13 @@ def _item(name: str, tensor: Tensor, eps: Tensor, n_items: int) -> Tensor:
             f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
     return tensor.detach().contiguous()
+
+
+def _check_mirrored(op: str, mirrored: Tensor | None, n_items: int) -> None:
+    if mirrored is not None and (mirrored.dtype != torch.bool or mirrored.shape != (n_items,)):
+        raise ValueError(
+            f"{op}: expected mirrored bool [{n_items}], got {mirrored.dtype} {list(mirrored.shape)}"
+        )
 
 
 def _check_levels(
