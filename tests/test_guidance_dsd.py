@@ -85,6 +85,12 @@ def test_mirrored_trajectory(trajectory: dict) -> None:
     assert (left - left.flip(-1)).abs().max() > 0.1
 
 
+def test_lattice_is_where_trajectories_are() -> None:
+    assert GuidanceConfig(azimuth_bins=30).lattice == 30
+    assert GuidanceConfig(trajectory="exact").lattice is None
+    assert GuidanceConfig(use_perp_neg=False).lattice is None
+
+
 class TestTrajectory:
     def test_closed_form(self) -> None:
         """A constant noise prediction fixes the clean image, and with it every state."""
