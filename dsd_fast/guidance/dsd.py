@@ -44,7 +44,8 @@ _RENDERING_SCALE = 1.0
 
 @dataclass
 class GuidanceConfig:
-    """Settings of Diverse Score Distillation; the defaults are the official values."""
+    """Settings of Diverse Score Distillation; the defaults are the official values but for
+    `trajectory`, of which the official one is "exact"."""
 
     # Classifier-free guidance scale of the trajectory and of the target prediction.
     guidance_scale: float = 7.5
