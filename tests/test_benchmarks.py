@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import cuda_only
 
 # Last in the path: an installed dsd_fast comes before the source folder's.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import hashgrid, peers, run, timing
+from benchmarks import guidance, hashgrid, peers, run, timing
 from benchmarks.case import CheckFailed, Workload, check, relative_error
 from benchmarks.cases import CASES
 from dsd_fast._backend import extension
@@ -234,3 +235,9 @@ def test_times_of_a_known_sleep() -> None:
 
     times = timing.measure([lambda: time.sleep(0.002)], CPU, budget_s=0.02)
     assert times.p20 >= 2.0 and 5 <= times.n_repeats <= 10
+
+
+@cuda_only
+def test_passes_of_a_guidance_step_are_three_launches() -> None:
+    ours, torchs = {name: counted for name, *counted in guidance.counts()}["passes"]
+    assert ours == 3 < torchs

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import cuda_only
 from tiny_model import build_tiny_model, toy_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
+from dsd_fast.graphs import captured
 from dsd_fast.guidance import (
     DSDGuidance,
     GuidanceConfig,
@@ -417,6 +419,26 @@ class TestPlan:
             guidance.at_plan(randn(2, 4, 6, 6), plan)
         waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "_pin_memory")
         assert not [name for name in operations.names if name.split(".")[1] in waiting]
+
+    @cuda_only
+    @CACHED
+    @pytest.mark.parametrize("step", [40, 100], ids=["pair", "shared"])
+    def test_in_a_graph(self, table_step: int, step: int) -> None:
+        device = torch.device("cuda")
+        model = toy_model(device=device, engine="eager")
+        model.unet.to(device)
+        guidance = make_guidance(model, trajectory="cached", noise_table_step=table_step)
+        latents, outputs = randn(2, 4, 6, 6).to(device), []
+        static = guidance.plan(*self.ANGLES, step, generator())
+        replay = captured(lambda: outputs.append(guidance.at_plan(latents, static)))
+        for seed in (1, 2):
+            other = guidance.plan(*self.ANGLES[::-1], step, generator(seed))
+            latents.normal_()
+            static.copy_(other)
+            replay()
+            want = guidance.at_plan(latents, other)
+            torch.testing.assert_close(outputs[-1].grad, want.grad)
+            torch.testing.assert_close(outputs[-1].loss, want.loss)
 
     def test_draws_are_those_of_before(self) -> None:
         """t first where it is random, then t_delta; nothing else."""

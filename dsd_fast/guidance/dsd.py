@@ -170,6 +170,7 @@ def dsd_gradient(
     noise = _per_item(noise, latents)
     n_items = latents.shape[0]
     t, t_delta = _levels("t", t, n_items), _levels("t_delta", t_delta, n_items)
+    abar = alphas_cumprod.cpu()
     t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
     def pair(x_delta: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,9 +179,9 @@ def dsd_gradient(
             predict(x_t, t_device, guidance_scale),
         )
 
-    z = simulate(noise, t_delta, predict, alphas_cumprod, n_ddim_steps, guidance_scale)
+    z = simulate(noise, t_delta, predict, abar, n_ddim_steps, guidance_scale)
     eps_o = predict(z, t_delta_device, guidance_scale)
-    return _linked_gradient(latents, eps_o, t, t_delta, pair, alphas_cumprod, weighting)
+    return _linked_gradient(latents, eps_o, t, t_delta, pair, abar, weighting)
 
 
 class DSDGuidance:
@@ -356,9 +357,9 @@ class DSDGuidance:
         """The device's part of a step: the loss for latents [B,C,h,w] of the model's size.
 
         With cached trajectories it asks the host for nothing but `plan.kind`, so that a CUDA graph
-        can hold it; `Plan.copy_` gives the graph another plan of that kind, and levels are then
-        that plan's, not the output's. An exact trajectory takes as many UNet calls as t_delta asks
-        for.
+        can hold it, run with the eager engine: no graph holds another's replay. `Plan.copy_` gives
+        the graph another plan of that kind; levels are then that plan's, not the output's. An exact
+        trajectory takes as many UNet calls as t_delta asks for.
         """
         size = self.model.latent_size
         expected = (plan.kind.n_items, self.model.latent_channels, size, size)
@@ -547,11 +548,10 @@ def _linked_gradient(
 ) -> Tensor:
     """Gradient for renderings linked to a trajectory by its noise eps_o.
 
-    `pair(x_delta, x_t)` predicts the noise of both. Levels [B] on the CPU.
+    `pair(x_delta, x_t)` predicts the noise of both. Levels [B] and alphas_cumprod on the CPU.
     """
-    abar = alphas_cumprod.cpu()
-    alpha_delta, sigma_delta = signal_and_noise(abar, t_delta, x)
-    alpha, sigma = signal_and_noise(abar, t, x)
+    alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta, x)
+    alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
     x_delta = alpha_delta * x + sigma_delta * eps_o
     x_t = alpha * x + sigma * eps_o
     eps_delta, eps_t = pair(x_delta, x_t)
