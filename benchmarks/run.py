@@ -45,6 +45,7 @@ from dsd_fast._backend import extension, keep_freed_memory, use_reference
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.diffusion.engine import ENGINES
 from dsd_fast.guidance.dsd import TRAJECTORIES
+from dsd_fast.memory import cap_allocations
 from dsd_fast.pipes import reader_may_leave
 
 # Input sets that a case is timed with, in turn.
@@ -355,10 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         if chosen.memory_cap is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(
-                min(chosen.memory_cap * 2**30 / total, 1.0), device
-            )
+            cap_allocations(device, chosen.memory_cap)
     keep_freed_memory(device)
     peaks = measure_peaks(device, min(chosen.budget, 1.0))
     about = environment(device, peaks)
