@@ -187,7 +187,7 @@ def measure(
         "progress": progress,
         "step": step,
         "model": subject.name,
-        "engine": type(counter.inner).__name__,
+        "engine": subject.engine_name,
         "trajectory": cfg.guidance.trajectory,
         "device": str(device),
         "ms": asdict(times),
@@ -213,8 +213,8 @@ def row(record: dict[str, Any]) -> str:
     if record["allocated_gib"] is not None:
         memory = f"; {record['allocated_gib']:.2f} / {record['in_use_gib']:.2f} GiB"
     lines = [
-        f"{record['case']:<14} progress {record['progress']:<4g} {ms['median']:>9.2f} ms "
-        f"({ms['p20']:.2f} to {ms['p80']:.2f}; wall {record['wall_ms']:.2f}), "
+        f"{record['case']:<14} progress {record['progress']:<4g} {record['engine']}, "
+        f"{record['trajectory']}: {ms['median']:.2f} ms ({ms['p20']:.2f} to {ms['p80']:.2f}; wall {record['wall_ms']:.2f}), "
         f"UNet {record['unet_calls']:.1f} calls, {record['unet_rows']:.1f} rows "
         f"(fills {record['fill_rows']} in the window, {record['prepared_rows']} before), "
         f"{1e-6 * record['kept_samples']:.2f} M samples{memory}",

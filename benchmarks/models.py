@@ -136,6 +136,12 @@ class Subject:
         return self.model.engine
 
     @property
+    def engine_name(self) -> str:
+        """What ran: an engine that fell back says so."""
+        engine = self.counter.inner
+        return f"{type(engine).__name__}{', fell back' if getattr(engine, '_disabled', 0) else ''}"
+
+    @property
     def is_sd21(self) -> bool:
         """Whether recorded times and counts of Stable Diffusion 2.1-base hold for it."""
         n_parameters = sum(parameter.numel() for parameter in self.model.unet.parameters())

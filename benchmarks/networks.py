@@ -70,7 +70,7 @@ def run(
     return {
         "case": name,
         "model": subject.name,
-        "engine": type(subject.counter.inner).__name__,
+        "engine": subject.engine_name,
         "device": str(device),
         "ms": asdict(times),
         "flops": flops,

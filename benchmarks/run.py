@@ -355,11 +355,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = torch.cuda.current_device() if device.index is None else device.index
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-        if chosen.memory_cap is not None:
-            cap_allocations(device, chosen.memory_cap)
     keep_freed_memory(device)
     peaks = measure_peaks(device, min(chosen.budget, 1.0))
     about = environment(device, peaks)
+    if device.type == "cuda" and chosen.memory_cap is not None:
+        # Now, since the copy and the product may take more.
+        torch.cuda.empty_cache()
+        cap_allocations(device, chosen.memory_cap)
     print(
         f"{about['device_name']}, {about['threads']} threads; torch {about['torch']}, "
         f"dsd_fast {about['dsd_fast']} {(about['commit'] or '')[:10]}; "
