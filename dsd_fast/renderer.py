@@ -176,26 +176,21 @@ class Renderer(nn.Module):
         if training and update_occupancy:
             self.update_occupancy(field, step, generator)
         if training:
-            n_rays = len(cameras) * cameras.height * cameras.width
-            draws = self.draw(background, len(cameras), n_rays, step, generator)
+            draws = self.draw(background, cameras, step, generator)
             return self.render(field, background, cameras, draws, training)
         draws = Draws(None, choose_shading(self.material, step, training), None)
         return self.render(field, background, cameras, draws, training)
 
     def draw(
-        self,
-        background: Background,
-        n_views: int,
-        n_rays: int,
-        step: int,
-        generator: torch.Generator,
+        self, background: Background, cameras: CameraBatch, step: int, generator: torch.Generator
     ) -> Draws:
         """The draws of a training rendering, on the generator's device."""
         jitter = None
         if self.cfg.randomized:
+            n_rays = len(cameras) * cameras.height * cameras.width
             jitter = torch.rand(n_rays, generator=generator, device=generator.device)
         shading = choose_shading(self.material, step, True, generator)
-        return Draws(jitter, shading, background.draw(n_views, generator))
+        return Draws(jitter, shading, background.draw(len(cameras), generator))
 
     def render(
         self,
