@@ -8,7 +8,7 @@ the official ``a.b.c=value`` form, and flags.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from dsd_fast import checkpoint, official
+from dsd_fast import checkpoint, memory, official
 from dsd_fast.config import (
     PRESETS,
     ConfigError,
@@ -27,6 +27,7 @@ from dsd_fast.config import (
     leaves,
     preset,
     resolve_device,
+    to_dict,
 )
 from dsd_fast.outputs import RunFolder
 from dsd_fast.pipes import reader_may_leave
@@ -73,7 +74,7 @@ def parse(argv: Sequence[str]) -> Job:
     """
     flags, overrides = _split_overrides(argv)
     early = _early_flags(flags)
-    command = _parse_flags(flags, _starting_values(early, overrides))
+    command = _parse_flags(flags, _fitting(_starting_values(early, overrides), early))
     cfg = command.train
     folder = RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, cfg.seed)
     if command.resume is None:
@@ -92,8 +93,9 @@ def parse(argv: Sequence[str]) -> Job:
         path, folder = find_checkpoint(Path(command.resume))
     state = checkpoint.load(path)
     saved = from_dict(TrainConfig, state["config"])
-    saved.device = early.device
-    cfg = _parse_flags(flags, dataclasses.replace(saved)).train
+    # The GPU may be another one.
+    saved.device, saved.vram = early.device, None
+    cfg = _parse_flags(flags, _fitting(from_dict(TrainConfig, to_dict(saved)), early)).train
     _compare(saved, cfg)
     cfg.validate()
     return Job(cfg, folder, state, False, command.stop_at)
@@ -124,13 +126,15 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _early_flags(flags: list[str]) -> argparse.Namespace:
     """The flags that decide the starting values. Wrong values are left for the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "resume"):
+    for name in ("preset", "config", "device", "resume", "vram"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--max-steps", "--max_steps")
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
-        early = argparse.Namespace(preset=None, config=None, device=None, resume=None, max_steps="")
+        early = argparse.Namespace(
+            preset=None, config=None, device=None, resume=None, vram=None, max_steps=""
+        )
     early.device = early.device or "auto"
     return early
 
@@ -161,6 +165,14 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not a JSON file: {error}") from error
+
+
+def _fitting(starting_values: TrainConfig, early: argparse.Namespace) -> TrainConfig:
+    """The same values with what --vram chooses; flags still win over it."""
+    with contextlib.suppress(ValueError):  # not a number, which the full parse says
+        if early.vram:
+            memory.choose_settings(starting_values, float(early.vram))
+    return starting_values
 
 
 def _parse_flags(flags: list[str], starting_values: TrainConfig) -> Command:

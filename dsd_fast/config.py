@@ -103,6 +103,8 @@ class TrainerConfig:
     min_opacity_steps: int = 200
     # Show progress.
     progress: bool = True
+    # Log the GPU memory of each phase with every line of metrics, not at the first step alone.
+    log_memory: bool = False
 
 
 @dataclass
@@ -138,6 +140,9 @@ class TrainConfig:
     max_steps: int = 10000
     # "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
     device: str = "auto"
+    # Fit a GPU of so many GiB: choose settings that need less memory (other flags win over them),
+    # and let this process take no more.
+    vram: float | None = None
     # Folder under which run folders are made.
     output: Path = Path("outputs")
     # Folder inside --output that holds the runs.

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dsd_fast import checkpoint, cli, pictures, versions
+from dsd_fast import checkpoint, cli, memory, pictures, versions
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.cameras import RandomCameras
 from dsd_fast.checkpoint import CheckpointError
@@ -29,7 +29,7 @@ from dsd_fast.losses import regularizers
 from dsd_fast.mesh import MeshError, make_mesh, write_glb
 from dsd_fast.optimizer import Optimizer
 from dsd_fast.outputs import OutputError, RunFolder
-from dsd_fast.progress import Reporter, memory_mib, set_up_logging
+from dsd_fast.progress import Reporter, set_up_logging
 from dsd_fast.rng import RngStreams
 from dsd_fast.scene import Scene
 from dsd_fast.schedules import Schedule
@@ -96,6 +96,8 @@ def train(
         return
     log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, run.path)
     keep_freed_memory(device)
+    if cfg.vram is not None:
+        memory.cap(device, cfg.vram)
 
     # Whatever can be wrong is found before the first step, and before an older run is replaced.
     with _errors_of_settings():
@@ -136,6 +138,7 @@ def fit(
     settings = cfg.trainer
     dsd_weight = Schedule.parse(cfg.loss.lambda_dsd)
     watch = _Watch(cfg, state.step)
+    phase = memory.PhaseMemory(device)
     first_step, last_step = state.step, min(cfg.max_steps, stop_at or cfg.max_steps)
 
     with Interruption() as stop, Reporter(first_step, cfg.max_steps, settings.progress) as report:
@@ -144,20 +147,28 @@ def fit(
                 # The official order of draws and updates: cameras, then the level mask and the
                 # occupancy grid (inside render), the rendering, the guidance.
                 step = state.step
+                logs = (step + 1) % settings.log_every == 0 or step + 1 == cfg.max_steps
+                phase.begin(step == first_step or (settings.log_memory and logs))
                 views = cameras.sample(step, rng.cameras, device)
-                image = scene.render(views, step, rng.sampler)
-                guided = guidance(
-                    image.rgb, views.elevation_deg, views.azimuth_deg, step, rng.guidance
-                )
+                with phase("render"):
+                    image = scene.render(views, step, rng.sampler)
+                with phase("encode"):
+                    latents = guidance.encode(image.rgb, rng.guidance)
+                with phase("guidance"):
+                    guided = guidance.from_latents(
+                        latents, views.elevation_deg, views.azimuth_deg, step, rng.guidance
+                    )
                 terms = {
                     "dsd": (guided.loss, dsd_weight(step)),
                     **regularizers(image, cfg.loss, step),
                 }
                 loss = sum(weight * value for value, weight in terms.values())
-                gradient_norm = optimizer.step(loss, guided.finite)
+                with phase("backward and update"):
+                    gradient_norm = optimizer.step(loss, guided.finite)
                 state.step = done = step + 1
+                phase.report(done)
 
-                if done % settings.log_every == 0 or done == cfg.max_steps:
+                if logs:
                     values = _to_host(
                         {
                             "loss": loss,
@@ -178,7 +189,7 @@ def fit(
                         "size": views.height,
                         "seconds": report.seconds(),
                         "steps_per_second": report.rate(done),
-                        "memory_mib": memory_mib(device),
+                        "memory_mib": phase.peak_mib(),
                     }
                     run.append_metrics({"step": done, **_json_values(values)})
                     report(done, values)
@@ -357,10 +368,7 @@ def _write_preview(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) ->
 def _out_of_memory(error: torch.OutOfMemoryError, cfg: TrainConfig) -> str:
     return (
         f"out of GPU memory ({_first_line(error)}). The state is saved: continue with --resume "
-        f"auto and smaller --cameras.width and --cameras.height (now {cfg.cameras.width} and "
-        f"{cfg.cameras.height}), fewer --renderer.num-samples-per-ray (now "
-        f"{cfg.renderer.num_samples_per_ray}), or --guidance.no-use-perp-neg, which halves the "
-        "rows of the UNet."
+        f"auto and, what helps most first, {'; '.join(memory.savings(cfg))}."
     )
 
 

@@ -283,15 +283,15 @@ def test_a_resumed_run_needs_a_model_of_the_same_size(runner, caplog, tmp_path):
 
 def not_finite(monkeypatch, when) -> None:
     """Make the guidance's gradient NaN at the steps for which `when(step)` is true."""
-    call = module.DSDGuidance.__call__
+    call = module.DSDGuidance.from_latents
 
-    def guide(self, rgb, elevation_deg, azimuth_deg, step, generator):
-        guided = call(self, rgb, elevation_deg, azimuth_deg, step, generator)
+    def guide(self, latents, elevation_deg, azimuth_deg, step, generator):
+        guided = call(self, latents, elevation_deg, azimuth_deg, step, generator)
         if not when(step):
             return guided
         return guided._replace(loss=guided.loss * float("nan"), finite=torch.tensor(False))
 
-    monkeypatch.setattr(module.DSDGuidance, "__call__", guide)
+    monkeypatch.setattr(module.DSDGuidance, "from_latents", guide)
 
 
 def test_a_step_with_nan_is_skipped_counted_and_logged(runner, monkeypatch, caplog):
@@ -329,6 +329,11 @@ def test_out_of_memory_names_the_flags_that_help(runner, monkeypatch, caplog):
     for word in ("--cameras.width", "--renderer.num-samples-per-ray", "--resume auto"):
         assert word in caplog.text
     assert runner.run.last_step() == 2
+
+
+def test_vram_is_for_a_gpu(runner, caplog):
+    assert runner("--vram", "8") == 2
+    assert "--vram is for a CUDA GPU, and this run is on the cpu" in caplog.text
 
 
 def test_a_vanishing_object_is_mentioned(runner, caplog):
