@@ -110,15 +110,33 @@ class DiffusionModel:
         Returns:
             [B,C,h,w] float32, scaled as the UNet expects.
         """
+        factor = self.image_size // self.latent_size
+        size = (rgb.shape[-2] // factor, rgb.shape[-1] // factor)
+        return self.encode_with_noise(rgb, self.draw_posterior(len(rgb), generator, size))
+
+    def draw_posterior(
+        self, n_images: int, generator: torch.Generator, size: tuple[int, int] | None = None
+    ) -> Tensor | None:
+        """Noise for `encode_with_noise`, [B,C,h,w] on the CPU; latents of the model's size if None.
+
+        None for AutoencoderTiny, which has no posterior; nothing is drawn then.
+        """
+        if not hasattr(self.vae, "quant_conv"):
+            return None
+        height, width = size or (self.latent_size, self.latent_size)
+        return torch.randn(n_images, self.latent_channels, height, width, generator=generator)
+
+    def encode_with_noise(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
+        """As `encode_images`, with noise that was drawn before; None takes the posterior's mean."""
         if rgb.ndim != 4 or rgb.shape[1] != 3:
             raise ValueError(f"encode_images: expected rgb [B,3,H,W], got {tuple(rgb.shape)}")
         pixels = (rgb * 2 - 1).to(self._vae_dtype)
         with torch.autocast(self.device.type, enabled=False):
             encoded = self.vae.encode(pixels)
         if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-            noise = upload(torch.randn(mean.shape, generator=generator), mean.device)
-            latents = mean + std * noise
+            latents = encoded.latent_dist.mean.float()
+            if noise is not None:
+                latents = latents + encoded.latent_dist.std.float() * upload(noise, latents.device)
         else:
             latents = encoded.latents.float()
         return (latents - self.shift_factor) * self.scaling_factor
