@@ -214,7 +214,8 @@ def row(record: dict[str, Any]) -> str:
         memory = f"; {record['allocated_gib']:.2f} / {record['in_use_gib']:.2f} GiB"
     lines = [
         f"{record['case']:<14} progress {record['progress']:<4g} {record['engine']}, "
-        f"{record['trajectory']}: {ms['median']:.2f} ms ({ms['p20']:.2f} to {ms['p80']:.2f}; wall {record['wall_ms']:.2f}), "
+        f"{record['trajectory']}: {ms['median']:.2f} ms "
+        f"({ms['p20']:.2f} to {ms['p80']:.2f}; wall {record['wall_ms']:.2f}), "
         f"UNet {record['unet_calls']:.1f} calls, {record['unet_rows']:.1f} rows "
         f"(fills {record['fill_rows']} in the window, {record['prepared_rows']} before), "
         f"{1e-6 * record['kept_samples']:.2f} M samples{memory}",

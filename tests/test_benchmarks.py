@@ -288,7 +288,8 @@ def test_iterations_and_networks_are_recorded(
     assert [record["unet_rows"] for record in records[:2]] == [4 + 4 + 8, 7 * 4 + 4 + 4]
     assert all(record["tflop_per_s"] > 0 for record in records[2:])
     printed = capsys.readouterr().out
-    assert "iteration/128  progress 1    EagerEngine, exact: " in printed and "\nunet/b4 " in printed
+    assert "iteration/128  progress 1    EagerEngine, exact: " in printed
+    assert "\nunet/b4 " in printed
 
 
 def test_caches_are_filled_before_the_window(small_iterations) -> None:
