@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import adam, composite, field, hashgrid, march, occupancy, render, sh
+from benchmarks import adam, composite, field, guidance, hashgrid, march, occupancy, render, sh
 from benchmarks.case import Case
 
 _POINTS = {"cpu": (1 << 16,), "cuda": (1 << 20,)}
@@ -19,6 +19,10 @@ _points = partial(Case, unit="points", sizes=_POINTS, check_size=10007)
 _samples = partial(Case, unit="px", sizes=_SAMPLED_VIEWS, check_size=19)
 _cells = partial(Case, unit="cells", sizes=_CELLS, check_size=13)
 _numbers = partial(Case, unit="numbers", sizes=_NUMBERS, check_size=10007)
+# Latents of one view, and of 64 larger ones. The last digit of a half may differ.
+_view = partial(Case, unit="px", sizes={"cpu": (64,), "cuda": (64,)}, check_size=19, tolerance=1e-4)
+_views = partial(_view, sizes={"cpu": (32,), "cuda": (128,)})
+_many = {"n_items": 64}
 _on_rays = {"points": hashgrid.along_rays}
 # On CUDA operands are float16, and a rounding may move a neuron over the edge of its ReLU.
 _fields = partial(_points, tolerance=5e-2)
@@ -59,6 +63,18 @@ CASES: dict[str, Case] = {
     "occupancy/threshold": _cells(occupancy.threshold),
     "adam/step": _numbers(adam.step),
     "adam/step-half": _numbers(partial(adam.step, half=True), tolerance=1e-3),
+    "guidance/combine": _view(guidance.combine),
+    "guidance/combine-many": _views(partial(guidance.combine, **_many)),
+    "guidance/step": _view(guidance.step),
+    "guidance/step-many": _views(partial(guidance.step, **_many)),
+    "guidance/link": _view(guidance.link),
+    "guidance/link-many": _views(partial(guidance.link, **_many)),
+    "guidance/link-table": _view(guidance.link_table),
+    "guidance/link-table-many": _views(partial(guidance.link_table, **_many)),
+    "guidance/gradient": _view(guidance.gradient),
+    "guidance/gradient-many": _views(partial(guidance.gradient, **_many)),
+    "guidance/text": _view(guidance.text),
+    "guidance/passes": _view(guidance.passes),
     # Long chains of arithmetic, on CUDA with float16 operands; the losses' gradients are small
     # differences.
     "render": _samples(render.render, tolerance=2e-2),

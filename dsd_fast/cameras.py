@@ -156,10 +156,18 @@ class RandomCameras:
 
     A batch belongs to the step it is asked for. (The reference builds batches ahead of time, so its
     resolution change and its first progressive view come up to two steps later.)
+
+    Args:
+        cfg: settings.
+        lattice: with a number n, nominal azimuths are moved to the nearest of the n values +-a that
+            stand in the middle of equal parts of [0, 180] degrees, the sign kept: those for which
+            guidance keeps trajectories (`GuidanceConfig.lattice`). Positions are perturbed after
+            that, so views still come from everywhere. None leaves azimuths as they are drawn.
     """
 
-    def __init__(self, cfg: CameraConfig) -> None:
+    def __init__(self, cfg: CameraConfig, lattice: int | None = None) -> None:
         self.cfg = cfg
+        self.lattice = lattice
         n_stages = len(cfg.resolution_milestones) + 1
         if list(cfg.resolution_milestones) != sorted(set(cfg.resolution_milestones)):
             raise ValueError(
@@ -214,6 +222,8 @@ class RandomCameras:
             azimuth_deg = low_azimuth + (high_azimuth - low_azimuth) * parts
         else:
             azimuth_deg = uniform(low_azimuth, high_azimuth, batch)
+        if self.lattice is not None:
+            azimuth_deg = _on_lattice(azimuth_deg, self.lattice)
         distance = uniform(*cfg.camera_distance_range, batch)
         positions = orbit_positions(elevation, torch.deg2rad(azimuth_deg), distance)
         positions = positions + uniform(-cfg.camera_perturb, cfg.camera_perturb, batch, 3)
@@ -281,6 +291,13 @@ def turntable(
     n_views = cfg.n_test_views if n_views is None else n_views
     for azimuth_deg in torch.linspace(0.0, 360.0, n_views).tolist():
         yield eval_camera(cfg, azimuth_deg, size=size, device=device)
+
+
+def _on_lattice(azimuth_deg: Tensor, n_parts: int) -> Tensor:
+    """Azimuths [B] moved to the middle of their part of |azimuth|, in [-180, 180)."""
+    azimuth = (azimuth_deg.double() + 180) % 360 - 180
+    part = (azimuth.abs() * n_parts / 180).floor().clamp(max=n_parts - 1)
+    return torch.copysign((part + 0.5) * 180 / n_parts, azimuth).float()
 
 
 def _camera_batch(

@@ -101,7 +101,7 @@ def train(
 
     # Whatever can be wrong is found before the first step, and before an older run is replaced.
     with _errors_of_settings():
-        cameras = RandomCameras(cfg.cameras)
+        cameras = RandomCameras(cfg.cameras, cfg.guidance.lattice)
         state = _build(cfg, run, device)
     if resume is None:
         run.clear()

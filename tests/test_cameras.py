@@ -12,6 +12,7 @@ from dsd_fast.cameras import (
     look_at,
     turntable,
 )
+from dsd_fast.guidance.trajectory import ViewBins
 
 SMALL = {"width": 9, "height": 7, "resolution_milestones": ()}
 
@@ -133,6 +134,26 @@ def test_elevation_is_uniform_in_angle_or_in_area_by_batch():
 def test_azimuths_of_a_batch_are_stratified():
     azimuths = _sample(8).azimuth_deg
     assert torch.equal(((azimuths + 180) / 45).floor(), torch.arange(8.0))
+
+
+@pytest.mark.parametrize("n_bins", [1, 7, 48])
+def test_lattice(n_bins):
+    """Azimuths of cached trajectories, from the same draws as azimuths from anywhere."""
+    cfg = CameraConfig(**{**SMALL, "width": 1, "height": 1, "batch_size": 400})
+    free = RandomCameras(cfg).sample(10, _generator())
+    snapped = RandomCameras(cfg, n_bins).sample(10, _generator())
+    for name in ("elevation_deg", "distance", "fovy"):
+        assert torch.equal(getattr(free, name), getattr(snapped, name))
+    shift = snapped.azimuth_deg - free.azimuth_deg
+    assert float(shift.abs().max()) <= 90 / n_bins + 1e-4
+    assert torch.equal(snapped.azimuth_deg < 0, free.azimuth_deg < 0)
+    # The numbers are those of the bins, to the last bit.
+    bins = ViewBins(n_bins, perp_neg=True)
+    indices = bins.index(snapped.elevation_deg, snapped.azimuth_deg)
+    centres = torch.tensor([bins.camera(index)[1] for index in indices])
+    assert torch.equal(snapped.azimuth_deg.abs(), centres)
+    assert indices == bins.index(free.elevation_deg, free.azimuth_deg)
+    assert set(indices) == set(range(n_bins))
 
 
 def test_resolution_stages():

@@ -36,7 +36,8 @@ def test_dsd_presets_are_the_official_settings():
     cfg, low = preset("dsd"), preset("dsd-low-res")
     assert (cfg.max_steps, low.max_steps) == (10000, 5000)
     assert (cfg.cameras.width, low.cameras.width) == ((128, 512), (128, 128))
-    assert cfg.guidance.trajectory == "exact"
+    assert cfg.guidance.trajectory == low.guidance.trajectory == "cached"
+    assert (cfg.guidance.azimuth_bins, cfg.guidance.noise_table_step) == (48, 20)
     assert cfg.model == low.model == "stabilityai/stable-diffusion-2-1-base"
     assert preset("dsd", max_steps=7).max_steps == 7
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_model import build_tiny_model, toy_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
 from dsd_fast.guidance import (
@@ -14,13 +15,25 @@ from dsd_fast.guidance import (
     GuidanceConfig,
     GuidanceOutput,
     PromptEmbeddings,
+    combine,
     dsd_gradient,
     seed_noise,
+    view_embeddings,
 )
+from dsd_fast.guidance.prompt import expand_rows
 from dsd_fast.guidance.trajectory import ViewBins, simulate
 
 MODES = pytest.mark.parametrize("perp_neg", [True, False], ids=["perp-neg", "plain"])
-TRAJECTORIES = pytest.mark.parametrize("trajectory", ["exact", "cached"])
+TRAJECTORIES = pytest.mark.parametrize(
+    "trajectory",
+    [
+        {"trajectory": "exact"},
+        {"trajectory": "cached", "noise_table_step": 0},
+        {"trajectory": "cached", "noise_table_step": 20},
+    ],
+    ids=["exact", "cached", "tabulated"],
+)
+CACHED = pytest.mark.parametrize("table_step", [0, 20])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -32,12 +45,17 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make_guidance(
-    model: DiffusionModel | None = None, seed: int = 0, max_steps: int = 100, **settings: object
+    model: DiffusionModel | None = None,
+    seed: int = 0,
+    max_steps: int = 100,
+    n_seeds: int = 1,
+    **settings: object,
 ) -> DSDGuidance:
     model = model or toy_model()
     size = model.latent_size
     prompts = PromptEmbeddings(randn(4, 5, 3, seed=5), randn(1, 5, 3, seed=6).expand(4, -1, -1))
-    noise = seed_noise(generator(seed), (1, 4, size, size))
+    noise = seed_noise(generator(seed), (n_seeds, 4, size, size))
+    settings = {"trajectory": "exact", "noise_table_step": 0} | settings
     return DSDGuidance(GuidanceConfig(**settings), model, prompts, noise, max_steps)
 
 
@@ -49,10 +67,10 @@ def at(
 
 
 @TRAJECTORIES
-def test_mirrored_trajectory(trajectory: str) -> None:
+def test_mirrored_trajectory(trajectory: dict) -> None:
     """With the option, left and right see mirror images; officially they see the same picture."""
     official, mirrored = (
-        make_guidance(trajectory=trajectory, mirror_trajectory=mirror) for mirror in (False, True)
+        make_guidance(**trajectory, mirror_trajectory=mirror) for mirror in (False, True)
     )
 
     def trajectory_noise(guidance: DSDGuidance, azimuth: float) -> Tensor:
@@ -65,6 +83,12 @@ def test_mirrored_trajectory(trajectory: str) -> None:
     torch.testing.assert_close(trajectory_noise(mirrored, -60.0), left.flip(-1), rtol=0, atol=0)
     torch.testing.assert_close(trajectory_noise(mirrored, 300.0), left.flip(-1), rtol=0, atol=0)
     assert (left - left.flip(-1)).abs().max() > 0.1
+
+
+def test_lattice_is_where_trajectories_are() -> None:
+    assert GuidanceConfig(azimuth_bins=30).lattice == 30
+    assert GuidanceConfig(trajectory="exact").lattice is None
+    assert GuidanceConfig(use_perp_neg=False).lattice is None
 
 
 class TestTrajectory:
@@ -81,10 +105,8 @@ class TestTrajectory:
         assert torch.equal(z[0], noise[0])
 
     @TRAJECTORIES
-    def test_a_seed_is_a_trajectory(self, trajectory: str) -> None:
-        outputs = [
-            at(make_guidance(seed=seed, trajectory=trajectory), 30, 500, 510) for seed in (1, 1, 2)
-        ]
+    def test_a_seed_is_a_trajectory(self, trajectory: dict) -> None:
+        outputs = [at(make_guidance(seed=seed, **trajectory), 30, 500, 510) for seed in (1, 1, 2)]
         assert torch.equal(outputs[0].grad, outputs[1].grad)
         assert (outputs[0].grad - outputs[2].grad).norm() > 0.1 * outputs[0].grad.norm()
 
@@ -129,13 +151,19 @@ class TestCache:
         assert distance(180) < distance(2) / 4
 
     @MODES
-    def test_rebuilt_after_resume(self, perp_neg: bool) -> None:
+    @CACHED
+    def test_rebuilt_after_resume(self, perp_neg: bool, table_step: int) -> None:
         """Whatever filled the cache before, a step gives the same bits."""
-        straight = make_guidance(trajectory="cached", use_perp_neg=perp_neg)
+        settings = {
+            "trajectory": "cached",
+            "noise_table_step": table_step,
+            "use_perp_neg": perp_neg,
+        }
+        straight = make_guidance(**settings)
         history = [(10.0, 950), (170, 800), (-100, 640), (12, 500), (95, 350), (80, 420)]
         for azimuth, t in history:
             before = at(straight, azimuth, t, t + 5)
-        resumed = make_guidance(seed=3, trajectory="cached", use_perp_neg=perp_neg)
+        resumed = make_guidance(seed=3, **settings)
         at(resumed, 80, 420, 425)
         resumed.load_state_dict(straight.state_dict())
         after = at(resumed, *history[-1], history[-1][1] + 5)
@@ -154,6 +182,58 @@ class TestCache:
         at(guidance, 30, 690, 690)
         assert rows == [4, 4, 4]  # one more level; equal levels share a batch
 
+    def test_calls_with_a_table(self) -> None:
+        guidance = make_guidance(trajectory="cached", noise_table_step=20)
+        rows = guidance.model.unet.rows
+        at(guidance, 30, 750, 770)
+        assert rows == [4] * 5 + [8]  # 999, 899, 799, then 779 and 759, then the pair
+        rows.clear()
+        at(guidance, -30, 750, 765)
+        assert rows == [8]
+        at(guidance, 30, 770, 770)
+        assert rows == [8, 4]
+        rows.clear()
+        at(guidance, 30, 720, 720)
+        assert rows == [4, 4, 4]  # 739 and 719
+
+    def test_table_is_exact_at_its_entries(self) -> None:
+        exact = make_guidance()
+        tabulated = make_guidance(trajectory="cached", azimuth_bins=12, noise_table_step=20)
+        for t, t_delta in ((980, 999), (850, 879), (699, 699), (390, 399), (300, 319)):
+            torch.testing.assert_close(
+                at(tabulated, 7.5, t, t_delta).grad, at(exact, 7.5, t, t_delta).grad
+            )
+
+    def test_a_finer_table_comes_closer(self) -> None:
+        exact = at(make_guidance(), 70, 500, 510).grad
+
+        def distance(step: int) -> float:
+            cached = make_guidance(trajectory="cached", azimuth_bins=9, noise_table_step=step)
+            return float((at(cached, 70, 500, 510).grad - exact).norm() / exact.norm())
+
+        assert distance(10) < distance(40) < 0.05
+        # Entries are no farther apart than the grid's levels, whatever the step.
+        assert distance(100) == distance(1000)
+
+    @CACHED
+    def test_levels_below_the_schedule_enlarge_the_tables(self, table_step: int) -> None:
+        settings = {"trajectory": "cached", "azimuth_bins": 9, "noise_table_step": table_step}
+        guidance = make_guidance(**settings)
+        before = at(guidance, 70, 400, 410).grad
+        predictions = guidance._tables.predictions
+        at(guidance, 70, 320, 320)
+        assert guidance._tables.predictions is predictions
+        exact = make_guidance(n_ddim_steps=10)
+        for level in (150, 99, 0):
+            torch.testing.assert_close(
+                at(guidance, 70, level, level).grad,
+                at(exact, 70, level, level).grad,
+                rtol=0.02 if table_step else 1e-4,
+                atol=0.02 if table_step else 1e-5,
+            )
+        assert len(guidance._tables.predictions) > len(predictions)
+        assert torch.equal(at(guidance, 70, 400, 410).grad, before)
+
 
 class TestGuidance:
     def test_calls_of_exact(self) -> None:
@@ -166,8 +246,8 @@ class TestGuidance:
 
     @MODES
     @TRAJECTORIES
-    def test_batch_is_its_items(self, perp_neg: bool, trajectory: str) -> None:
-        guidance = make_guidance(use_perp_neg=perp_neg, trajectory=trajectory)
+    def test_batch_is_its_items(self, perp_neg: bool, trajectory: dict) -> None:
+        guidance = make_guidance(use_perp_neg=perp_neg, **trajectory)
         latents = randn(3, 4, 6, 6, seed=4)
         elevation, azimuth = torch.tensor([0.0, 70, 30]), torch.tensor([100.0, 0, -20])
         # A different number of ODE steps each, none for the second.
@@ -195,7 +275,13 @@ class TestGuidance:
     def test_public_function_is_the_same_code(self, perp_neg: bool) -> None:
         guidance = make_guidance(use_perp_neg=perp_neg)
         latents = randn(1, 4, 6, 6)
-        predict = guidance._predictor(torch.tensor([10.0]), torch.tensor([50.0]))
+        text = PromptEmbeddings(*guidance._bank.chunk(2))
+        rows, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, perp_neg)
+
+        def predict(z: Tensor, t: Tensor, scale: float) -> Tensor:
+            z, t = expand_rows(z, perp_neg), expand_rows(t, perp_neg)
+            return combine(guidance.model.predict_noise(z, t, rows), weights, scale)
+
         for weighting in ("sds", "ddim"):
             guidance.cfg.weighting = weighting
             grad = dsd_gradient(
@@ -269,6 +355,108 @@ class TestGuidance:
         torch.testing.assert_close(first.grad, again.grad)
 
 
+class Operations(TorchDispatchMode):
+    """Names of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class TestPlan:
+    ANGLES = (torch.tensor([10.0, 20.0]), torch.tensor([-40.0, 130.0]))
+
+    @MODES
+    @TRAJECTORIES
+    def test_is_the_step(self, perp_neg: bool, trajectory: dict) -> None:
+        guidance = make_guidance(use_perp_neg=perp_neg, **trajectory)
+        latents = randn(2, 4, 6, 6).requires_grad_()
+        whole = guidance.from_latents(latents, *self.ANGLES, 40, generator(3))
+        plan = guidance.plan(*self.ANGLES, 40, generator(3))
+        parts = guidance.at_plan(latents, plan)
+        for name, value in whole._asdict().items():
+            assert torch.equal(getattr(parts, name), value), name
+        levels = guidance.at_levels(latents, *self.ANGLES, plan.t, plan.t_delta)
+        assert torch.equal(levels.grad, whole.grad)
+        parts.loss.backward()
+        assert torch.equal(latents.grad, whole.grad / 2)
+
+    @TRAJECTORIES
+    @MODES
+    def test_takes_over_another(self, perp_neg: bool, trajectory: dict) -> None:
+        guidance = make_guidance(use_perp_neg=perp_neg, mirror_trajectory=True, **trajectory)
+        latents = randn(2, 4, 6, 6)
+        static, other = (
+            guidance.plan(*angles, step, generator(step))
+            for step, angles in ((1, self.ANGLES), (60, self.ANGLES[::-1]))
+        )
+        assert static.kind == other.kind and not static.kind.shared
+        address = static.tensors.buffer.data_ptr()
+        wanted = guidance.at_plan(latents, other)
+        before = guidance.at_plan(latents, static)
+        static.copy_(other)
+        got = guidance.at_plan(latents, static)
+        assert static.tensors.buffer.data_ptr() == address
+        assert torch.equal(got.grad, wanted.grad) and torch.equal(got.t_delta, wanted.t_delta)
+        assert not torch.equal(got.grad, before.grad)
+        shared = guidance.plan(*self.ANGLES, 100, generator())
+        assert shared.kind.shared and shared.t.tolist() == shared.t_delta.tolist() == [320, 320]
+        with pytest.raises(ValueError, match=r"expected a plan of PlanKind.*shared=False"):
+            static.copy_(shared)
+
+    @CACHED
+    def test_device_part_asks_the_host_for_nothing(self, table_step: int) -> None:
+        guidance = make_guidance(trajectory="cached", noise_table_step=table_step)
+        plan = guidance.plan(*self.ANGLES, 40, generator())
+        assert plan.tensors.buffer.device == torch.device("cpu")  # and this is the one upload
+        with Operations() as operations:
+            guidance.at_plan(randn(2, 4, 6, 6), plan)
+        waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "_pin_memory")
+        assert not [name for name in operations.names if name.split(".")[1] in waiting]
+
+    def test_draws_are_those_of_before(self) -> None:
+        """t first where it is random, then t_delta; nothing else."""
+        guidance = make_guidance(trajectory="cached", t_anneal=False)
+        ours, theirs = generator(4), generator(4)
+        plan = guidance.plan(*self.ANGLES, 40, ours)
+        t, t_delta = guidance.levels(2, 40, theirs)
+        assert torch.equal(plan.t, t) and torch.equal(plan.t_delta, t_delta)
+        assert torch.equal(ours.get_state(), theirs.get_state())
+
+    def test_latents_of_another_number_are_an_error(self) -> None:
+        guidance = make_guidance(trajectory="cached")
+        plan = guidance.plan(*self.ANGLES, 40, generator())
+        with pytest.raises(ValueError, match=r"latents \[2, 4, 6, 6\], got \[1, 4, 6, 6\]"):
+            guidance.at_plan(randn(1, 4, 6, 6), plan)
+
+
+class TestSeeds:
+    @MODES
+    @TRAJECTORIES
+    def test_each_item_follows_its_own(self, perp_neg: bool, trajectory: dict) -> None:
+        together = make_guidance(n_seeds=3, use_perp_neg=perp_neg, **trajectory)
+        latents, t, t_delta = randn(3, 4, 6, 6), torch.tensor([400, 600, 700]), [410, 655, 700]
+        elevation, azimuth = torch.tensor([0.0, 70, 30]), torch.tensor([100.0, 0, 100])
+        outputs = together.at_levels(latents, elevation, azimuth, t, torch.tensor(t_delta))
+        for i in range(3):
+            alone = make_guidance(use_perp_neg=perp_neg, **trajectory)
+            alone.load_state_dict({"noise": together.noise[i : i + 1]})
+            one = alone.at_levels(latents[i : i + 1], elevation[i], azimuth[i], t[i], t_delta[i])
+            torch.testing.assert_close(outputs.grad[i : i + 1], one.grad)
+        assert together.state_dict()["noise"].shape == (3, 4, 6, 6)
+
+    def test_a_view_for_each_seed(self) -> None:
+        guidance = make_guidance(n_seeds=3, trajectory="cached")
+        with pytest.raises(ValueError, match="each of the 3 seeds, got 2"):
+            guidance.plan(torch.zeros(2), torch.zeros(2), 0, generator())
+        with pytest.raises(ValueError, match=r"seed noise \[3, 4, 6, 6\].*\[1, 4, 6, 6\]"):
+            guidance.load_state_dict({"noise": torch.zeros(1, 4, 6, 6)})
+
+
 class TestErrors:
     def test_inputs(self) -> None:
         guidance = make_guidance()
@@ -311,6 +499,7 @@ class TestErrors:
             ({"delta_min": 1000}, "guidance.delta_min"),
             ({"azimuth_bins": 0}, "azimuth_bins"),
             ({"n_ddim_steps": 0}, "n_ddim_steps"),
+            ({"noise_table_step": -1}, "guidance.noise_table_step"),
             ({"min_step_percent": (1, 2)}, "schedule"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

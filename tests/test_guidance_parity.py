@@ -112,7 +112,7 @@ def test_guidance_object(official, index: int) -> None:
     tensors, settings, model = official
     case = settings["cases"][index]
     guidance = DSDGuidance(
-        GuidanceConfig(use_perp_neg=case["perp_neg"]),
+        GuidanceConfig(use_perp_neg=case["perp_neg"], trajectory="exact"),
         model,
         PromptEmbeddings(tensors["text_vd"], tensors["uncond_vd"]),
         tensors["noise"],

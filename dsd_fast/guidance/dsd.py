@@ -5,35 +5,38 @@ One step (DSD_SPEC 3.3), for a rendering x in latent space at level t:
    prediction eps_o there;
 2. put the rendering on that trajectory: x_delta = alpha x + sigma eps_o at t_delta, x_t at t;
 3. gradient = (1 - abar_t) (eps(x_t; scale) - eps(x_delta; 1)).
+
+A step has two parts. `DSDGuidance.plan`, the host's, draws levels, looks up where the trajectories
+of its views are in the tables, and adds what they lack. `DSDGuidance.at_plan`, the device's, takes
+latents and plan to the loss without a look at the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
+from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS, noise_of_velocity
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance.prompt import combine, expand_rows, view_embeddings, wrapped
-from dsd_fast.guidance.schedule import random_timesteps, shifted_level, timestep
-from dsd_fast.guidance.trajectory import (
-    Predictor,
-    TrajectoryCache,
-    ViewBins,
-    signal_and_noise,
-    simulate,
-)
+from dsd_fast.guidance import fused
+from dsd_fast.guidance.fused import WEIGHTINGS, Batch, Guide
+from dsd_fast.guidance.plan import Plan, PlanKind
+from dsd_fast.guidance.prompt import TextMix, expand_rows, text_mix, wrapped
+from dsd_fast.guidance.schedule import ode_grid, random_timesteps, shifted_level, timestep
+from dsd_fast.guidance.tables import TrajectoryTables
+from dsd_fast.guidance.trajectory import Predictor, ViewBins, signal_and_noise, simulate
 from dsd_fast.schedules import Schedule, ScheduleValue
 from dsd_fast.upload import upload
 
 TRAJECTORIES = ("exact", "cached")
-WEIGHTINGS = ("sds", "ddim")
 
 # The rendering's own noise prediction is taken at this scale, the target's at guidance_scale.
 _RENDERING_SCALE = 1.0
@@ -59,10 +62,14 @@ class GuidanceConfig:
     delta_min: int = 1
     # Intervals of the full trajectory from 999 to 0.
     n_ddim_steps: int = 10
-    # "exact" simulates the trajectory at every step; "cached" keeps it per azimuth bin.
-    trajectory: Literal["exact", "cached"] = "exact"
-    # Bins of |azimuth| in [0, 180] degrees that share a cached trajectory.
-    azimuth_bins: int = 24
+    # "cached" keeps the trajectories of azimuth_bins azimuths and trains on views from those alone;
+    # "exact" (official) simulates one at every step, for views from anywhere.
+    trajectory: Literal["exact", "cached"] = "cached"
+    # Bins of |azimuth| in [0, 180] degrees that share a cached trajectory, that of their centre.
+    azimuth_bins: int = 48
+    # Levels between the entries of a table of the cached trajectories' noise, which is interpolated
+    # between them; 0 asks the UNet for it at every step.
+    noise_table_step: int = 20
     # Views from azimuth < 0 follow the mirror image of the trajectory of those from azimuth > 0.
     # Officially both follow the same picture, so that a thing seen from the side faces the same way
     # from both sides and grows two backs; mirrored, they agree on a mirror-symmetric object.
@@ -87,6 +94,20 @@ class GuidanceConfig:
                 )
         if not 0 <= self.delta_min < NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"guidance.delta_min: expected 0 to 999, got {self.delta_min}")
+        if self.noise_table_step < 0:
+            raise ValueError(
+                f"guidance.noise_table_step: expected 0 or more, got {self.noise_table_step}"
+            )
+
+    @property
+    def lattice(self) -> int | None:
+        """Bins of |azimuth| on whose centres training cameras are to be, or None for anywhere.
+
+        There a cached trajectory is that of the camera's own text; elsewhere it is the nearest
+        centre's. Without Perp-Neg the text has four views, and nothing is to be gained.
+        """
+        on_lattice = self.trajectory == "cached" and self.use_perp_neg
+        return self.azimuth_bins if on_lattice else None
 
 
 class GuidanceOutput(NamedTuple):
@@ -146,7 +167,8 @@ def dsd_gradient(
         ...                     predict=lambda z, t, scale: scale * z, alphas_cumprod=abar)
     """
     noise = _per_item(noise, latents)
-    t, t_delta = _levels("t", t, latents), _levels("t_delta", t_delta, latents)
+    n_items = latents.shape[0]
+    t, t_delta = _levels("t", t, n_items), _levels("t_delta", t_delta, n_items)
     t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
     def pair(x_delta: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,8 +179,7 @@ def dsd_gradient(
 
     z = simulate(noise, t_delta, predict, alphas_cumprod, n_ddim_steps, guidance_scale)
     eps_o = predict(z, t_delta_device, guidance_scale)
-    grad, _ = _linked_gradient(latents, eps_o, t, t_delta, pair, alphas_cumprod, weighting)
-    return grad
+    return _linked_gradient(latents, eps_o, t, t_delta, pair, alphas_cumprod, weighting)
 
 
 class DSDGuidance:
@@ -171,7 +192,8 @@ class DSDGuidance:
         cfg: settings.
         model: frozen diffusion model.
         prompts: embeddings of the four views.
-        noise: seed noise [1,C,h,w] of `seed_noise`, the size of the model's latents.
+        noise: seed noise [1,C,h,w] of `seed_noise`, the size of the model's latents; or [S,C,h,w]
+            for as many seeds at once, item i of a batch of S then belonging to seed i.
         max_steps: horizon of the annealing, the length of the run (Q25).
     """
 
@@ -189,9 +211,12 @@ class DSDGuidance:
         self.max_steps = max_steps
         self.min_percent = Schedule.parse(cfg.min_step_percent)
         self.max_percent = Schedule.parse(cfg.max_step_percent)
-        self._text = prompts.text_vd.to(model.device)
-        self._uncond = prompts.uncond_vd.to(model.device)
+        # What text rows are mixed from.
+        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(model.device)
         self._bins = ViewBins(cfg.azimuth_bins, cfg.use_perp_neg)
+        self._abar = model.alphas_cumprod.to(model.device, torch.float32)
+        self._done = torch.zeros((), dtype=torch.int32, device=model.device)
+        self._n_seeds = noise.shape[0]
         self.load_state_dict({"noise": noise})
 
     def __call__(
@@ -236,8 +261,8 @@ class DSDGuidance:
                 f"got {tuple(latents.shape)}"
             )
         latents = _resize(latents.float(), self.model.latent_size)
-        t, t_delta = self.levels(latents.shape[0], step, generator)
-        return self.at_levels(latents, elevation_deg, azimuth_deg, t, t_delta)
+        self._check_views(elevation_deg, azimuth_deg, latents.shape[0])
+        return self.at_plan(latents, self.plan(elevation_deg, azimuth_deg, step, generator))
 
     def levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t and t_delta of a step, int64 [B] on the CPU."""
@@ -259,45 +284,108 @@ class DSDGuidance:
         t_delta: Tensor,
     ) -> GuidanceOutput:
         """Loss for latents [B,C,h,w] of the model's size at given levels [B]; draws nothing."""
-        n_items = latents.shape[0]
-        t, t_delta = _levels("t", t, latents), _levels("t_delta", t_delta, latents)
-        elevation = torch.as_tensor(elevation_deg, dtype=torch.float32).reshape(-1).cpu()
-        azimuth = torch.as_tensor(azimuth_deg, dtype=torch.float32).reshape(-1).cpu()
-        if not elevation.numel() == azimuth.numel() == n_items:
+        self._check_views(elevation_deg, azimuth_deg, latents.shape[0])
+        return self.at_plan(latents, self.plan_levels(elevation_deg, azimuth_deg, t, t_delta))
+
+    def plan(
+        self,
+        elevation_deg: Tensor | float,
+        azimuth_deg: Tensor | float,
+        step: int,
+        generator: torch.Generator,
+    ) -> Plan:
+        """The host's part of a step: levels drawn, trajectories found, and made where they lack.
+
+        Args: as for a call; `generator` draws t where it is random, then t_delta.
+        """
+        elevation, azimuth = _views(elevation_deg, azimuth_deg)
+        t, t_delta = self.levels(elevation.numel(), step, generator)
+        return self.plan_levels(elevation, azimuth, t, t_delta)
+
+    @torch.no_grad()
+    def plan_levels(
+        self,
+        elevation_deg: Tensor | float,
+        azimuth_deg: Tensor | float,
+        t: Tensor | int,
+        t_delta: Tensor | int,
+    ) -> Plan:
+        """The same at given levels, one or [B]; draws nothing."""
+        elevation, azimuth = _views(elevation_deg, azimuth_deg)
+        n_items = elevation.numel()
+        if self._n_seeds not in (1, n_items):
             raise ValueError(
-                f"guidance: expected {n_items} elevations and azimuths, one an item, "
-                f"got {elevation.numel()} and {azimuth.numel()}"
+                f"guidance: expected a view for each of the {self._n_seeds} seeds, got {n_items}"
             )
-        x = latents.detach()
+        t, t_delta = _levels("t", t, n_items), _levels("t_delta", t_delta, n_items)
+        shared = torch.equal(t, t_delta)
+        views = text_mix(elevation, azimuth, self.cfg.use_perp_neg)
+        tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(azimuth) < 0}
+        calls = [views] if shared else [views, views]
+        if self.cfg.trajectory == "exact":
+            noise = "simulated"
+        else:
+            noise = "tabulated" if self.cfg.noise_table_step else "predicted"
+            bins = self._bins.index(elevation, azimuth)
+            reaches = [
+                self._tables.reach(i if self._n_seeds > 1 else 0, view, level, self._predict_bin)
+                for i, (view, level) in enumerate(zip(bins, t_delta.tolist()))
+            ]
+            tensors["prediction"] = torch.tensor([reach.prediction for reach in reaches])
+            if noise == "tabulated":
+                tensors["below"] = torch.tensor([reach.below for reach in reaches])
+                tensors["mix"] = torch.tensor([reach.mix for reach in reaches])
+            else:
+                tensors["state"] = torch.tensor([reach.state for reach in reaches])
+                tensors["level"] = torch.tensor([reach.level for reach in reaches])
+                # The bins' own text: eps_o continues the bins' trajectories.
+                own = self._bin_text(bins)
+                calls.insert(0, own)
+                if own.weights is not None:
+                    tensors["bin_weights"] = own.weights
+        for name in ("first", "second", "share"):
+            tensors[name] = torch.cat([getattr(mix, name) for mix in calls])
+        if views.weights is not None:
+            tensors["weights"] = views.weights
+        kind = PlanKind(n_items, noise, shared)
+        return Plan(kind, t, t_delta, tensors, self.model.device)
+
+    def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
+        """The device's part of a step: the loss for latents [B,C,h,w] of the model's size.
+
+        With cached trajectories it asks the host for nothing but `plan.kind`, so that a CUDA graph
+        can hold it; `Plan.copy_` gives the graph another plan of that kind. An exact trajectory
+        takes as many UNet calls as t_delta asks for.
+        """
+        size = self.model.latent_size
+        expected = (plan.kind.n_items, self.model.latent_channels, size, size)
+        if latents.shape != expected:
+            raise ValueError(
+                f"guidance: expected latents {list(expected)}, got {list(latents.shape)}"
+            )
+        x = latents.detach().float().contiguous()
+        tensors, cfg = plan.tensors, self.cfg
+        guide = self._guide(tensors["weights"] if cfg.use_perp_neg else None)
         with torch.no_grad():
-            predict = self._predictor(elevation, azimuth)
-            eps_o = self._trajectory_noise(x, elevation, azimuth, t_delta, predict)
-            if self.cfg.mirror_trajectory:
-                negative = upload(wrapped(azimuth) < 0, x.device).view(-1, 1, 1, 1)
-                eps_o = torch.where(negative, eps_o.flip(-1), eps_o)
-            grad, x_delta = _linked_gradient(
-                x,
-                eps_o,
-                t,
-                t_delta,
-                lambda x_delta, x_t: predict.pair(x_delta, t_delta, x_t, t),
-                self.model.alphas_cumprod,
-                self.cfg.weighting,
+            text = fused.text(
+                self._bank, tensors["first"], tensors["second"], tensors["share"], self.model.dtype
             )
-            value = 0.5 * grad.square().sum() / n_items
-        # The quadratic 0.5 |x - sg(x - grad)|^2 would give grad only up to the rounding of
-        # x - (x - grad); this has its value, and grad / B as its gradient.
-        linear = (latents * grad).sum() / n_items
+            linked = self._link(x, plan, guide, text)
+            eps = self._predict(linked, text[-len(linked.rows) :])
+            scales = (_RENDERING_SCALE, cfg.guidance_scale)
+            result = fused.gradient(
+                eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done
+            )
         return GuidanceOutput(
-            loss=value + (linear - linear.detach()),
-            grad_norm=grad.norm(),
-            t=t,
-            t_delta=t_delta,
+            loss=_Loss.apply(latents, result.loss, result.grad),
+            grad_norm=result.grad_norm,
+            t=plan.t,
+            t_delta=plan.t_delta,
             latents=x,
-            target=x - grad,
-            grad=grad,
-            latents_noisy=x_delta,
-            finite=grad.isfinite().all(),
+            target=result.target,
+            grad=result.grad,
+            latents_noisy=linked.value,
+            finite=result.finite,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -306,106 +394,150 @@ class DSDGuidance:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a seed noise; trajectories cached for another one are dropped."""
-        model, noise = self.model, state["noise"]
-        expected = (1, model.latent_channels, model.latent_size, model.latent_size)
+        model, cfg, noise = self.model, self.cfg, state["noise"]
+        size = model.latent_size
+        expected = (self._n_seeds, model.latent_channels, size, size)
         if noise.shape != expected:
             raise ValueError(
                 f"guidance: expected seed noise {list(expected)}, the size of the model's latents, "
                 f"got {list(noise.shape)}"
             )
         self.noise = noise.to(model.device, torch.float32)
-        self._cache = TrajectoryCache(
-            self.noise, model.alphas_cumprod, self.cfg.n_ddim_steps, self.cfg.guidance_scale
-        )
-
-    def _predictor(self, elevation: Tensor, azimuth: Tensor) -> _GuidedUNet:
-        rows, weights = view_embeddings(
-            self._text, self._uncond, elevation, azimuth, self.cfg.use_perp_neg
-        )
-        return _GuidedUNet(self.cfg, self.model, rows, weights)
-
-    def _trajectory_noise(
-        self,
-        x: Tensor,
-        elevation: Tensor,
-        azimuth: Tensor,
-        t_delta: Tensor,
-        predict: _GuidedUNet,
-    ) -> Tensor:
-        """eps_o: the trajectory's own noise prediction at t_delta, [B,C,h,w]."""
-        noise = _per_item(self.noise, x)
-        if self.cfg.trajectory == "exact":
-            z = simulate(
-                noise,
-                t_delta,
-                predict,
-                self.model.alphas_cumprod,
-                self.cfg.n_ddim_steps,
-                self.cfg.guidance_scale,
+        if cfg.trajectory == "cached":
+            percents = [knot[1] for knot in (*self.min_percent.knots, *self.max_percent.knots)]
+            lowest = int(NUM_TRAIN_TIMESTEPS * min(percents))
+            self._tables = TrajectoryTables(
+                self.noise,
+                self._abar,
+                cfg.n_ddim_steps,
+                len(self._bins),
+                cfg.noise_table_step,
+                min(max(lowest, 0), NUM_TRAIN_TIMESTEPS - 1),
+                model.dtype,
+                cfg.use_perp_neg,
             )
-            return predict(z, upload(t_delta, x.device), self.cfg.guidance_scale)
-        bins = self._bins.index(elevation, azimuth)
-        cameras = torch.tensor([self._bins.camera(index) for index in bins])  # [B,2]
-        states = []
-        for i, (index, level) in enumerate(zip(bins, t_delta.tolist())):
-            # Bound to this item now: text rows are only built if the cache lacks a level.
-            camera = cameras[i : i + 1]
-
-            def of_bin(z: Tensor, t: Tensor, scale: float, camera: Tensor = camera) -> Tensor:
-                return self._predictor(camera[:, 0], camera[:, 1])(z, t, scale)
-
-            states.append(self._cache.state(index, level, of_bin))
-        # The bin's own text rows again: eps_o continues the bin's trajectory.
-        predict_bins = self._predictor(cameras[:, 0], cameras[:, 1])
-        return predict_bins(torch.cat(states), upload(t_delta, x.device), self.cfg.guidance_scale)
-
-
-class _GuidedUNet:
-    """Noise prediction with guidance for the text rows of one batch of cameras."""
-
-    def __init__(
-        self, cfg: GuidanceConfig, model: DiffusionModel, rows: Tensor, weights: Tensor | None
-    ):
-        self.cfg = cfg
-        self.model = model
-        self.rows = rows
-        self.weights = weights
-
-    def __call__(self, z: Tensor, t: Tensor, scale: float) -> Tensor:
-        eps = self.model.predict_noise(self._expand(z), self._expand(t), self.rows)
-        return self._combine(eps, scale)
-
-    def pair(
-        self, x_delta: Tensor, t_delta: Tensor, x_t: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """eps_delta at scale 1 and eps_t at the guidance scale, in one batch; t [B] on the CPU.
-
-        At equal levels both have the same inputs, and one batch of half the rows serves both (Q8).
-        """
-        if torch.equal(t, t_delta):
-            levels = self._expand(upload(t, x_t.device))
-            eps_delta = eps_t = self.model.predict_noise(self._expand(x_t), levels, self.rows)
         else:
-            latents = torch.cat([self._expand(x_delta), self._expand(x_t)])
-            levels = upload(torch.cat([self._expand(t_delta), self._expand(t)]), x_t.device)
-            eps = self.model.predict_noise(latents, levels, torch.cat([self.rows, self.rows]))
-            eps_delta, eps_t = eps.chunk(2)
-        return (
-            self._combine(eps_delta, _RENDERING_SCALE),
-            self._combine(eps_t, self.cfg.guidance_scale),
-        )
+            ode_grid(cfg.n_ddim_steps)
 
-    def _expand(self, items: Tensor) -> Tensor:
-        return expand_rows(items, self.weights is not None)
+    def _link(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
+        """Renderings put on their trajectories: x at t_delta, and the UNet's batch of the pair."""
+        tensors, cfg, kind = plan.tensors, self.cfg, plan.kind
+        levels = (tensors["t"], tensors["t_delta"], self._abar, self.model.dtype)
+        mirrored = tensors["mirrored"] if cfg.mirror_trajectory else None
+        pair = not kind.shared
+        if kind.noise == "tabulated":
+            return fused.link_table(
+                self._tables.predictions,
+                tensors["prediction"],
+                tensors["below"],
+                tensors["mix"],
+                x,
+                *levels,
+                cfg.use_perp_neg,
+                mirrored,
+                pair,
+            )
+        n_rows = guide.rows * kind.n_items
+        own = guide
+        if kind.noise == "predicted":
+            at_z = fused.state(
+                self._tables.states,
+                self._tables.predictions,
+                tensors["state"],
+                tensors["prediction"],
+                tensors["level"],
+                tensors["t_delta"],
+                self._abar,
+                self.model.dtype,
+                cfg.use_perp_neg,
+            )
+            own = self._guide(tensors["bin_weights"] if cfg.use_perp_neg else None)
+        else:
+            at_z = self._simulate(x, plan, guide, text[:n_rows])
+        eps = self._predict(at_z, text[:n_rows])
+        return fused.link(eps, own, cfg.guidance_scale, x, *levels, mirrored, pair)
 
-    def _combine(self, eps: Tensor, scale: float) -> Tensor:
-        return combine(
-            eps,
-            self.weights,
-            scale,
-            standard_cfg=self.cfg.standard_cfg,
-            pure_conditional=self.cfg.pure_conditional,
+    def _simulate(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
+        """z at t_delta from the seed noise, each step taken anew: `trajectory.simulate`."""
+        z = _per_item(self.noise, x)
+        grid = ode_grid(self.cfg.n_ddim_steps)
+        level = plan.t_delta.clamp_min(grid[0])
+        perp_neg = self.cfg.use_perp_neg
+        at_z = Batch(
+            z,
+            expand_rows(z, perp_neg).to(self.model.dtype),
+            expand_rows(upload(level, x.device), perp_neg),
         )
+        for upper, lower in pairwise(grid):
+            t, t_next = plan.t_delta.clamp_min(upper), plan.t_delta.clamp_min(lower)
+            if torch.equal(t, t_next):
+                break
+            at_z = fused.step(
+                self._predict(at_z, text),
+                guide,
+                self.cfg.guidance_scale,
+                at_z.value,
+                upload(t, x.device),
+                upload(t_next, x.device),
+                self._abar,
+                self.model.dtype,
+            )
+        return at_z
+
+    def _predict(self, batch: Batch, text: Tensor) -> Tensor:
+        """The UNet's noise for a batch of rows, in its own dtype."""
+        eps = self.model.engine(batch.rows, batch.levels, text)
+        if self.model.prediction_type == "epsilon":
+            return eps
+        return noise_of_velocity(eps.float(), batch.rows.float(), self._abar[batch.levels])
+
+    def _predict_bin(self, batch: Batch, view: int) -> Tensor:
+        """Guided noise of one item on the trajectory of a bin, [1,C,h,w]."""
+        device = self.model.device
+        mix = self._bin_text([view])
+        rows = (upload(tensor, device) for tensor in (mix.first, mix.second, mix.share))
+        eps = self._predict(batch, fused.text(self._bank, *rows, self.model.dtype))
+        weights = None if mix.weights is None else upload(mix.weights, device)
+        return fused.combine(eps, self._guide(weights), self.cfg.guidance_scale)
+
+    def _bin_text(self, bins: list[int]) -> TextMix:
+        cameras = torch.tensor([self._bins.camera(view) for view in bins])  # [B,2]
+        return text_mix(cameras[:, 0], cameras[:, 1], self.cfg.use_perp_neg)
+
+    def _guide(self, weights: Tensor | None) -> Guide:
+        return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)
+
+    def _check_views(
+        self, elevation_deg: Tensor | float, azimuth_deg: Tensor | float, n_items: int
+    ) -> None:
+        elevation, azimuth = _views(elevation_deg, azimuth_deg)
+        if not elevation.numel() == azimuth.numel() == n_items:
+            raise ValueError(
+                f"guidance: expected {n_items} elevations and azimuths, one an item, "
+                f"got {elevation.numel()} and {azimuth.numel()}"
+            )
+
+
+class _Loss(torch.autograd.Function):
+    """0.5 sum grad^2 / B with grad / B for its gradient to the latents [B,...].
+
+    The quadratic 0.5 |x - sg(x - grad)|^2 would give grad only up to the rounding of
+    x - (x - grad).
+    """
+
+    @staticmethod
+    def forward(ctx, latents: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = latents.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        n_items = grad.shape[0]
+        share = upstream if n_items == 1 else upstream / n_items
+        return (share * grad).to(ctx.dtype), None, None
 
 
 def _linked_gradient(
@@ -416,13 +548,14 @@ def _linked_gradient(
     pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     alphas_cumprod: Tensor,
     weighting: str,
-) -> tuple[Tensor, Tensor]:
-    """Gradient, and x at t_delta, for renderings linked to a trajectory by its noise eps_o.
+) -> Tensor:
+    """Gradient for renderings linked to a trajectory by its noise eps_o.
 
     `pair(x_delta, x_t)` predicts the noise of both. Levels [B] on the CPU.
     """
-    alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta, x)
-    alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
+    abar = alphas_cumprod.cpu()
+    alpha_delta, sigma_delta = signal_and_noise(abar, t_delta, x)
+    alpha, sigma = signal_and_noise(abar, t, x)
     x_delta = alpha_delta * x + sigma_delta * eps_o
     x_t = alpha * x + sigma * eps_o
     eps_delta, eps_t = pair(x_delta, x_t)
@@ -432,7 +565,7 @@ def _linked_gradient(
         weight = sigma / alpha
     else:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    return weight * (eps_t - eps_delta), x_delta
+    return weight * (eps_t - eps_delta)
 
 
 def _per_item(noise: Tensor, latents: Tensor) -> Tensor:
@@ -448,17 +581,26 @@ def _per_item(noise: Tensor, latents: Tensor) -> Tensor:
     return noise.to(latents.device).expand_as(latents)
 
 
-def _levels(name: str, value: Tensor | int, latents: Tensor) -> Tensor:
+def _views(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Angles as float32 [B] on the CPU."""
+    elevation, azimuth = (
+        torch.as_tensor(angle, dtype=torch.float32).reshape(-1).cpu()
+        for angle in (elevation_deg, azimuth_deg)
+    )
+    return elevation, azimuth
+
+
+def _levels(name: str, value: Tensor | int, n_items: int) -> Tensor:
     """One level an item, int64 [B] on the CPU."""
     levels = torch.as_tensor(value).reshape(-1).cpu()
-    if levels.is_floating_point() or levels.numel() not in (1, latents.shape[0]):
+    if levels.is_floating_point() or levels.numel() not in (1, n_items):
         raise ValueError(
-            f"{name}: expected one integer or {latents.shape[0]} of them, "
+            f"{name}: expected one integer or {n_items} of them, "
             f"got {levels.dtype} {tuple(levels.shape)}"
         )
     if bool(((levels < 0) | (levels >= NUM_TRAIN_TIMESTEPS)).any()):
         raise ValueError(f"{name}: expected levels from 0 to 999, got {levels.tolist()}")
-    return levels.long().expand(latents.shape[0])
+    return levels.long().expand(n_items)
 
 
 def _resize(image: Tensor, size: int) -> Tensor:

@@ -8,12 +8,16 @@ Two layouts of B items, the items innermost:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dsd_fast.upload import upload
 
 SIDE, FRONT, BACK, OVERHEAD = range(4)
+# Where the unconditional rows of the four begin in a bank [text | uncond].
+_UNCONDITIONAL = 4
 
 _OVERHEAD_DEG = 60.0
 _HALF_FRONT_DEG = 45.0
@@ -35,6 +39,58 @@ def direction(elevation_deg: Tensor, azimuth_deg: Tensor) -> Tensor:
     index = torch.where(a < _HALF_FRONT_DEG, FRONT, SIDE)
     index = index.masked_fill(a > 180.0 - _HALF_BACK_DEG, BACK)
     return index.masked_fill(elevation_deg > _OVERHEAD_DEG, OVERHEAD)
+
+
+class TextMix(NamedTuple):
+    """Text rows of B cameras, each share bank[first] + (1 - share) bank[second].
+
+    The bank is [text | uncond], [8,L,D]; the R*B rows have the order of this module.
+    """
+
+    first: Tensor  # int64 [R*B]
+    second: Tensor  # int64 [R*B]
+    share: Tensor  # float32 [R*B]
+    weights: Tensor | None  # of the negatives, float32 [B,2]; None in plain mode
+
+
+def text_mix(elevation_deg: Tensor, azimuth_deg: Tensor, perp_neg: bool = True) -> TextMix:
+    """What `view_embeddings` mixes for cameras of these angles [B], on their device."""
+    index = direction(elevation_deg, azimuth_deg)
+    unconditional = index + _UNCONDITIONAL
+    if not perp_neg:
+        rows = torch.cat([index, unconditional])
+        return TextMix(rows, rows, torch.ones_like(rows, dtype=torch.float32), None)
+
+    overhead = elevation_deg > _OVERHEAD_DEG
+    front_half, r = mix_of_views(azimuth_deg)
+    # (from, to) of the interpolation; overhead is a constant, with weightless negatives.
+    first = torch.where(front_half, FRONT, SIDE).masked_fill(overhead, OVERHEAD)
+    second = torch.where(front_half, SIDE, BACK).masked_fill(overhead, OVERHEAD)
+    negatives = torch.stack(
+        [torch.where(front_half, FRONT, SIDE), torch.where(front_half, SIDE, FRONT)], dim=1
+    )
+    negatives = torch.where(overhead.unsqueeze(1), unconditional.unsqueeze(1), negatives)
+    weights = torch.stack(
+        [
+            torch.where(front_half, _decay(_FRONT_HALF, r), _decay(_BACK_HALF_SIDE, r)),
+            torch.where(front_half, _decay(_FRONT_HALF, 1 - r), _decay(_BACK_HALF_FRONT, r)),
+        ],
+        dim=1,
+    )
+    weights = torch.where(overhead.unsqueeze(1), torch.zeros_like(weights), -weights)
+    constant = torch.cat([unconditional, negatives.flatten()])
+    return TextMix(
+        torch.cat([first, constant]),
+        torch.cat([second, constant]),
+        torch.cat([r, torch.ones_like(constant, dtype=r.dtype)]),
+        weights,
+    )
+
+
+def mixed_rows(bank: Tensor, first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    """The rows [N,L,D] that a `TextMix` describes, in the bank's dtype and on its device."""
+    share = share.view(-1, 1, 1).to(bank.dtype)
+    return share * bank[first] + (1 - share) * bank[second]
 
 
 def view_embeddings(
@@ -69,36 +125,9 @@ def view_embeddings(
             "view_embeddings: elevation_deg and azimuth_deg must have one length, "
             f"got {elevation.numel()} and {azimuth.numel()}"
         )
-    index = direction(elevation, azimuth)
-    unconditional = uncond[index]
-    if not perp_neg:
-        return torch.cat([text[index], unconditional]), None
-
-    overhead = elevation > _OVERHEAD_DEG
-    front_half, r = mix_of_views(azimuth)
-    # (from, to) of the interpolation; overhead is a constant, with weightless negatives.
-    first = torch.where(front_half, FRONT, SIDE).masked_fill(overhead, OVERHEAD)
-    second = torch.where(front_half, SIDE, BACK).masked_fill(overhead, OVERHEAD)
-    mix = r.view(-1, 1, 1).to(text.dtype)
-    positive = mix * text[first] + (1 - mix) * text[second]
-    negatives = torch.stack(
-        [
-            text[torch.where(front_half, FRONT, SIDE)],
-            text[torch.where(front_half, SIDE, FRONT)],
-        ],
-        dim=1,
-    )
-    dummies = overhead.view(-1, 1, 1, 1)
-    negatives = torch.where(dummies, unconditional.unsqueeze(1), negatives)
-    weights = torch.stack(
-        [
-            torch.where(front_half, _decay(_FRONT_HALF, r), _decay(_BACK_HALF_SIDE, r)),
-            torch.where(front_half, _decay(_FRONT_HALF, 1 - r), _decay(_BACK_HALF_FRONT, r)),
-        ],
-        dim=1,
-    )
-    weights = torch.where(overhead.unsqueeze(1), torch.zeros_like(weights), -weights)
-    return torch.cat([positive, unconditional, negatives.flatten(0, 1)]), weights
+    mix = text_mix(elevation, azimuth, perp_neg)
+    rows = mixed_rows(torch.cat([text, uncond]), mix.first, mix.second, mix.share)
+    return rows, mix.weights
 
 
 def expand_rows(items: Tensor, perp_neg: bool) -> Tensor:

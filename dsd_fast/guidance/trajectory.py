@@ -2,20 +2,19 @@
 
 A trajectory never sees the rendering. It depends on the seed noise, the prompt and the camera's
 text rows only, and its state at a grid level does not depend on t_delta, which is what
-`TrajectoryCache` lives on.
+`tables.TrajectoryTables` lives on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dsd_fast.guidance.prompt import OVERHEAD, direction, wrapped
-from dsd_fast.guidance.schedule import n_nodes, ode_grid
+from dsd_fast.guidance.schedule import ode_grid
 from dsd_fast.upload import upload
 
 # predict(z [B,C,h,w], t int64 [B] on z's device, scale) -> guided noise prediction [B,C,h,w]
@@ -28,15 +27,15 @@ def seed_noise(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
 
 
 def signal_and_noise(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha_t and sigma_t as float32 [B,1,1,1] on the device of `like`, for t [B] on the CPU."""
-    abar = upload(alphas_cumprod.cpu()[t], like.device).view(-1, 1, 1, 1)
+    """alpha_t and sigma_t [B,1,1,1] on the device of `like`, for t [B] on that of the table."""
+    abar = upload(alphas_cumprod[t], like.device).view(-1, 1, 1, 1)
     return abar.sqrt(), (1 - abar).sqrt()
 
 
 def ddim_step(z: Tensor, eps: Tensor, t: Tensor, t_next: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """DDIM with eta = 0 (Song et al. 2021): z at t with noise prediction eps, moved to t_next.
 
-    z, eps [B,C,h,w] float32; t, t_next int64 [B] on the CPU.
+    z, eps [B,C,h,w] float32; t, t_next int64 [B] on the device of alphas_cumprod [1000].
     """
     alpha, sigma = signal_and_noise(alphas_cumprod, t, z)
     alpha_next, sigma_next = signal_and_noise(alphas_cumprod, t_next, z)
@@ -90,6 +89,10 @@ class ViewBins:
         self.n_bins = n_bins
         self.perp_neg = perp_neg
 
+    def __len__(self) -> int:
+        """How many there are, the one of overhead views included."""
+        return self.n_bins + 1 if self.perp_neg else 4
+
     def index(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> list[int]:
         """Bin of each camera; angles [B] on the CPU."""
         view = direction(elevation_deg, azimuth_deg)
@@ -106,55 +109,3 @@ class ViewBins:
                 return 90.0, 0.0
             return 0.0, (index + 0.5) * 180 / self.n_bins
         return ((0.0, 90.0), (0.0, 0.0), (0.0, 180.0), (90.0, 0.0))[index]
-
-
-@dataclass
-class _Bin:
-    """States z and predictions eps at the grid levels 999, ... reached so far, [1,C,h,w] each."""
-
-    states: list[Tensor]
-    predictions: list[Tensor] = field(default_factory=list)
-
-
-class TrajectoryCache:
-    """Trajectory states by bin, computed when first needed and kept on the device.
-
-    As t falls during a run, a bin gains one level at a time; each costs one guided prediction,
-    once. Every level is computed alone, with a batch of one item, so a cache rebuilt after a resume
-    holds the same numbers whatever order the cameras came in. Memory: 2 latents a level and bin.
-
-    Args:
-        noise: seed noise [1,C,h,w] float32.
-        alphas_cumprod: [1000].
-    """
-
-    def __init__(
-        self, noise: Tensor, alphas_cumprod: Tensor, n_ddim_steps: int, guidance_scale: float
-    ):
-        self.noise = noise
-        self.alphas_cumprod = alphas_cumprod
-        self.guidance_scale = guidance_scale
-        self.grid = ode_grid(n_ddim_steps)
-        self._bins: dict[int, _Bin] = {}
-
-    def state(self, index: int, t_delta: int, predict: Predictor) -> Tensor:
-        """z at level t_delta of one bin's trajectory, [1,C,h,w].
-
-        `predict` is asked for the levels of this bin that are not there yet.
-        """
-        nodes = self._bins.setdefault(index, _Bin([self.noise]))
-        needed = n_nodes(t_delta, self.grid)
-        if needed == 0:
-            return self.noise
-        while len(nodes.predictions) < needed:
-            reached = len(nodes.predictions)
-            if reached == len(nodes.states):
-                nodes.states.append(self._step(nodes, reached - 1, self.grid[reached]))
-            t = torch.full((1,), self.grid[reached], device=self.noise.device)
-            nodes.predictions.append(predict(nodes.states[reached], t, self.guidance_scale))
-        return self._step(nodes, needed - 1, t_delta)
-
-    def _step(self, nodes: _Bin, node: int, t_next: int) -> Tensor:
-        t, following = torch.tensor([self.grid[node]]), torch.tensor([t_next])
-        z, eps = nodes.states[node], nodes.predictions[node]
-        return ddim_step(z, eps, t, following, self.alphas_cumprod)

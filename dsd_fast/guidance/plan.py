@@ -1,0 +1,69 @@
+"""What the host decides about a guidance step, in the form in which the device reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsd_fast.upload import Pack
+
+# Where the trajectory's noise eps_o comes from: the whole trajectory simulated, one UNet call from
+# a cached state, or a table of earlier such calls.
+Noise = Literal["simulated", "predicted", "tabulated"]
+
+
+class PlanKind(NamedTuple):
+    """All that a step's course on the device depends on: a CUDA graph for each kind."""
+
+    n_items: int
+    noise: Noise
+    # Whether t = t_delta for every item, so that one batch serves both levels (Q8).
+    shared: bool
+
+
+class Plan:
+    """The host's part of a guidance step, made by `DSDGuidance.plan`.
+
+    Attributes: `kind`; `t`, `t_delta`: int64 [B] on the CPU; `tensors`: a `Pack` on the device with
+    - t, t_delta: int64 [B]; mirrored: bool [B], views that see the trajectory's mirror image;
+    - first, second: int64 [N] and share: float32 [N], the text rows of every UNet call of the step,
+      one call after the other (`prompt.TextMix`);
+    - weights: float32 [B,2], of the views' negatives, where there are any;
+    - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
+    - tabulated: prediction, below: int64 [B], mix: float32 [B].
+    """
+
+    def __init__(
+        self,
+        kind: PlanKind,
+        t: Tensor,
+        t_delta: Tensor,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+    ):
+        self.kind = kind
+        self.t = t
+        self.t_delta = t_delta
+        self._host = Pack(tensors, device)
+        self._device = device
+        self._tensors: Pack | None = None
+
+    @property
+    def tensors(self) -> Pack:
+        """On the device from the first use on, always at the same address."""
+        if self._tensors is None:
+            self._tensors = self._host.to(self._device)
+        return self._tensors
+
+    def copy_(self, other: Plan) -> None:
+        """Take over another plan of the same kind: one copy from the host to the same addresses.
+
+        A CUDA graph of `at_plan` with this plan then runs the other one's step.
+        """
+        if other.kind != self.kind:
+            raise ValueError(f"expected a plan of {self.kind}, got one of {other.kind}")
+        self.t, self.t_delta = other.t, other.t_delta
+        self.tensors.copy_(other._host)
