@@ -13,6 +13,7 @@ within the window: there, time is that of a steady state only if they are few.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -31,12 +32,11 @@ from benchmarks.timing import Times
 from dsd_fast.cameras import RandomCameras
 from dsd_fast.config import TrainConfig, preset
 from dsd_fast.guidance import DSDGuidance, seed_noise
-from dsd_fast.losses import regularizers
 from dsd_fast.optimizer import Optimizer
 from dsd_fast.rng import RngStreams
 from dsd_fast.scene import Scene
-from dsd_fast.schedules import Schedule
 from dsd_fast.state import TrainState
+from dsd_fast.step import NUMBERS, TrainStep
 
 WIDTHS = (128, 512)
 # Iterations before any is timed: the renderer learns its room from the first ones, engines capture.
@@ -69,19 +69,25 @@ class Loop:
     """
 
     def __init__(
-        self, cfg: TrainConfig, subject: Subject, device: torch.device, step: int = 0
+        self,
+        cfg: TrainConfig,
+        subject: Subject,
+        device: torch.device,
+        step: int = 0,
+        capture: bool = True,
     ) -> None:
         rng = RngStreams(cfg.seed)
-        scene = Scene(cfg, rng.init)
+        scene = Scene(cfg, rng.init).to(device)
         model = subject.model
         noise = seed_noise(rng.noise, (1, model.latent_channels, *[model.latent_size] * 2))
-        guidance = DSDGuidance(cfg.guidance, model, subject.prompts, noise, cfg.max_steps)
-        scene.to(device)
         optimizer = Optimizer(scene, cfg.optimizer, device)
         self.cfg, self.device = cfg, device
-        self.state = TrainState(scene, optimizer, guidance, rng, step)
-        self.cameras = RandomCameras(cfg.cameras)
-        self._dsd_weight = Schedule.parse(cfg.loss.lambda_dsd)
+        self.guidance = DSDGuidance(cfg.guidance, model, subject.prompts, noise, cfg.max_steps)
+        self.state = TrainState(scene, optimizer, noise, rng, model, step)
+        self.cameras = RandomCameras(cfg.cameras, cfg.guidance.lattice)
+        self._step = TrainStep(
+            cfg, [self.state], self.guidance, self.cameras, device, capture=capture
+        )
         scene.field.set_step(step)
         for _ in range(OCCUPANCY_UPDATES):
             # Step 0 refreshes every cell.
@@ -89,25 +95,21 @@ class Loop:
 
     def __call__(self) -> Tensor:
         """One iteration; the number of samples that it kept, 0-dim on the device."""
-        state, step = self.state, self.state.step
-        views = self.cameras.sample(step, state.rng.cameras, self.device)
-        image = state.scene.render(views, step, state.rng.sampler)
-        guided = state.guidance(
-            image.rgb, views.elevation_deg, views.azimuth_deg, step, state.rng.guidance
+        (output,) = self._step()
+        # The next iteration writes to the numbers.
+        return output.numbers[NUMBERS.index("samples")].clone()
+
+    def without_graphs(self) -> Loop:
+        """The same iterations in plain calls, which can be looked into."""
+        other = copy.copy(self)
+        other._step = TrainStep(
+            self.cfg, [self.state], self.guidance, self.cameras, self.device, capture=False
         )
-        terms = {
-            "dsd": (guided.loss, self._dsd_weight(step)),
-            **regularizers(image, self.cfg.loss, step),
-        }
-        loss = sum(weight * value for value, weight in terms.values())
-        state.optimizer.step(loss, guided.finite)
-        state.step = step + 1
-        # Not a view of a larger tensor, which would stay in memory.
-        return image.n_samples.detach().clone()
+        return other
 
     def prepare_trajectories(self) -> None:
         """Fill the guidance's cache of trajectories, if it has one, as far as the next step's t."""
-        cfg, guidance, model = self.cfg.guidance, self.state.guidance, self.state.guidance.model
+        cfg, guidance, model = self.cfg.guidance, self.guidance, self.guidance.model
         if cfg.trajectory == "exact":
             return
         x = torch.zeros(1, model.latent_channels, *[model.latent_size] * 2, device=model.device)
@@ -121,8 +123,6 @@ class Loop:
     @contextmanager
     def counting_fills(self, counter: CountingEngine) -> Iterator[None]:
         """Within it the rows that the cache of trajectories asks for count as `fill_rows`."""
-        cache = self.state.guidance._cache
-
         def within(function: Callable) -> Callable:
             def call(*args: Any, **kwargs: Any) -> Any:
                 with counter.filling():
@@ -130,7 +130,7 @@ class Loop:
 
             return call
 
-        with _replaced(cache, "state", within):
+        with _replaced(self.guidance, "_predict_bin", within):
             yield
 
     def pieces(self) -> list[tuple[object, str, str]]:
@@ -138,9 +138,10 @@ class Loop:
         state = self.state
         return [
             (self.cameras, "sample", "cameras"),
-            (state.scene, "render", "render"),
-            (state.guidance, "encode", "encode"),
-            (state.guidance, "from_latents", "guidance"),
+            (state.scene.renderer, "render", "render"),
+            (self.guidance, "encode", "encode"),
+            (self.guidance, "plan_levels", "plan"),
+            (self.guidance, "at_plan", "guidance"),
             (state.optimizer, "step", "update"),
         ]
 
@@ -180,7 +181,7 @@ def measure(
         times, wall_ms, samples = _time(loop, device, max(iterations, MIN_ITERATIONS))
         fill_rows, memory = counter.fill_rows, _memory(device)
         counter.reset()
-        phases = _phases(loop, device)
+        phases = _phases(loop.without_graphs(), device)
     return {
         "case": f"iteration/{width}",
         "width": width,
@@ -328,7 +329,8 @@ def _phases(loop: Loop, device: torch.device) -> dict[str, float]:
             current["whole"] = whole
             for phase, ms in current.items():
                 totals[phase].append(ms)
-    order = ("cameras", "render", "encode", "guidance", "encode_backward", "render_backward")
+    order = ("cameras", "plan", "render", "encode", "guidance")
+    order += ("encode_backward", "render_backward")
     order += ("update", "other", "whole")
     return {name: float(np.median(totals[name])) for name in order if name in totals}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ class Command:
     config: Path | None = None
     # Continue a run: "auto" finds it by prompt, seed and output; or a run folder or a checkpoint.
     resume: str | None = None
+    # Make so many objects at once, from this seed on; they share the diffusion model's batches.
+    num_seeds: int = 1
     # Replace a run of the same prompt and seed.
     overwrite: bool = False
     # End this session when the run has done so many steps, for training in pieces.
@@ -67,8 +70,8 @@ class Job:
     stop_at: int | None
 
 
-def parse(argv: Sequence[str]) -> Job:
-    """The job of a command line. ConfigError or CheckpointError for what cannot be done.
+def parse(argv: Sequence[str]) -> list[Job]:
+    """The jobs of a command line, one a seed. ConfigError or CheckpointError for what cannot be.
 
     Unknown flags and --help end in SystemExit, as with any command.
     """
@@ -76,21 +79,69 @@ def parse(argv: Sequence[str]) -> Job:
     early = _early_flags(flags)
     command = _parse_flags(flags, _fitting(_starting_values(early, overrides), early))
     cfg = command.train
-    folder = RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, cfg.seed)
+    if command.num_seeds < 1:
+        raise ConfigError(f"--num-seeds must be at least 1, got {command.num_seeds}")
+    if command.num_seeds > 1 and cfg.tag:
+        raise ConfigError("--num-seeds names run folders by prompt and seed: drop --tag")
+    seeds = range(cfg.seed, cfg.seed + command.num_seeds)
     if command.resume is None:
         cfg.validate()
-        return Job(cfg, folder, None, command.overwrite, command.stop_at)
+        return [_fresh(cfg, seed, command) for seed in seeds]
     if command.overwrite or command.config is not None:
         raise ConfigError("--resume continues a run as it is: drop --overwrite and --config")
 
     if command.resume == "auto":
         cfg.validate()
-        path = _newest_checkpoint(folder)
-        if path is None:
-            log.info("--resume auto: no checkpoint in %s, starting from the beginning", folder.path)
-            return Job(cfg, folder, None, False, command.stop_at)
-    else:
-        path, folder = find_checkpoint(Path(command.resume))
+        return _resume_all(cfg, seeds, flags, early, command)
+    if command.num_seeds > 1:
+        raise ConfigError("--num-seeds continues its runs with --resume auto alone")
+    path, folder = find_checkpoint(Path(command.resume))
+    return [_resumed(path, folder, flags, early, command)]
+
+
+def _folder(cfg: TrainConfig, seed: int) -> RunFolder:
+    return RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, seed)
+
+
+def _fresh(cfg: TrainConfig, seed: int, command: Command) -> Job:
+    cfg = dataclasses.replace(cfg, seed=seed)
+    return Job(cfg, _folder(cfg, seed), None, command.overwrite, command.stop_at)
+
+
+def _resume_all(
+    cfg: TrainConfig,
+    seeds: Sequence[int],
+    flags: list[str],
+    early: argparse.Namespace,
+    command: Command,
+) -> list[Job]:
+    """The runs of seeds, each from the newest checkpoint that all have, or from the beginning."""
+    folders = [_folder(cfg, seed) for seed in seeds]
+    saved = [dict(checkpoint.list_steps(folder.checkpoints)) for folder in folders]
+    common = set.intersection(*(set(steps) for steps in saved))
+    if common:
+        paths = [steps[max(common)] for steps in saved]
+        return [
+            # the last one of a flag counts
+            _resumed(path, folder, [*flags, "--seed", str(seed)], early, command)
+            for path, folder, seed in zip(paths, folders, seeds)
+        ]
+    some = [str(folder.path) for folder, steps in zip(folders, saved) if steps]
+    if some:
+        raise checkpoint.CheckpointError(
+            f"--resume auto: the {len(folders)} runs have no step in common that is saved "
+            f"(checkpoints are in {', '.join(some)}); continue them one by one, without --num-seeds"
+        )
+    log.info(
+        "--resume auto: no checkpoint in %s, starting from the beginning",
+        ", ".join(str(folder.path) for folder in folders),
+    )
+    return [_fresh(cfg, seed, command) for seed in seeds]
+
+
+def _resumed(
+    path: Path, folder: RunFolder, flags: list[str], early: argparse.Namespace, command: Command
+) -> Job:
     state = checkpoint.load(path)
     saved = from_dict(TrainConfig, state["config"])
     # The GPU may be another one.

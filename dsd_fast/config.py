@@ -103,6 +103,8 @@ class TrainerConfig:
     min_opacity_steps: int = 200
     # Show progress.
     progress: bool = True
+    # On CUDA, hold steps in CUDA graphs.
+    graphs: bool = True
     # Log the GPU memory of each phase with every line of metrics, not at the first step alone.
     log_memory: bool = False
 

@@ -70,11 +70,11 @@ def savings(cfg: TrainConfig) -> list[str]:
     ways = []
     if cfg.diffusion.dtype == "float32":
         ways.append("--diffusion.dtype float16 (half the diffusion model)")
-    if _largest(cfg.cameras.batch_size) > 1:
+    if largest(cfg.cameras.batch_size) > 1:
         ways.append("--cameras.batch-size 1 (one view a step)")
     if cfg.diffusion.engine != "eager":
         ways.append("--diffusion.engine eager (no CUDA graphs, which keep their memory)")
-    height, width = _largest(cfg.cameras.height), _largest(cfg.cameras.width)
+    height, width = largest(cfg.cameras.height), largest(cfg.cameras.width)
     ways.append(f"smaller --cameras.height and --cameras.width (now up to {height} and {width})")
     if cfg.guidance.use_perp_neg:
         ways.append("--guidance.no-use-perp-neg (half the rows of the UNet)")
@@ -134,5 +134,5 @@ class PhaseMemory:
         return torch.cuda.memory_allocated(self.device) / 2**20
 
 
-def _largest(value: int | tuple[int, ...]) -> int:
+def largest(value: int | tuple[int, ...]) -> int:
     return value if isinstance(value, int) else max(value)

