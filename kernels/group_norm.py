@@ -1,8 +1,8 @@
 """Triton kernels of GroupNorm over token matrices [B, N, C] (images with the channels innermost).
 
-Channels are cut into chunks of whole groups. A program owns a chunk of an item, or some rows of it,
-and walks them in tiles [BLOCK_R, BLOCK_C]. Two launches: statistics, then the normalised rows, which
-finds its input in the second-level cache; items of few rows need one launch for both.
+Channels are cut into chunks of whole groups. A program owns a chunk of an item, or some rows of
+it, and walks them in tiles [BLOCK_R, BLOCK_C]. Two launches: statistics, then the normalised rows,
+which finds its input in the second-level cache; items of few rows need one launch for both.
 
 Statistics are float32 and have a fixed order: sums of a channel are taken around its first value,
 so that means far from zero do not cancel, and the rest is Chan's formula. Arguments are checked by
@@ -142,8 +142,8 @@ def _write_rows(
         tl.store(p_y + o_y, b_y, mask=m_n[:, None] & m_c[None, :])
 
 
-# Program (chunk, split, item): reads its rows once, writes mean and squared deviations of its groups
-# and, with SUM, the rows that were summed.
+# Program (chunk, split, item): reads its rows once, writes mean and squared deviations of its
+# groups and, with SUM, the rows that were summed.
 @triton.jit(do_not_specialize=_COUNTS)
 def stats_kernel(
     p_x, p_x2, p_add, p_residual, p_sum, p_partial,
@@ -324,7 +324,8 @@ def group_norm_fwd(
         "ADD": add is not None, "RESIDUAL": residual is not None, "CONCAT": x2 is not None,
     }  # fmt: skip
     affine = {
-        "p_weight": weight, "p_bias": bias, "p_scale_shift": x if scale_shift is None else scale_shift,
+        "p_weight": weight, "p_bias": bias,
+        "p_scale_shift": x if scale_shift is None else scale_shift,
         "scale_stride": _row_stride(scale_shift), "SCALE": scale_shift is not None,
         "SILU": silu, "eps": eps, "p_stats": stats, "p_y": y,
     }  # fmt: skip

@@ -71,7 +71,7 @@ def geglu_kernel(
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
-# Program (block of an image row's pixels, block of channels): reads a pixel once, writes it 4 times.
+# Program (block of pixels, block of channels): reads a pixel once, writes it four times.
 @triton.jit(do_not_specialize=["n_pixels", "width"])
 def upsample_kernel(
     p_x, p_add, p_y, n_pixels, width, channels,
@@ -105,7 +105,7 @@ def layer_norm_fwd(
     add: Tensor | None = None,
     update: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(x + add + update) of [.., C]; with an update [.., C], x becomes that sum in place."""
+    """LayerNorm(x + add + update) of [.., C]; with an update, x becomes that sum in place."""
     y = torch.empty_like(x)
     channels = x.shape[-1]
     n_rows = x.numel() // channels if channels else 0

@@ -1,7 +1,7 @@
 """Passes between the matrix products of a UNet, over token matrices [B, N, C], N = h·w.
 
-On CUDA each is a Triton kernel (`dsd_fast.kernels.group_norm`, `dsd_fast.kernels.tokens`), elsewhere
-its twin in torch. Arithmetic is float32, whatever the tensors' dtype. Nothing here has a gradient.
+On CUDA each is a Triton kernel (`dsd_fast.kernels.group_norm`, `dsd_fast.kernels.tokens`),
+elsewhere its twin in torch. Arithmetic is float32, whatever the tensors' dtype. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def group_norm(
     scale_shift: Tensor | None = None,
     out_sum: Tensor | None = None,
 ) -> Tensor:
-    """act(GroupNorm(s)) with s = (x | x2) + add + residual, in one pass over s and one over its input.
+    """act(GroupNorm(s)) with s = (x | x2) + add + residual: a pass for statistics and one to apply.
 
     Args:
         x: [B, N, C1] contiguous.
@@ -115,7 +115,7 @@ def layer_norm(
 
 
 def geglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """value · gelu(gate), with the exact gelu, of x [.., 2D] = (value | gate) + bias [2D]: [.., D]."""
+    """value · gelu(gate), exact gelu, of x [.., 2D] = (value | gate) + bias [2D]: [.., D]."""
     if _on_kernels(x):
         from dsd_fast.kernels.tokens import geglu_fwd
 
