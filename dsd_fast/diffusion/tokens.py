@@ -1,7 +1,8 @@
 """Passes between the matrix products of a UNet, over token matrices [B, N, C], N = h·w.
 
 On CUDA each is a Triton kernel (`dsd_fast.kernels.group_norm`, `dsd_fast.kernels.tokens`),
-elsewhere its twin in torch. Arithmetic is float32, whatever the tensors' dtype. Nothing here has a gradient.
+elsewhere its twin in torch. Arithmetic is float32, whatever the tensors' dtype. Nothing here has
+a gradient.
 """
 
 from __future__ import annotations
