@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: with 8 warps four 16-byte loads a thread in half precision.
-TILE = 8192
+# Elements of a tile: with 8 warps two 16-byte loads a thread and source in half precision, and sums
+# that leave room for three programs on a multiprocessor.
+TILE = 4096
 # Widest chunk that is not a single group.
 MAX_CHUNK = 256
 # Items of at most this many rows are done in one launch.
 ONE_LAUNCH_ROWS = 128
-# Programs that keep a large GPU busy: four for each of 132 multiprocessors.
-PROGRAMS = 528
+# Programs that keep a large GPU busy: two rounds of three for each of 132 multiprocessors.
+PROGRAMS = 792
 MAX_SPLITS = 128
 NUM_WARPS = 8
 
