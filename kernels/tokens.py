@@ -1,4 +1,4 @@
-"""Triton kernels over token matrices [.., C]: LayerNorm, GEGLU and nearest upsampling.
+"""Triton kernels over token matrices [.., C]: LayerNorm, GEGLU, upsampling, phases of an image.
 
 Arithmetic is float32, whatever the tensors' dtype. Arguments are checked by
 `dsd_fast.diffusion.tokens`, which is the way in; here tensors are taken as contiguous.
@@ -96,6 +96,26 @@ def upsample_kernel(
     tl.store(p_below + channels, b_x, mask=m)
 
 
+# Program (block of the large image's pixels, block of channels): reads and writes each once.
+@triton.jit(do_not_specialize=["n_pixels", "height", "width"])
+def interleave_kernel(
+    p_x, p_y, n_pixels, height, width, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = (o_r < n_pixels)[:, None] & (o_c < channels)[None, :]
+    column = o_r % (2 * width)
+    row = o_r // (2 * width) % (2 * height)
+    item = o_r // (4 * width * height)
+    # phase (a, b) of pixel (2i + a, 2j + b) lies at (i + a, j + b) of a frame one pixel larger
+    a = row % 2
+    b = column % 2
+    o_frame = (item * (height + 1) + row // 2 + a) * (width + 1) + column // 2 + b
+    o_x = (4 * o_frame + 2 * a + b).to(tl.int64)[:, None] * channels + o_c[None, :]
+    b_x = tl.load(p_x + o_x, mask=m, other=0.0)
+    tl.store(p_y + o_r.to(tl.int64)[:, None] * channels + o_c[None, :], b_x, mask=m)
+
+
 def layer_norm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -150,5 +170,22 @@ def upsample_fwd(x: Tensor, height: int, width: int, add: Tensor | None = None) 
         p_x=x, p_add=x if add is None else add, p_y=y, n_pixels=batch * n, width=width,
         channels=channels, ADD=add is not None, BLOCK_R=block_r, BLOCK_C=block_c,
         num_warps=UPSAMPLE_WARPS,
+    )  # fmt: skip
+    return y
+
+
+def interleave_fwd(x: Tensor, height: int, width: int) -> Tensor:
+    """Phases [B, (h+1)·(w+1), 4C] of an image to its tokens [B, 2h·2w, C]."""
+    channels = x.shape[2] // 4
+    y = x.new_empty(x.shape[0], 4 * height * width, channels)
+    if y.numel() == 0:
+        return y
+    block_c = min(128, max(16, triton.next_power_of_2(channels)))
+    block_r = UPSAMPLE_TILE // block_c
+    n_pixels = y.shape[0] * y.shape[1]
+    grid = (triton.cdiv(n_pixels, block_r), triton.cdiv(channels, block_c))
+    interleave_kernel[grid](
+        p_x=x, p_y=y, n_pixels=n_pixels, height=height, width=width, channels=channels,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=UPSAMPLE_WARPS,
     )  # fmt: skip
     return y

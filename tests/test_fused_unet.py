@@ -77,6 +77,8 @@ def test_same_as_diffusers(name: str) -> None:
     assert relative_error(got, expected) < 1e-5
     assert relative_error(fused(*arguments), expected) < 1e-5  # nothing of a run is kept
     assert relative_error(EagerEngine(unet)(*arguments), expected) < 1e-6  # nor its weights moved
+    plain = FusedUNet(unet, split_upsampling=False)
+    assert relative_error(plain(*arguments), expected) < 1e-5
 
 
 def test_embedded_prior() -> None:
@@ -88,7 +90,7 @@ def test_embedded_prior() -> None:
 
 def test_weights_are_kept_once() -> None:
     unet = build()
-    fused = FusedUNet(unet)
+    fused = FusedUNet(unet, split_upsampling=False)
     own = {tensor.untyped_storage().data_ptr() for tensor in unet.state_dict().values()}
     matrices = [m for m in tensors_of(fused) if m.ndim > 1]
     assert len(matrices) > 50

@@ -169,6 +169,15 @@ def test_upsample(channels, monkeypatch) -> None:
     assert torch.equal(want, expected)
 
 
+@pytest.mark.parametrize("channels", [12, 144])
+def test_interleave(channels, monkeypatch) -> None:
+    x = randn(2, 4 * 6, 4 * channels)
+    got, want = both(monkeypatch, tokens.interleave, x, 3, 5)
+    assert torch.equal(got, want)
+    frame, image = x.view(2, 4, 6, 2, 2, channels), want.view(2, 6, 10, channels)
+    assert torch.equal(image[:, 5, 2], frame[:, 3, 1, 1, 0])
+
+
 def test_errors_name_shapes() -> None:
     one = torch.ones(8)
     with pytest.raises(ValueError, match="multiple of 3 groups"):
@@ -177,6 +186,8 @@ def test_errors_name_shapes() -> None:
         tokens.group_norm(torch.zeros(1, 4, 8), one, one, 2, 1e-5, residual=torch.zeros(1, 4, 7))
     with pytest.raises(ValueError, match="upsample"):
         tokens.upsample(torch.zeros(1, 4, 8), 3, 2)
+    with pytest.raises(ValueError, match=r"x \[B,4·3,4C\]"):
+        tokens.interleave(torch.zeros(1, 4, 8), 3, 2)
 
 
 _COMPILE = """
@@ -194,6 +205,7 @@ cases = [
     (tokens.layer_norm_kernel, dict(ADD=True, UPDATE=True, BLOCK_R=4, BLOCK_C=64)),
     (tokens.geglu_kernel, dict(BIAS=True, BLOCK_R=4, BLOCK_C=64)),
     (tokens.upsample_kernel, dict(ADD=True, BLOCK_R=4, BLOCK_C=64)),
+    (tokens.interleave_kernel, dict(BLOCK_R=4, BLOCK_C=64)),
 ]
 for kernel, constants in cases:
     types = {}

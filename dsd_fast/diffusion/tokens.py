@@ -137,3 +137,25 @@ def upsample(x: Tensor, height: int, width: int, add: Tensor | None = None) -> T
     s = x if add is None else (x.float() + add.float()).to(x.dtype)
     s = s.view(x.shape[0], height, 1, width, 1, x.shape[2])
     return s.expand(-1, -1, 2, -1, 2, -1).reshape(x.shape[0], -1, x.shape[2])
+
+
+def interleave(x: Tensor, height: int, width: int) -> Tensor:
+    """An image [B, 2h·2w, C] from its four phases [B, (h+1)·(w+1), 4C].
+
+    Pixel (2i + a, 2j + b) is phase 2a + b at (i + a, j + b).
+    """
+    batch, n, channels = x.shape
+    if n != (height + 1) * (width + 1) or channels % 4:
+        raise ValueError(
+            f"interleave: expected x [B,{height + 1}·{width + 1},4C], got {list(x.shape)}"
+        )
+    if _on_kernels(x):
+        from dsd_fast.kernels.tokens import interleave_fwd
+
+        return interleave_fwd(x, height, width)
+    x = x.view(batch, height + 1, width + 1, 2, 2, -1)
+    y = x.new_empty(batch, height, 2, width, 2, channels // 4)
+    for a in range(2):
+        for b in range(2):
+            y[:, :, a, :, b] = x[:, a : height + a, b : width + b, a, b]
+    return y.flatten(1, 4).view(batch, 4 * height * width, -1)
