@@ -17,6 +17,7 @@ from dsd_fast.diffusion import tokens
 
 pytest.importorskip("triton", reason="needs Triton")
 from dsd_fast.kernels import group_norm as norm_kernels
+from dsd_fast.kernels import linear_geglu as geglu_kernels
 from dsd_fast.kernels import tokens as token_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,6 +159,21 @@ def test_geglu(bias, monkeypatch) -> None:
     assert relative_error(got, want) < 1e-6
 
 
+@pytest.mark.parametrize(("rows", "depth", "width"), [(70, 48, 50), (1, 20, 16)])
+def test_linear_geglu(rows, depth, width, monkeypatch) -> None:
+    for name, size in (("BLOCK_M", 32), ("BLOCK_N", 32), ("BLOCK_K", 16), ("GROUP_M", 2)):
+        monkeypatch.setattr(geglu_kernels, name, size)
+    monkeypatch.setattr(tokens, "FUSED_GEGLU_ROWS", 1)
+    x, weight, bias = (
+        randn(*shape, seed=seed, dtype=torch.float16)
+        for seed, shape in enumerate([(rows, depth), (2 * width, depth), (2 * width,)])
+    )
+    got = geglu_kernels.linear_geglu_fwd(x, weight, bias)
+    monkeypatch.setattr(tokens, "_on_kernels", lambda x: False)
+    want = tokens.linear_geglu(x.float(), weight.float(), bias.float())
+    assert relative_error(got, want) < 1e-3
+
+
 @pytest.mark.parametrize("channels", [12, 144])
 def test_upsample(channels, monkeypatch) -> None:
     monkeypatch.setattr(token_kernels, "UPSAMPLE_TILE", 512)
@@ -194,8 +210,9 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dsd_fast.kernels import group_norm, tokens
+from dsd_fast.kernels import group_norm, linear_geglu, tokens
 
+product = dict(GROUP_M=4, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32)
 flags = dict(ADD=True, RESIDUAL=False, CONCAT=True)
 tile = dict(GROUPS=4, BLOCK_R=16, BLOCK_C=64)
 cases = [
@@ -206,6 +223,7 @@ cases = [
     (tokens.geglu_kernel, dict(BIAS=True, BLOCK_R=4, BLOCK_C=64)),
     (tokens.upsample_kernel, dict(ADD=True, BLOCK_R=4, BLOCK_C=64)),
     (tokens.interleave_kernel, dict(BLOCK_R=4, BLOCK_C=64)),
+    (linear_geglu.linear_geglu_kernel, dict(**product, EVEN_K=False)),
 ]
 for kernel, constants in cases:
     types = {}

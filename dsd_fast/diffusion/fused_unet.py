@@ -359,8 +359,8 @@ class _Block:
         q = F.linear(self.norm_2.layer(h), self.query)
         k, v = text[..., self.keys : self.keys + 2 * q.shape[-1]].chunk(2, -1)
         _accumulate(h, self._attend(q, k, v), self.cross_out)
-        wide = F.linear(self.norm_3.layer(h), self.ff_in)
-        return _accumulate(h, tokens.geglu(wide, self.ff_bias), self.ff_out)
+        wide = tokens.linear_geglu(self.norm_3.layer(h), self.ff_in, self.ff_bias)
+        return _accumulate(h, wide, self.ff_out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
