@@ -21,7 +21,9 @@ views of its rows. The module keeps working, and reads the same memory. Moving i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,7 @@ _ATTENTION = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+_ORDERED = "set_priority" in signature(sdpa_kernel).parameters  # not in the oldest torch we take
 _DOWN = {"DownBlock2D", "CrossAttnDownBlock2D"}
 _UP = {"UpBlock2D", "CrossAttnUpBlock2D"}
 # Options of UNet2DConditionModel that change its arithmetic, with the only values known here.
@@ -110,7 +113,7 @@ class _Tokens:
     data: Tensor  # [B, h·w, C]
     height: int
     width: int
-    bias: Tensor | None = None  # [C] float32
+    bias: Tensor | None = None  # [C] in data's dtype
     residual: Tensor | None = None  # [B, h·w, C]
 
     def settle(self) -> _Tokens:
@@ -118,7 +121,7 @@ class _Tokens:
         if self.residual is not None:
             self.data.add_(self.residual)
         if self.bias is not None:
-            self.data.add_(self.bias.to(self.data.dtype))
+            self.data.add_(self.bias)
         self.bias = self.residual = None
         return self
 
@@ -138,7 +141,7 @@ class _Flow:
     """What is known of a _Tokens when the network is built; settled where that is."""
 
     channels: int
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # [C] float32: constants are summed with all digits
     pending: bool = False  # a residual
 
     def settle(self) -> None:
@@ -147,6 +150,10 @@ class _Flow:
     def settle_pending(self) -> None:
         if self.pending:
             self.settle()
+
+
+def _attention_kernels() -> AbstractContextManager[None]:
+    return sdpa_kernel(_ATTENTION, set_priority=True) if _ORDERED else sdpa_kernel(_ATTENTION)
 
 
 def _plus(*vectors: Tensor | None) -> Tensor | None:
@@ -269,13 +276,14 @@ class _ResNet:
             bias = None
         self.shortcut: list[Tensor] = []
         if block.conv_shortcut is None:
-            self.bias = _plus(block.conv2.bias.data, bias)
+            bias = _plus(block.conv2.bias.data, bias)
         else:
             whole = _matrix(block.conv_shortcut)
             own = _plus(block.conv2.bias.data, block.conv_shortcut.bias.data)
-            self.bias = _plus(own, _times(whole, bias))
+            bias = _plus(own, _times(whole, bias))
             self.shortcut = list(whole.split([x.channels, whole.shape[1] - x.channels], 1))
-        self.out = _Flow(out, self.bias, pending=not self.shortcut)
+        self.bias = bias.to(self.conv_2.dtype)
+        self.out = _Flow(out, bias, pending=not self.shortcut)
 
     def __call__(self, x: _Tokens, skip: _Tokens | None, time: Tensor) -> _Tokens:
         if self.settle_first:
@@ -322,7 +330,8 @@ class _Transformer:
         for block in module.transformer_blocks:
             self.blocks.append(_Block(block, bias, keys[block.attn2]))
             bias = self.blocks[-1].bias
-        x.bias = self.bias = _plus(module.proj_out.bias.data, x.bias, _times(self.proj_out, bias))
+        x.bias = _plus(module.proj_out.bias.data, x.bias, _times(self.proj_out, bias))
+        self.bias = x.bias.to(self.proj_out.dtype)
 
     def __call__(self, x: _Tokens, text: Tensor) -> _Tokens:
         total = x.settle_into()
@@ -410,7 +419,7 @@ class FusedUNet:
 
         self.conv_in = _conv_weight(unet.conv_in)
         x = _Flow(len(self.conv_in), _plus(unet.conv_in.bias.data))
-        self.conv_in_bias = x.bias
+        self.conv_in_bias = unet.conv_in.bias.data
         skips = [x]
 
         def layer(resnet: nn.Module, attention: nn.Module | None, skip: _Flow | None):
@@ -426,7 +435,7 @@ class FusedUNet:
             conv = modules[0].conv
             x.settle()
             x = _Flow(len(conv.weight), _plus(conv.bias.data))
-            return _conv_weight(conv), x.bias
+            return _conv_weight(conv), conv.bias.data
 
         self.down, self.up = [], []
         for block in unet.down_blocks:
@@ -478,7 +487,7 @@ class FusedUNet:
         # an outer autocast must not change the precision that the weights have
         with (
             torch.autocast(latents.device.type, enabled=False),
-            sdpa_kernel(_ATTENTION, set_priority=True),
+            _attention_kernels(),
         ):
             return self._forward(latents, t, text)
 
