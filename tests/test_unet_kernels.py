@@ -217,7 +217,7 @@ flags = dict(ADD=True, RESIDUAL=False, CONCAT=True)
 tile = dict(GROUPS=4, BLOCK_R=16, BLOCK_C=64)
 cases = [
     (group_norm.stats_kernel, dict(**flags, **tile, SUM=True)),
-    (group_norm.apply_kernel, dict(**flags, **tile, SCALE=True, SILU=True, SPLITS=8)),
+    (group_norm.apply_kernel, dict(**flags, **tile, SCALE=True, SILU=True)),
     (group_norm.whole_kernel, dict(**flags, **tile, SCALE=False, SILU=True, SUM=True)),
     (tokens.layer_norm_kernel, dict(ADD=True, UPDATE=True, BLOCK_R=4, BLOCK_C=64)),
     (tokens.geglu_kernel, dict(BIAS=True, BLOCK_R=4, BLOCK_C=64)),
