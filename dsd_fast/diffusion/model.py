@@ -41,7 +41,7 @@ class DiffusionModel:
         latent_size: side of the square latents.
         vae_factor: image pixels per latent pixel, along a side.
         weight_files: what `model_hash` covers.
-        engine: "auto", "eager" or "graph" (see `dsd_fast.diffusion.engine`).
+        engine: one of `dsd_fast.diffusion.engine.ENGINES`, see there.
     """
 
     def __init__(
