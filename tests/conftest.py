@@ -17,6 +17,10 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data"
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, which other tests may do first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 cuda_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
