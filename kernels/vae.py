@@ -1,9 +1,9 @@
 """Triton kernels of the VAE encoder beside its norms: skip sums with a border, and wide softmax.
 
 The middle attention has one head of as many channels as the network is wide, so it is computed by
-plain matrix products around these rows. Exponentials stay unnormalised in half precision, where
-their largest is 1: divided by their sum (up to the number of tokens) they would be near the
-smallest half. Arguments are checked by `dsd_fast.diffusion.vae_ops`, which is the way in.
+plain matrix products around these rows. Shares of thousands of tokens are near the smallest normal
+half: they are kept times SHARE_SCALE, and their gradient times GRADIENT_SCALE, which the products
+that read them divide by in float32. Arguments are checked by `dsd_fast.diffusion.vae_ops`, which is the way in.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from torch import Tensor
 TILE = 4096
 # Longest row of a softmax that one program holds.
 ROW_LIMIT = 16384
+# Powers of two: exact.
+SHARE_SCALE = 256.0
+GRADIENT_SCALE = 16.0
+_SHARE_SCALE = tl.constexpr(SHARE_SCALE)
+_GRADIENT_SCALE = tl.constexpr(GRADIENT_SCALE)
 
 
 # Program (rows of the bordered image, item): reads x and residual, writes their sum, zero outside.
@@ -44,29 +49,27 @@ def skip_sum_kernel(
     tl.store(p_item + o_out, b_x.to(p_out.dtype.element_ty), mask=(o_n < n_out)[:, None] & m_c)
 
 
-# Program (row): reads logits, writes exp(logit - largest) and the sum of what was written.
+# Program (row): reads logits, writes their softmax times SHARE_SCALE.
 @triton.jit(do_not_specialize=["n"])
-def softmax_kernel(p_logits, p_exp, p_sum, n, BLOCK: tl.constexpr):
+def softmax_kernel(p_logits, p_shares, n, BLOCK: tl.constexpr):
     i_r = tl.program_id(0).to(tl.int64)
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < n
     b_x = tl.load(p_logits + i_r * n + o_x, mask=m_x, other=float("-inf")).to(tl.float32)
-    b_e = tl.exp(b_x - tl.max(b_x, 0)).to(p_exp.dtype.element_ty)
-    tl.store(p_exp + i_r * n + o_x, b_e, mask=m_x)
-    # of the rounded: the shares then add up to one
-    tl.store(p_sum + i_r, tl.sum(tl.where(m_x, b_e.to(tl.float32), 0.0), 0))
+    b_e = tl.exp(b_x - tl.max(b_x, 0))
+    b_p = b_e * (_SHARE_SCALE / tl.sum(b_e, 0))
+    tl.store(p_shares + i_r * n + o_x, b_p.to(p_shares.dtype.element_ty), mask=m_x)
 
 
-# Program (row): reads e and dp, writes e (dp - <p, dp>), p = e / sum.
+# Program (row): reads shares p and dp, writes p (dp - <p, dp>) times GRADIENT_SCALE.
 @triton.jit(do_not_specialize=["n"])
-def softmax_bwd_kernel(p_exp, p_sum, p_dp, p_out, n, BLOCK: tl.constexpr):
+def softmax_bwd_kernel(p_shares, p_dp, p_out, n, BLOCK: tl.constexpr):
     i_r = tl.program_id(0).to(tl.int64)
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < n
-    b_e = tl.load(p_exp + i_r * n + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_p = tl.load(p_shares + i_r * n + o_x, mask=m_x, other=0.0).to(tl.float32) / _SHARE_SCALE
     b_d = tl.load(p_dp + i_r * n + o_x, mask=m_x, other=0.0).to(tl.float32)
-    mean = tl.sum(b_e * b_d, 0) / tl.load(p_sum + i_r)
-    b_o = b_e * (b_d - mean)
+    b_o = b_p * (b_d - tl.sum(b_p * b_d, 0)) * _GRADIENT_SCALE
     tl.store(p_out + i_r * n + o_x, b_o.to(p_out.dtype.element_ty), mask=m_x)
 
 
@@ -92,21 +95,20 @@ def skip_sum(x: Tensor, residual: Tensor, add: Tensor, height: int, width: int) 
     return out
 
 
-def softmax_fwd(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """exp(logits - their largest) of rows [B, T, T] in `dtype`, and its sums [B, T, 1] float32."""
+def softmax_fwd(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """SHARE_SCALE softmax(logits) of contiguous rows [B, T, T], in `dtype`."""
     batch, rows, n = logits.shape
-    exp = torch.empty_like(logits, dtype=dtype)
-    sums = logits.new_empty((batch, rows, 1), dtype=torch.float32)
+    shares = torch.empty_like(logits, dtype=dtype)
     softmax_kernel[(batch * rows,)](
-        p_logits=logits, p_exp=exp, p_sum=sums, n=n, BLOCK=triton.next_power_of_2(n), num_warps=8
+        p_logits=logits, p_shares=shares, n=n, BLOCK=triton.next_power_of_2(n), num_warps=8
     )
-    return exp, sums
+    return shares
 
 
-def softmax_bwd(exp: Tensor, sums: Tensor, dp: Tensor) -> Tensor:
-    """Gradient to the logits times `sums`: exp (dp - <p, dp>), [B, T, T], written over dp."""
-    batch, rows, n = exp.shape
+def softmax_bwd(shares: Tensor, dp: Tensor) -> Tensor:
+    """GRADIENT_SCALE times the gradient to the logits, [B, T, T], written over dp."""
+    batch, rows, n = shares.shape
     softmax_bwd_kernel[(batch * rows,)](
-        p_exp=exp, p_sum=sums, p_dp=dp, p_out=dp, n=n, BLOCK=triton.next_power_of_2(n), num_warps=8
+        p_shares=shares, p_dp=dp, p_out=dp, n=n, BLOCK=triton.next_power_of_2(n), num_warps=8
     )
     return dp

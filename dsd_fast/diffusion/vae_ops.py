@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Those of `kernels.vae`, which only a machine with Triton can import.
+SHARE_SCALE = 256.0
+GRADIENT_SCALE = 16.0
+
 
 def on_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
@@ -104,24 +108,22 @@ def skip_sum(x: Tensor, residual: Tensor, add: Tensor, height: int, width: int) 
     return F.pad(s, (0, 0, 0, 1, 0, 1)).flatten(1, 2)
 
 
-def softmax_fwd(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """exp(logits - largest) [B,T,T] in `dtype` and its sums [B,T,1]; see `kernels.vae`."""
+def softmax_fwd(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """SHARE_SCALE softmax(logits) [B,T,T] in `dtype`; see `kernels.vae`."""
     if on_kernels(logits):
         from dsd_fast.kernels import vae
 
         if logits.shape[2] <= vae.ROW_LIMIT:
             return vae.softmax_fwd(logits, dtype)
-    logits = _wide(logits)
-    exp = torch.exp(logits - logits.amax(2, keepdim=True)).to(dtype)
-    return exp, _wide(exp).sum(2, keepdim=True)
+    return (torch.softmax(_wide(logits), 2) * SHARE_SCALE).to(dtype)
 
 
-def softmax_bwd(exp: Tensor, sums: Tensor, dp: Tensor) -> Tensor:
-    """exp (dp - <p, dp>), p = exp / sums: the logits' gradient times sums. May overwrite dp."""
-    if on_kernels(exp):
+def softmax_bwd(shares: Tensor, dp: Tensor) -> Tensor:
+    """GRADIENT_SCALE times the gradient to the logits, [B,T,T]. May overwrite dp."""
+    if on_kernels(shares):
         from dsd_fast.kernels import vae
 
-        if exp.shape[2] <= vae.ROW_LIMIT:
-            return vae.softmax_bwd(exp, sums, dp)
-    e, d = _wide(exp), _wide(dp)
-    return (e * (d - (e * d).sum(2, keepdim=True) / sums)).to(exp.dtype)
+        if shares.shape[2] <= vae.ROW_LIMIT:
+            return vae.softmax_bwd(shares, dp)
+    p, d = _wide(shares) / SHARE_SCALE, _wide(dp)
+    return (p * (d - (p * d).sum(2, keepdim=True)) * GRADIENT_SCALE).to(shares.dtype)
