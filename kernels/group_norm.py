@@ -26,7 +26,7 @@ MAX_CHUNK = 256
 ONE_LAUNCH_ROWS = 128
 # Programs that keep a large GPU busy: four for each of 132 multiprocessors.
 PROGRAMS = 528
-MAX_SPLITS = 128
+MAX_SPLITS = 256
 NUM_WARPS = 8
 
 # Numbers whose alignment says nothing about addresses: another value compiles nothing anew.

@@ -3,7 +3,8 @@
 The middle attention has one head of as many channels as the network is wide, so it is computed by
 plain matrix products around these rows. Shares of thousands of tokens are near the smallest normal
 half: they are kept times SHARE_SCALE, and their gradient times GRADIENT_SCALE, which the products
-that read them divide by in float32. Arguments are checked by `dsd_fast.diffusion.vae_ops`, which is the way in.
+that read them divide by in float32. Arguments are checked by `dsd_fast.diffusion.vae_ops`, which is
+the way in.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def skip_sum_kernel(
 
 
 # Program (row): reads logits, writes their softmax times SHARE_SCALE.
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def softmax_kernel(p_logits, p_shares, n, BLOCK: tl.constexpr):
     i_r = tl.program_id(0).to(tl.int64)
     o_x = tl.arange(0, BLOCK)
@@ -62,7 +63,7 @@ def softmax_kernel(p_logits, p_shares, n, BLOCK: tl.constexpr):
 
 
 # Program (row): reads shares p and dp, writes p (dp - <p, dp>) times GRADIENT_SCALE.
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def softmax_bwd_kernel(p_shares, p_dp, p_out, n, BLOCK: tl.constexpr):
     i_r = tl.program_id(0).to(tl.int64)
     o_x = tl.arange(0, BLOCK)

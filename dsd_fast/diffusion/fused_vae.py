@@ -40,7 +40,7 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
 
 @contextmanager
 def _tuned() -> Iterator[None]:
-    """cuDNN tries its convolutions at the first call of a shape; the caller's setting comes back."""
+    """cuDNN tries its convolutions in the first call of a shape; the setting is put back."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
