@@ -18,17 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: with 8 warps four 16-byte loads a thread in half precision.
-TILE = 8192
+# Elements of a tile: with 8 warps two 16-byte loads a thread and source in half precision, and sums
+# that leave room for three programs on a multiprocessor.
+TILE = 4096
 # Widest chunk that is not a single group.
 MAX_CHUNK = 256
 # Items of at most this many rows are done in one launch.
 ONE_LAUNCH_ROWS = 128
-# Programs that keep a large GPU busy: four for each of 132 multiprocessors.
-PROGRAMS = 528
+# Programs that keep a large GPU busy: two rounds of three for each of 132 multiprocessors.
+PROGRAMS = 792
+# Each is read by every program of the second launch.
 MAX_SPLITS = 256
 NUM_WARPS = 8
 
+_SPLIT_BLOCK = tl.constexpr(32)
 # Numbers whose alignment says nothing about addresses: another value compiles nothing anew.
 _COUNTS = ["n", "rows", "walk", "n_splits", "groups", "group", "eps"]
 
@@ -177,24 +180,33 @@ def apply_kernel(
     p_x, p_x2, p_add, p_residual, p_weight, p_bias, p_scale_shift, p_partial, p_stats, p_y,
     n, channels, first, add_stride, scale_stride, rows, n_splits, walk, groups, group, chunk, eps,
     ADD: tl.constexpr, RESIDUAL: tl.constexpr, CONCAT: tl.constexpr, SCALE: tl.constexpr,
-    SILU: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_k = tl.program_id(0)
-    i_r = tl.program_id(1)
+    # the last rows were read last, and may still be in the second-level cache
+    i_r = tl.num_programs(1) - 1 - tl.program_id(1)
     i_b = tl.program_id(2)
     per_chunk = chunk // group
     o_g = tl.arange(0, GROUPS)
     m_g = (o_g < per_chunk) & (i_k * per_chunk + o_g < groups)
-    o_s = tl.arange(0, SPLITS)
-    m_s = m_g[:, None] & (o_s < n_splits)[None, :]
-    o_p = (i_b * n_splits + o_s[None, :]) * groups + i_k * per_chunk + o_g[:, None]
-    b_mean_s = tl.load(p_partial + 2 * o_p, mask=m_s, other=0.0)  # [GROUPS, SPLITS]
-    b_m2_s = tl.load(p_partial + 2 * o_p + 1, mask=m_s, other=0.0)
-    b_count = tl.minimum(tl.maximum(n - o_s * rows, 0), rows).to(tl.float32)
-    b_mean = tl.sum(b_count[None, :] * b_mean_s, 1) / n
-    b_d = tl.where(m_s, b_mean_s - b_mean[:, None], 0.0)
-    b_m2 = tl.sum(b_m2_s + group * b_count[None, :] * b_d * b_d, 1)
+    p_item = p_partial + (i_b * n_splits * groups + i_k * per_chunk) * 2
+    # Chan's formula around the first split's mean, which the others are near to
+    b_shift = tl.load(p_item + 2 * o_g, mask=m_g, other=0.0)
+    b_d = tl.zeros([GROUPS], tl.float32)
+    b_m2 = tl.zeros([GROUPS], tl.float32)
+    for start in range(0, n_splits, _SPLIT_BLOCK):
+        o_s = start + tl.arange(0, _SPLIT_BLOCK)
+        m_s = m_g[:, None] & (o_s < n_splits)[None, :]
+        o_p = o_s[None, :] * groups + o_g[:, None]
+        b_mean_s = tl.load(p_item + 2 * o_p, mask=m_s, other=0.0)  # [GROUPS, _SPLIT_BLOCK]
+        b_m2_s = tl.load(p_item + 2 * o_p + 1, mask=m_s, other=0.0)
+        b_count = tl.minimum(tl.maximum(n - o_s * rows, 0), rows).to(tl.float32)
+        b_d_s = tl.where(m_s, b_mean_s - b_shift[:, None], 0.0)
+        b_d += tl.sum(b_count[None, :] * b_d_s, 1)
+        b_m2 += tl.sum(b_m2_s + group * b_count[None, :] * b_d_s * b_d_s, 1)
+    b_d /= n
+    b_mean = b_shift + b_d
+    b_m2 = tl.maximum(b_m2 - n * group.to(tl.float32) * b_d * b_d, 0.0)
     b_rstd = tl.rsqrt(b_m2 / (n * group.to(tl.float32)) + eps)
     if i_r == 0:
         p_out = p_stats + (i_b * groups + i_k * per_chunk + o_g) * 2
@@ -333,9 +345,10 @@ def group_norm_fwd(
     if n <= ONE_LAUNCH_ROWS:
         whole_kernel[(n_chunks, batch)](**source, **affine, **total, **shape, BLOCK_R=block_r)
         return y, stats
-    # whole tiles a split, enough splits to keep the GPU busy and few enough to be combined quickly
-    splits = min(triton.cdiv(PROGRAMS, n_chunks * batch), MAX_SPLITS, triton.cdiv(n, block_r))
-    rows = triton.cdiv(triton.cdiv(n, splits), block_r) * block_r
+    # whole tiles a program, enough programs to keep the GPU busy, few enough splits to be combined
+    walk = triton.cdiv(n, min(triton.cdiv(PROGRAMS, n_chunks * batch), triton.cdiv(n, block_r)))
+    walk = triton.cdiv(walk, block_r) * block_r
+    rows = max(walk, triton.cdiv(triton.cdiv(n, MAX_SPLITS), block_r) * block_r)
     splits = triton.cdiv(n, rows)
     partial = x.new_empty((batch, splits, groups, 2), dtype=torch.float32)
     stats_kernel[(n_chunks, splits, batch)](
@@ -344,9 +357,9 @@ def group_norm_fwd(
     if out_sum is not None:
         source |= {"p_x": out_sum, "p_x2": out_sum, "ADD": False, "RESIDUAL": False}
         source |= {"CONCAT": False}
-    apply_kernel[(n_chunks, splits, batch)](
-        **source, **affine, **shape, p_partial=partial, rows=rows, n_splits=splits, walk=rows,
-        SPLITS=triton.next_power_of_2(splits), BLOCK_R=block_r,
+    apply_kernel[(n_chunks, triton.cdiv(n, walk), batch)](
+        **source, **affine, **shape, p_partial=partial, rows=rows, n_splits=splits, walk=walk,
+        BLOCK_R=block_r,
     )  # fmt: skip
     return y, stats
 

@@ -29,7 +29,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a program, several programs and, of the backward, few splits."""
     for module in (group_norm, group_norm_bwd):
         monkeypatch.setattr(module, "TILE", 1024)
-    monkeypatch.setattr(group_norm_bwd, "MAX_SPLITS", 3)
+        monkeypatch.setattr(module, "MAX_SPLITS", 3)
     monkeypatch.setattr(vae, "TILE", 512)
 
 
