@@ -74,7 +74,7 @@ def load_model(
     unet = read("unet", dtype).to(device, memory_format=torch.channels_last)
     vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
     vae_config = folder.configs["vae"]
-    return DiffusionModel(
+    model = DiffusionModel(
         unet,
         vae,
         ClipText(folder.path, device, folder.variants["text_encoder"]),
@@ -90,6 +90,9 @@ def load_model(
         weight_files=folder.weight_files,
         engine=engine,
     )
+    if device.type == "cuda":
+        model.release_decoder()
+    return model
 
 
 def resolve(path_or_id: str | Path) -> Path:
