@@ -327,7 +327,8 @@ def group_norm_fwd(
     block_r = max(1, min(TILE // block_c, triton.next_power_of_2(n)))
     shape = {
         "n": n, "channels": channels, "first": first, "groups": groups, "group": group,
-        "chunk": chunk, "GROUPS": triton.next_power_of_2(max(2, chunk // group)),
+        # no smaller than 16: a kernel less to compile for each width that a network has
+        "chunk": chunk, "GROUPS": max(16, triton.next_power_of_2(chunk // group)),
         "BLOCK_C": block_c, "add_stride": _row_stride(add), "num_warps": NUM_WARPS,
     }  # fmt: skip
     source = {
