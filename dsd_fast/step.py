@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dsd_fast.cameras import CameraBatch, RandomCameras
 from dsd_fast.config import TrainConfig
+from dsd_fast.graphs import shared_pool, tuned_convolutions
 from dsd_fast.guidance import DSDGuidance, Plan, distillation_loss
 from dsd_fast.losses import REGULARIZERS, regularizer_weights
 from dsd_fast.memory import PhaseMemory
@@ -141,7 +142,6 @@ class TrainStep:
         self._plans: dict[Hashable, Plan] = {}
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._warm: set[Hashable] = set()
-        self._pool = None
 
     def __call__(self) -> list[StepOutput]:
         """Do the step that the runs are at, and count it; what it tells, by run."""
@@ -175,7 +175,9 @@ class TrainStep:
         scene.field.set_step(step)
         scene.renderer.update_occupancy(scene.field, step, rng.sampler)
         draws = scene.renderer.draw(scene.background, views, step, rng.sampler)
-        noise = self.guidance.model.draw_posterior(len(views), rng.guidance)
+        noise = None
+        if self.cfg.guidance.sample_posterior:
+            noise = self.guidance.model.draw_posterior(len(views), rng.guidance)
         t, t_delta = self.guidance.levels(len(views), step, rng.guidance)
         return _Drawn(views, draws, noise, t, t_delta)
 
@@ -238,7 +240,8 @@ class TrainStep:
 
         def device_part() -> None:
             weights_there = dict(zip(weights, there["weights"].unbind()))
-            self._numbers.copy_(self._run(on_device, static_plan, weights_there))
+            with tuned_convolutions():
+                self._numbers.copy_(self._run(on_device, static_plan, weights_there))
 
         n_rays = [len(d.views) * d.views.height * d.views.width for d in drawn]
         rooms = self._rooms(n_rays)
@@ -273,12 +276,10 @@ class TrainStep:
 
     def _captured(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """`function` as a graph; None, with a warning, where that does not work."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: a background thread (image writer, viewer) may use CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=shared_pool(), capture_error_mode="thread_local"):
                 function()
         except torch.OutOfMemoryError:
             raise

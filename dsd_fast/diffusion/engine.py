@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from dsd_fast.graphs import shared_pool, tuned_convolutions
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class GraphEngine:
 
     A graph is captured on the first call of each shape (guidance uses one or two) and checked
     against the eager forward before it is used. All graphs share one memory pool, which is safe
-    because they run on one stream and every output is cloned before the next replay.
+    because they run on one stream and every output is cloned before the next replay. While another
+    graph is captured, the forward becomes a part of that one.
 
     Args:
         unet: a module on a CUDA device, in eval mode.
@@ -88,13 +90,15 @@ class GraphEngine:
         self.forward = forward or self.eager
         self.fallback = fallback
         self._graphs: dict[tuple, _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()
         self._disabled = False
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
         if self._disabled:
             return self.eager(latents, t, text)
+        if torch.cuda.is_current_stream_capturing():
+            # A larger graph is being made, which has seen this forward work.
+            return self.forward(latents, t, text)
         key = (latents.shape, text.shape)
         captured = self._graphs.get(key)
         if captured is None:
@@ -127,7 +131,7 @@ class GraphEngine:
         # Warm-up lets cuDNN and cuBLAS choose kernels and make their workspaces before capture;
         # the side stream keeps those allocations off the stream the caller is using.
         side.wait_stream(current)
-        with torch.cuda.stream(side), _tuned_convolutions():
+        with torch.cuda.stream(side), tuned_convolutions():
             expected = self.eager(*inputs)
             for _ in range(_WARM_UP_RUNS):
                 self.forward(*inputs)
@@ -138,8 +142,8 @@ class GraphEngine:
         graph = torch.cuda.CUDAGraph()
         # thread_local: a background thread (image writer, viewer) may use CUDA during the capture.
         with (
-            _tuned_convolutions(),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            tuned_convolutions(),
+            torch.cuda.graph(graph, pool=shared_pool(), capture_error_mode="thread_local"),
         ):
             output = self.forward(*inputs)
         captured = _Captured(graph, *inputs, output)
@@ -150,17 +154,6 @@ class GraphEngine:
         if expected.isfinite().all() and not error < _PARITY_TOLERANCE:
             raise RuntimeError(f"replay differs from the eager forward by {error:.2e} (relative)")
         return captured
-
-
-@contextmanager
-def _tuned_convolutions() -> Iterator[None]:
-    """cuDNN measures its convolutions once a shape, and a graph keeps the fastest ones for good."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _compiled(unet: nn.Module) -> Forward:

@@ -77,6 +77,8 @@ class GuidanceConfig:
     # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
     # that the trajectory itself takes.
     weighting: Literal["sds", "ddim"] = "sds"
+    # Draw the rendering's latents from the VAE's posterior; False takes its mean.
+    sample_posterior: bool = True
     # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
     standard_cfg: bool = False
     # At scale 1 use the conditional prediction alone, without negatives or extrapolation.
@@ -236,7 +238,10 @@ class DSDGuidance:
             step: optimizer steps completed.
             generator: CPU generator of the posterior noise and of t_delta.
         """
-        latents = self.encode(rgb, self.model.draw_posterior(len(rgb), generator))
+        noise = None
+        if self.cfg.sample_posterior:
+            noise = self.model.draw_posterior(len(rgb), generator)
+        latents = self.encode(rgb, noise)
         return self.from_latents(latents, elevation_deg, azimuth_deg, step, generator)
 
     def encode(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
