@@ -262,9 +262,11 @@ class FusedEncoder:
 
     def __init__(self, vae: nn.Module, flipped: bool = True):
         reason = unsupported({**vae.config, "_class_name": type(vae).__name__})
+        encoder = vae.encoder
+        if reason is None and any(a and a.heads != 1 for a in encoder.mid_block.attentions):
+            reason = "the attention has several heads"
         if reason is not None:
             raise ValueError(f"FusedEncoder: {reason}")
-        encoder = vae.encoder
         self.dtype = encoder.conv_in.weight.dtype
         first = encoder.conv_in.weight.detach()
         self.factor = 2 ** (len(encoder.down_blocks) - 1)
