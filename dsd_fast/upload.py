@@ -34,15 +34,16 @@ class Pack:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device):
-        begin = 0
-        spans = {}
+        data = bytearray()
+        self._spans = {}
         for name, tensor in tensors.items():
-            spans[name] = (begin, begin + tensor.nbytes, tensor.dtype, tensor.shape)
-            begin += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._spans = spans
-        self.buffer = torch.empty(begin, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        for name, tensor in tensors.items():
-            self[name].copy_(tensor)
+            begin = len(data)
+            data += tensor.numpy().tobytes()
+            self._spans[name] = (begin, len(data), tensor.dtype, tensor.shape)
+            data += bytes(-len(data) % _ALIGNMENT)
+        self.buffer = torch.frombuffer(data, dtype=torch.uint8)
+        if device.type == "cuda":
+            self.buffer = self.buffer.pin_memory()
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of this name, a view of the buffer."""

@@ -17,6 +17,7 @@ from tiny_model import build_tiny_model
 from dsd_fast import checkpoint, export, outputs
 from dsd_fast import train as module
 from dsd_fast.config import TrainConfig, from_dict
+from dsd_fast.guidance import DSDGuidance
 from dsd_fast.step import TrainStep
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
@@ -170,13 +171,33 @@ def test_seeds_differ_and_one_seed_repeats(tmp_path, tiny_model):
     assert losses[0] != losses[2]
 
 
+@pytest.mark.parametrize("bins", [None, 7])
+def test_views_stand_where_trajectories_are_cached(runner, monkeypatch, bins):
+    seen = []
+    plan = DSDGuidance.plan_levels
+
+    def watched(self, elevation_deg, azimuth_deg, *rest):
+        seen.append(azimuth_deg)
+        return plan(self, elevation_deg, azimuth_deg, *rest)
+
+    monkeypatch.setattr(DSDGuidance, "plan_levels", watched)
+    flags = ["--pictures.no-turntable", "--pictures.no-mesh"]
+    flags += ["--guidance.azimuth-bins", str(bins)] if bins else ["--guidance.trajectory", "exact"]
+    assert runner(*flags) == 0
+    part = torch.cat(seen).abs() * (bins or 48) / 180 % 1
+    assert torch.allclose(part, torch.full_like(part, 0.5), atol=1e-4) == (bins is not None)
+
+
 # Stop and resume
 
 
-@pytest.mark.parametrize("trajectory", ["exact", "cached"])
-def test_n_plus_n_steps_equal_2n_steps(tmp_path, tiny_model, trajectory):
+@pytest.mark.parametrize("table_step", [None, 0, 25], ids=["exact", "cached", "tabulated"])
+def test_n_plus_n_steps_equal_2n_steps(tmp_path, tiny_model, table_step):
     """Bit for bit, over a change of resolution, an occupancy update and unlocked levels."""
-    flags = ["--guidance.trajectory", trajectory, "--pictures.no-turntable", "--pictures.no-mesh"]
+    flags = ["--guidance.trajectory", "exact"]
+    if table_step is not None:
+        flags = ["--guidance.noise-table-step", str(table_step)]
+    flags += ["--pictures.no-turntable", "--pictures.no-mesh"]
     flags += ["--cameras.resolution-milestones", "11", "--renderer.occupancy.update-interval", "4"]
     straight, pieces = (Runner(tmp_path / name, tiny_model) for name in ("straight", "pieces"))
     assert straight(*flags, steps=18) == 0

@@ -10,8 +10,7 @@ moments are one, multiplied in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dsd_fast.diffusion import vae_ops
+from dsd_fast.graphs import tuned_convolutions
 
 # Half-precision convolutions on tensor cores read 8 channels at once.
 _PIXEL_CHANNELS = 8
@@ -36,17 +36,6 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     if config.get("act_fn", "silu") != "silu":
         return f"activation {config['act_fn']!r} is not silu"
     return None
-
-
-@contextmanager
-def _tuned() -> Iterator[None]:
-    """cuDNN tries its convolutions in the first call of a shape; the setting is put back."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @dataclass
@@ -340,7 +329,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rgb: Tensor, encoder: FusedEncoder) -> Tensor:
         ctx.encoder, ctx.tape, ctx.dtype = encoder, [], rgb.dtype
-        with _tuned(), torch.autocast(rgb.device.type, enabled=False):
+        with tuned_convolutions(), torch.autocast(rgb.device.type, enabled=False):
             return encoder.forward(rgb, ctx.tape)
 
     @staticmethod
@@ -348,5 +337,5 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, d: Tensor) -> tuple[Tensor, None]:
         if not ctx.tape:
             raise RuntimeError("FusedEncoder: the gradient was taken already; encode once more")
-        with _tuned(), torch.autocast(d.device.type, enabled=False):
+        with tuned_convolutions(), torch.autocast(d.device.type, enabled=False):
             return ctx.encoder.gradient(d, ctx.tape).to(ctx.dtype), None

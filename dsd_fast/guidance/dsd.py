@@ -44,7 +44,8 @@ _RENDERING_SCALE = 1.0
 
 @dataclass
 class GuidanceConfig:
-    """Settings of Diverse Score Distillation; the defaults are the official values."""
+    """Settings of Diverse Score Distillation; the defaults are the official values but for
+    `trajectory`, of which the official one is "exact"."""
 
     # Classifier-free guidance scale of the trajectory and of the target prediction.
     guidance_scale: float = 7.5
@@ -216,6 +217,7 @@ class DSDGuidance:
         # What text rows are mixed from.
         self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(model.device)
         self._bins = ViewBins(cfg.azimuth_bins, cfg.use_perp_neg)
+        self._grid = ode_grid(cfg.n_ddim_steps)
         self._abar = model.alphas_cumprod.to(model.device, torch.float32)
         self._done = torch.zeros((), dtype=torch.int32, device=model.device)
         self._n_seeds = noise.shape[0]
@@ -362,8 +364,9 @@ class DSDGuidance:
         """The device's part of a step: the loss for latents [B,C,h,w] of the model's size.
 
         With cached trajectories it asks the host for nothing but `plan.kind`, so that a CUDA graph
-        can hold it; `Plan.copy_` gives the graph another plan of that kind. An exact trajectory
-        takes as many UNet calls as t_delta asks for.
+        can hold it; `Plan.copy_` gives the graph another plan of that kind, and levels are then
+        that plan's, not the output's. An exact trajectory takes as many UNet calls as t_delta asks
+        for.
         """
         size = self.model.latent_size
         expected = (plan.kind.n_items, self.model.latent_channels, size, size)
@@ -429,8 +432,6 @@ class DSDGuidance:
                 model.dtype,
                 cfg.use_perp_neg,
             )
-        else:
-            ode_grid(cfg.n_ddim_steps)
 
     def _link(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
         """Renderings put on their trajectories: x at t_delta, and the UNet's batch of the pair."""
@@ -473,15 +474,10 @@ class DSDGuidance:
     def _simulate(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
         """z at t_delta from the seed noise, each step taken anew: `trajectory.simulate`."""
         z = _per_item(self.noise, x)
-        grid = ode_grid(self.cfg.n_ddim_steps)
-        level = plan.t_delta.clamp_min(grid[0])
-        perp_neg = self.cfg.use_perp_neg
-        at_z = Batch(
-            z,
-            expand_rows(z, perp_neg).to(self.model.dtype),
-            expand_rows(upload(level, x.device), perp_neg),
-        )
-        for upper, lower in pairwise(grid):
+        rows = expand_rows(z, self.cfg.use_perp_neg).to(self.model.dtype)
+        levels = torch.full((len(rows),), self._grid[0], device=x.device)
+        at_z = Batch(z, rows, levels)
+        for upper, lower in pairwise(self._grid):
             t, t_next = plan.t_delta.clamp_min(upper), plan.t_delta.clamp_min(lower)
             if torch.equal(t, t_next):
                 break

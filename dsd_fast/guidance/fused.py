@@ -272,6 +272,11 @@ def text(bank: Tensor, first: Tensor, second: Tensor, share: Tensor, dtype: torc
     Args:
         bank: [V,L,D]; first, second: int64 [N]; share: float32 [N] (see `prompt.text_mix`).
     """
+    if not first.shape == second.shape == share.shape == (len(first),):
+        raise ValueError(
+            "text: expected first, second and share of one shape [N], got "
+            f"{list(first.shape)}, {list(second.shape)} and {list(share.shape)}"
+        )
     if not _on_kernels(bank):
         return mixed_rows(bank, first, second, share).to(dtype)
     return _kernels().text_fwd(bank.contiguous(), first, second, share, dtype)

@@ -72,6 +72,7 @@ class TrajectoryTables:
         self.table_step = table_step
         # Of the entries of `predictions`, falling.
         self.levels = _table_levels(self.grid, table_step)
+        self._negative_levels = [-level for level in self.levels]  # rising, for bisection
         self.dtype = dtype
         self.perp_neg = perp_neg
         self.states = noise.repeat_interleave(n_bins, dim=0)
@@ -95,7 +96,7 @@ class TrajectoryTables:
         # From noise itself, at the first level, nothing leads on: there is no step to take.
         needed = [] if level == self.grid[0] else [entry]
         if self.table_step:
-            entry = bisect_right([-entry_level for entry_level in self.levels], -level) - 1
+            entry = bisect_right(self._negative_levels, -level) - 1
             below = entry if self.levels[entry] == level else entry + 1
             upper, lower = self.levels[entry], self.levels[below]
             mix = 0.0 if upper == lower else (upper - level) / (upper - lower)
