@@ -47,6 +47,49 @@ RECORDED: dict[tuple[str, int], tuple[Recorded, ...]] = {
 }
 
 
+class OfficialIteration(NamedTuple):
+    """One iteration of the official loop, random weights in Stable Diffusion 2.1-base's networks.
+
+    Medians in milliseconds, on the GPU of `Recorded`; perp-neg, one view, the field held at its
+    initial blob.
+    """
+
+    ms: float
+    unet_calls: int
+    unet_ms: float  # of one call
+    render_ms: float
+    encode_ms: float
+    encode_backward_ms: float
+    render_backward_ms: float  # field and march
+    samples_m: float  # millions kept
+    allocated_gib: float  # peak
+    in_use_gib: float  # of the device
+
+
+# (width, progress) -> the official loop there.
+OFFICIAL: dict[tuple[int, float], OfficialIteration] = {
+    (128, 0.0): OfficialIteration(320, 4, 48, 14, 14, 19, 24, 0.47, 5.0, 8.0),
+    (128, 0.5): OfficialIteration(512, 8, 31, 13, 14, 18, 23, 0.49, 5.0, 8.0),
+    (128, 1.0): OfficialIteration(478, 10, 41, 13, 14, 18, 23, 0.49, 4.7, 6.5),
+    (512, 0.0): OfficialIteration(999, 4, 39, 180, 14, 19, 542, 8.8, 24.5, 63.8),
+    (512, 0.5): OfficialIteration(1106, 8, 34, 146, 14, 19, 423, 8.0, 22.9, 47.1),
+    (512, 1.0): OfficialIteration(1091, 10, 35, 121, 14, 19, 362, 6.4, 27.8, 70.3),
+}
+
+# Case -> the same networks by diffusers 0.42 in float16, on the same GPU. Captured and compiled
+# ones have the channels innermost.
+_EAGER, _GRAPH, _COMPILED = "diffusers eager", "diffusers graph", "diffusers compiled"
+NETWORKS: dict[str, tuple[Recorded, ...]] = {
+    "unet/b4": (Recorded(_EAGER, 30.4), Recorded(_GRAPH, 15.7), Recorded(_COMPILED, 11.4)),
+    "unet/b8": (Recorded(_EAGER, 33.1), Recorded(_GRAPH, 27.6), Recorded(_COMPILED, 19.6)),
+    "vae/encode": (
+        Recorded(_EAGER, 25.4),
+        Recorded(_COMPILED, 21.6),
+        Recorded("diffusers compiled, graph", 18.5),
+    ),
+}
+
+
 @cache
 def nerfacc() -> ModuleType | None:
     """The installed nerfacc, or None. It computes on CUDA only."""

@@ -11,6 +11,11 @@ of a plain copy (or of the rate of a large float32 matrix product) in the same r
 faster than the reference on the same device ("-" where the reference would take too long); how many
 times faster than the fastest other package; other packages' times, on CUDA alone: recorded ones of
 an H100, those of nerfacc, run eagerly, where it is installed, and those of torch's fused Adam.
+
+Cases with a diffusion model (`iteration`, `unet`, `vae`) run only when they are named. They have no
+reference twin and rows of their own:
+
+python -m benchmarks.run iteration/128 --model random-sd21 --progress 0,0.5,1 --memory-cap 8
 """
 
 from __future__ import annotations
@@ -31,11 +36,16 @@ import torch
 
 from benchmarks.case import Case, Workload, check
 from benchmarks.cases import CASES
+from benchmarks.model_cases import MODEL_CASES, Options
+from benchmarks.models import load
 from benchmarks.peers import RECORDED, RECORDED_ON, nerfacc
 from benchmarks.timing import Times, copy_bandwidth, gemm_rate, measure, peak_bytes
 from dsd_fast import versions
 from dsd_fast._backend import extension, keep_freed_memory, use_reference
 from dsd_fast.config import ConfigError, resolve_device
+from dsd_fast.diffusion.engine import ENGINES
+from dsd_fast.guidance.dsd import TRAJECTORIES
+from dsd_fast.memory import cap_allocations
 from dsd_fast.pipes import reader_may_leave
 
 # Input sets that a case is timed with, in turn.
@@ -61,23 +71,28 @@ class UsageError(ValueError):
 
 
 def select(names: Sequence[str]) -> list[str]:
-    """The cases that names or families ask for, in the order of the list; all for none.
+    """The cases that names or families ask for, in the order of the list.
+
+    None ask for all that need no diffusion model.
 
     Raises:
         UsageError: a name is neither, with the nearest one.
     """
-    families = {name.split("/")[0] for name in CASES}
+    every = [*CASES, *MODEL_CASES]
+    families = {name.split("/")[0] for name in every}
     for name in names:
-        if name not in CASES and name not in families:
-            near = difflib.get_close_matches(name, [*CASES, *families], n=1, cutoff=0.0)[0]
+        if name not in every and name not in families:
+            near = difflib.get_close_matches(name, [*every, *families], n=1, cutoff=0.0)[0]
             raise UsageError(f"unknown case {name!r}; the nearest is {near!r}. --list shows all")
     asked = set(names)
-    return [name for name in CASES if not asked or asked & {name, name.split("/")[0]}]
+    return [name for name in every if asked & {name, name.split("/")[0]}] or list(CASES)
 
 
 def check_sizes(names: Sequence[str], sizes: Sequence[int]) -> None:
-    """Raises UsageError for sizes of cases that count different things."""
-    units = {CASES[name].unit for name in names}
+    """Raises UsageError for sizes of cases that count different things, or have their own size."""
+    if sizes and MODEL_CASES.keys() & set(names):
+        raise UsageError("--size is not for cases with a diffusion model: their names have it")
+    units = {CASES[name].unit for name in names if name in CASES}
     if sizes and len(units) > 1:
         raise UsageError(
             f"--size means {' and '.join(sorted(units))} for these cases; choose cases of one unit "
@@ -227,6 +242,8 @@ def _list() -> None:
         summary = function.__doc__.splitlines()[0]
         on_rays = " Points along rays." if name.endswith("-rays") else ""
         print(f"{name:<30} {case.unit:<6}  {sizes:<28} {summary}{on_rays}")
+    for name, case in MODEL_CASES.items():
+        print(f"{name:<30} {'model':<6}  {'--model':<28} {case.description}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -245,6 +262,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=1.0, help="seconds of timing a case (default 1)"
     )
+    models = parser.add_argument_group("cases with a diffusion model")
+    models.add_argument(
+        "--model",
+        default="random-sd21",
+        help="random-sd21 (default), random-tiny, embedded, a Stable Diffusion folder or a hub id",
+    )
+    models.add_argument("--engine", choices=ENGINES, default="auto", help="how the UNet is run")
+    models.add_argument(
+        "--progress",
+        type=_shares,
+        default=Options.progress,
+        help="shares of a run at which to time iterations, such as 0,0.5,1 (default)",
+    )
+    models.add_argument(
+        "--iterations", type=_integer, default=Options.iterations, help="in a window (at least 20)"
+    )
+    models.add_argument("--trajectory", choices=TRAJECTORIES, help="in place of the preset's")
+    models.add_argument(
+        "--memory-cap",
+        type=float,
+        metavar="GIB",
+        help="CUDA memory that torch may take; a case that needs more fails",
+    )
     chosen = parser.parse_args(arguments)
     try:
         if use_reference():
@@ -252,6 +292,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         chosen.names = select(chosen.cases)
         chosen.device = resolve_device(chosen.device)
         check_sizes(chosen.names, chosen.size)
+        if chosen.memory_cap is not None and chosen.device.type != "cuda":
+            raise UsageError("--memory-cap is for CUDA devices")
     except (UsageError, ConfigError) as error:
         parser.error(str(error))
     return chosen
@@ -263,6 +305,42 @@ def _integer(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"a size must be at least 1, got {text}")
     return value
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    shares = tuple(float(part) for part in text.split(","))
+    if not all(0 <= share <= 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"shares of a run lie between 0 and 1, got {text}")
+    return shares
+
+
+def _run_model_cases(
+    chosen: argparse.Namespace, device: torch.device, failures: list[dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Run those that were asked for and print their rows; adds to `failures`."""
+    records: list[dict[str, Any]] = []
+    names = [name for name in chosen.names if name in MODEL_CASES]
+    if not names:
+        return records
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the copy and the product took
+    try:
+        subject = load(chosen.model, device, chosen.engine)
+    except (ValueError, OSError, RuntimeError) as error:
+        failures.extend({"case": name, "error": str(error)} for name in names)
+        print(f"{chosen.model} FAILED: {error}", flush=True)
+        return records
+    options = Options(device, chosen.progress, chosen.iterations, chosen.trajectory, chosen.budget)
+    for name in names:
+        case = MODEL_CASES[name]
+        try:
+            for record in case.run(subject, options):
+                records.append(record)
+                print(case.row(record), flush=True)
+        except RuntimeError as error:  # no memory, a kernel that did not start
+            failures.append({"case": name, "error": str(error)})
+            print(f"{name:<30} FAILED: {error}", flush=True)
+    return records
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -280,6 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory(device)
     peaks = measure_peaks(device, min(chosen.budget, 1.0))
     about = environment(device, peaks)
+    if device.type == "cuda" and chosen.memory_cap is not None:
+        # Now, since the copy and the product may take more.
+        torch.cuda.empty_cache()
+        cap_allocations(device, chosen.memory_cap)
     print(
         f"{about['device_name']}, {about['threads']} threads; torch {about['torch']}, "
         f"dsd_fast {about['dsd_fast']} {(about['commit'] or '')[:10]}; "
@@ -287,10 +369,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"float32 GEMM {about['gemm_tflop_per_s']:.3g} TFLOP/s; "
         f"nerfacc {about['nerfacc'] or 'not installed'}"
     )
-    print(_HEAD)
     results: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
-    for name in chosen.names:
+    names = [name for name in chosen.names if name in CASES]
+    if names:
+        print(_HEAD)
+    for name in names:
         case = CASES[name]
         try:
             for size in chosen.size or case.sizes[device.type]:
@@ -299,8 +383,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RuntimeError as error:  # a failed check, no memory, a kernel that did not start
             failures.append({"case": name, "error": str(error)})
             print(f"{name:<30} FAILED: {error}", flush=True)
+    model_results = _run_model_cases(chosen, device, failures)
     if chosen.json:
-        text = json.dumps({"about": about, "results": results, "failures": failures}, indent=2)
+        written = {
+            "about": about | {"memory_cap_gib": chosen.memory_cap},
+            "results": results,
+            "model_results": model_results,
+            "failures": failures,
+        }
+        text = json.dumps(written, indent=2)
         chosen.json.write_text(text + "\n")
     return 1 if failures else 0
 

@@ -89,6 +89,51 @@ __global__ void __launch_bounds__(kBlock, 2)
     }
 }
 
+// Values alone, from a half table, which the second-level cache holds as a whole. A thread reads one
+// point's 8 entries of every level, a few levels' loads in flight, into its row in shared memory,
+// and the block writes the rows: threads that write their own keep the first-level cache as busy
+// with that as with a quarter of the reads.
+constexpr int kValueBlock = 128;
+constexpr int kColumns = 32;
+
+template <class T, int F>
+__global__ void __launch_bounds__(kValueBlock, 4)
+    hashgrid_value_kernel(const __grid_constant__ HashGridParams params) {
+    __shared__ float rows[kValueBlock][kColumns + 1];
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * kValueBlock;
+    const int t = threadIdx.x;
+    const int64_t n = min(params.n_points - begin, static_cast<int64_t>(kValueBlock));
+    const int64_t point = begin + (t < n ? t : n - 1);
+    const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
+    const T* table = reinterpret_cast<const T*>(params.table);
+    const int width = params.n_levels * F;
+    for (int column = 0; column < width; column += kColumns) {
+        const int first = column / F, end = min(first + kColumns / F, params.n_levels);
+        const int last = max(first, min(end, params.n_active));
+        for_cube(x, [&](auto inside) {
+#pragma unroll(decltype(inside)::value ? 4 : 1)
+            for (int l = first; l < last; ++l) {
+                const GridLevel& level = params.levels[l];
+                const GridCell cell = grid_locate<decltype(inside)::value>(level, x[0], x[1], x[2]);
+                float v[F][8];
+                Corners<T, F>(table + level.offset * F, cell).values(cell, v);
+#pragma unroll
+                for (int f = 0; f < F; ++f) {
+                    rows[t][(l - first) * F + f] = grid_value(v[f], cell.fx, cell.fy, cell.fz);
+                }
+            }
+        });
+        for (int k = (last - first) * F; k < (end - first) * F; ++k) rows[t][k] = 0.0f;
+        __syncthreads();
+        const int k = t % kColumns;
+        for (int r = t / kColumns; column + k < width && r < n; r += kValueBlock / kColumns) {
+            // Streamed: nobody reads it before the table's next entries need the cache.
+            __stcs(params.y + (begin + r) * width + column + k, rows[r][k]);
+        }
+        __syncthreads();
+    }
+}
+
 // A thread owns one point on a few active levels (blockIdx.y). It reads the gradients of their F
 // values and, with kJacobian, of their 3 F derivatives, and adds one combined gradient to each of 8
 // entries a level.
@@ -167,17 +212,25 @@ __global__ void __launch_bounds__(kBlock)
 }  // namespace
 
 void hashgrid_fwd(const HashGridParams& params, void* stream) {
+    using Kernel = void (*)(HashGridParams);
+    const auto on_stream = static_cast<cudaStream_t>(stream);
+    if (params.half_table && params.jac == nullptr) {
+        const Kernel kernel = params.n_features == 2 ? hashgrid_value_kernel<__half, 2>
+                                                     : hashgrid_value_kernel<__half, 4>;
+        kernel<<<blocks_for(params.n_points, kValueBlock), kValueBlock, 0, on_stream>>>(params);
+        check(cudaGetLastError(), "hashgrid_fwd");
+        return;
+    }
     const int levels = params.n_features == 2 ? kFwdLevels<2> : kFwdLevels<4>;
     const dim3 grid(blocks_for(params.n_points), (params.n_levels + levels - 1) / levels);
-    using Kernel = void (*)(HashGridParams);
     constexpr Kernel kKernels[] = {
-        hashgrid_fwd_kernel<float, 2, false>,  hashgrid_fwd_kernel<float, 2, true>,
-        hashgrid_fwd_kernel<float, 4, false>,  hashgrid_fwd_kernel<float, 4, true>,
-        hashgrid_fwd_kernel<__half, 2, false>, hashgrid_fwd_kernel<__half, 2, true>,
-        hashgrid_fwd_kernel<__half, 4, false>, hashgrid_fwd_kernel<__half, 4, true>};
-    const Kernel kernel = kKernels[(params.half_table ? 4 : 0) + (params.n_features == 4 ? 2 : 0) +
-                                   (params.jac != nullptr)];
-    kernel<<<grid, kBlock, 0, static_cast<cudaStream_t>(stream)>>>(params);
+        hashgrid_fwd_kernel<float, 2, false>, hashgrid_fwd_kernel<float, 2, true>,
+        hashgrid_fwd_kernel<float, 4, false>, hashgrid_fwd_kernel<float, 4, true>,
+        hashgrid_fwd_kernel<__half, 2, true>, hashgrid_fwd_kernel<__half, 4, true>};
+    const int features = params.n_features == 4;
+    const Kernel kernel = params.half_table ? kKernels[4 + features]
+                                            : kKernels[2 * features + (params.jac != nullptr)];
+    kernel<<<grid, kBlock, 0, on_stream>>>(params);
     check(cudaGetLastError(), "hashgrid_fwd");
 }
 

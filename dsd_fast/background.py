@@ -40,24 +40,31 @@ class Background(nn.Module):
             generator=generator,
         )
 
-    def forward(
-        self, dirs: Tensor, training: bool, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def draw(self, n_views: int, generator: torch.Generator) -> Tensor | None:
+        """The paint of training views, for `forward`; None where it is never used.
+
+        [B,4] on the generator's device: a colour, and 1 where it takes the learned map's place.
+        """
+        if not self.cfg.random_aug:
+            return None
+        device = generator.device
+        if torch.rand((), generator=generator, device=device) < self.cfg.random_aug_prob:
+            color = torch.rand(n_views, 3, generator=generator, device=device)
+            return torch.cat([color, torch.ones_like(color[:, :1])], dim=1)
+        return torch.zeros(n_views, 4, device=device)
+
+    def forward(self, dirs: Tensor, training: bool, paint: Tensor | None = None) -> Tensor:
         """Colours [B,H,W,3] in (0, 1) of unit directions [B,H,W,3].
 
-        In training the CPU `generator` decides whether every view gets one random colour instead;
-        the network then receives zero gradients.
+        Where `paint` of `draw` takes a view, the network receives zero gradients from it (zero, not
+        none: an optimizer with momentum treats the two differently).
         """
         if not training and self.cfg.eval_color is not None:
             return dirs.new_tensor(self.cfg.eval_color).expand(dirs.shape)
-        if training and self.cfg.random_aug:
-            if generator is None:
-                raise ValueError("background: training needs a generator, got None")
-            if torch.rand((), generator=generator) < self.cfg.random_aug_prob:
-                color = torch.rand(dirs.shape[0], 1, 1, 3, generator=generator).to(dirs)
-                # Zero gradients, not none: an optimizer with momentum treats the two differently.
-                zero = sum(0.0 * weight.sum() for weight in self.parameters())
-                return (color + zero).expand(dirs.shape)
         with torch.autocast(dirs.device.type, enabled=False):
             harmonics = ops.spherical_harmonics(dirs.reshape(-1, 3))
-            return torch.sigmoid(self.network(harmonics)).reshape(dirs.shape)
+            learned = torch.sigmoid(self.network(harmonics)).reshape(dirs.shape)
+        if paint is None:
+            return learned
+        color, share = paint[:, None, None, :3], paint[:, None, None, 3:]
+        return share * color + (1.0 - share) * learned

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -67,7 +68,7 @@ class CameraConfig:
 
 @dataclass(frozen=True)
 class CameraBatch:
-    """B cameras, their lights and their rays; float32 tensors on one device.
+    """B cameras and their lights, float32 tensors on one device; rays are made when asked for.
 
     `elevation_deg`, `azimuth_deg` and `distance` are nominal: those drawn before the pose was
     perturbed. They are what the guidance sees, and they stay on the CPU, where it decides by them:
@@ -76,10 +77,7 @@ class CameraBatch:
 
     c2w: Tensor  # [B,4,4] camera-to-world, columns right, up, backward, position
     fovy: Tensor  # [B] vertical field of view, radians
-    rays_o: Tensor  # [B,H,W,3] ray origins (an expanded view: do not write to it)
-    rays_d: Tensor  # [B,H,W,3] unit ray directions
     light_positions: Tensor  # [B,3]
-    camera_positions: Tensor  # [B,3]
     elevation_deg: Tensor  # [B] on the CPU
     azimuth_deg: Tensor  # [B] on the CPU
     distance: Tensor  # [B] on the CPU
@@ -89,14 +87,30 @@ class CameraBatch:
     def __len__(self) -> int:
         return self.c2w.shape[0]
 
+    @property
+    def camera_positions(self) -> Tensor:
+        """[B,3]"""
+        return self.c2w[:, :3, 3]
+
+    @property
+    def rays_o(self) -> Tensor:
+        """[B,H,W,3] ray origins (an expanded view: do not write to it)."""
+        return self._rays[0]
+
+    @property
+    def rays_d(self) -> Tensor:
+        """[B,H,W,3] unit ray directions."""
+        return self._rays[1]
+
+    @cached_property
+    def _rays(self) -> tuple[Tensor, Tensor]:
+        return camera_rays(self.c2w, self.fovy, self.height, self.width)
+
     def to(self, device: torch.device | str) -> CameraBatch:
-        """The same cameras with pose, light and rays on another device."""
+        """The same cameras with pose and light on another device, where their rays are made."""
         moved = {
-            name: getattr(self, name).to(device)
-            for name in ("c2w", "fovy", "rays_d", "light_positions", "camera_positions")
+            name: getattr(self, name).to(device) for name in ("c2w", "fovy", "light_positions")
         }
-        # Expanding again moves B·3 numbers instead of B·H·W·3.
-        moved["rays_o"] = _expand_origins(moved["camera_positions"], self.height, self.width)
         return replace(self, **moved)
 
 
@@ -124,7 +138,7 @@ def camera_rays(c2w: Tensor, fovy: Tensor, height: int, width: int) -> tuple[Ten
     x = (columns / focal[:, None])[:, None, :, None]
     y = (-rows / focal[:, None])[:, :, None, None]
     directions = F.normalize(x * right + y * up - backward, dim=-1)
-    return _expand_origins(c2w[:, :3, 3], height, width), directions
+    return c2w[:, None, None, :3, 3].expand(-1, height, width, -1), directions
 
 
 def orbit_positions(elevation: Tensor, azimuth: Tensor, distance: Tensor) -> Tensor:
@@ -180,7 +194,7 @@ class RandomCameras:
     def sample(
         self, step: int, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> CameraBatch:
-        """Draw the cameras of a training step from the CPU `generator`; rays made on `device`."""
+        """Draw the cameras of a training step from the CPU `generator`."""
         cfg = self.cfg
         stage = self.stage(step)
         height, width = self._heights[stage], self._widths[stage]
@@ -297,26 +311,16 @@ def _camera_batch(
     width: int,
     device: torch.device | str,
 ) -> CameraBatch:
-    # The few numbers of the pose are moved, the rays made where they are used.
-    c2w, fovy = c2w.to(device), fovy.to(device)
-    rays_o, rays_d = camera_rays(c2w, fovy, height, width)
     return CameraBatch(
-        c2w=c2w,
-        fovy=fovy,
-        rays_o=rays_o,
-        rays_d=rays_d,
+        c2w=c2w.to(device),
+        fovy=fovy.to(device),
         light_positions=light_positions.to(device),
-        camera_positions=c2w[:, :3, 3],
         elevation_deg=elevation_deg,
         azimuth_deg=azimuth_deg,
         distance=distance,
         height=height,
         width=width,
     )
-
-
-def _expand_origins(positions: Tensor, height: int, width: int) -> Tensor:
-    return positions[:, None, None, :].expand(-1, height, width, -1)
 
 
 def _camera_frame(positions: Tensor) -> Tensor:

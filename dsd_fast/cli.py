@@ -8,6 +8,7 @@ the official ``a.b.c=value`` form, and flags.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import Annotated
 
 import tyro
 
-from dsd_fast import checkpoint, official
+from dsd_fast import checkpoint, memory, official
 from dsd_fast.config import (
     PRESETS,
     ConfigError,
@@ -27,6 +28,7 @@ from dsd_fast.config import (
     leaves,
     preset,
     resolve_device,
+    to_dict,
 )
 from dsd_fast.outputs import RunFolder
 from dsd_fast.pipes import reader_may_leave
@@ -48,6 +50,8 @@ class Command:
     config: Path | None = None
     # Continue a run: "auto" finds it by prompt, seed and output; or a run folder or a checkpoint.
     resume: str | None = None
+    # Make so many objects at once, from this seed on; they share the diffusion model's batches.
+    num_seeds: int = 1
     # Replace a run of the same prompt and seed.
     overwrite: bool = False
     # End this session when the run has done so many steps, for training in pieces.
@@ -66,34 +70,83 @@ class Job:
     stop_at: int | None
 
 
-def parse(argv: Sequence[str]) -> Job:
-    """The job of a command line. ConfigError or CheckpointError for what cannot be done.
+def parse(argv: Sequence[str]) -> list[Job]:
+    """The jobs of a command line, one a seed. ConfigError or CheckpointError for what cannot be.
 
     Unknown flags and --help end in SystemExit, as with any command.
     """
     flags, overrides = _split_overrides(argv)
     early = _early_flags(flags)
-    command = _parse_flags(flags, _starting_values(early, overrides))
+    command = _parse_flags(flags, _fitting(_starting_values(early, overrides), early))
     cfg = command.train
-    folder = RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, cfg.seed)
+    if command.num_seeds < 1:
+        raise ConfigError(f"--num-seeds must be at least 1, got {command.num_seeds}")
+    if command.num_seeds > 1 and cfg.tag:
+        raise ConfigError("--num-seeds names run folders by prompt and seed: drop --tag")
+    seeds = range(cfg.seed, cfg.seed + command.num_seeds)
     if command.resume is None:
         cfg.validate()
-        return Job(cfg, folder, None, command.overwrite, command.stop_at)
+        return [_fresh(cfg, seed, command) for seed in seeds]
     if command.overwrite or command.config is not None:
         raise ConfigError("--resume continues a run as it is: drop --overwrite and --config")
 
     if command.resume == "auto":
         cfg.validate()
-        path = _newest_checkpoint(folder)
-        if path is None:
-            log.info("--resume auto: no checkpoint in %s, starting from the beginning", folder.path)
-            return Job(cfg, folder, None, False, command.stop_at)
-    else:
-        path, folder = find_checkpoint(Path(command.resume))
+        return _resume_all(cfg, seeds, flags, early, command)
+    if command.num_seeds > 1:
+        raise ConfigError("--num-seeds continues its runs with --resume auto alone")
+    path, folder = find_checkpoint(Path(command.resume))
+    return [_resumed(path, folder, flags, early, command)]
+
+
+def _folder(cfg: TrainConfig, seed: int) -> RunFolder:
+    return RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, seed)
+
+
+def _fresh(cfg: TrainConfig, seed: int, command: Command) -> Job:
+    cfg = dataclasses.replace(cfg, seed=seed)
+    return Job(cfg, _folder(cfg, seed), None, command.overwrite, command.stop_at)
+
+
+def _resume_all(
+    cfg: TrainConfig,
+    seeds: Sequence[int],
+    flags: list[str],
+    early: argparse.Namespace,
+    command: Command,
+) -> list[Job]:
+    """The runs of seeds, each from the newest checkpoint that all have, or from the beginning."""
+    folders = [_folder(cfg, seed) for seed in seeds]
+    saved = [dict(checkpoint.list_steps(folder.checkpoints)) for folder in folders]
+    common = set.intersection(*(set(steps) for steps in saved))
+    if common:
+        paths = [steps[max(common)] for steps in saved]
+        return [
+            # the last one of a flag counts
+            _resumed(path, folder, [*flags, "--seed", str(seed)], early, command)
+            for path, folder, seed in zip(paths, folders, seeds)
+        ]
+    some = [str(folder.path) for folder, steps in zip(folders, saved) if steps]
+    if some:
+        raise checkpoint.CheckpointError(
+            f"--resume auto: the {len(folders)} runs have no step in common that is saved "
+            f"(checkpoints are in {', '.join(some)}); continue them one by one, without --num-seeds"
+        )
+    log.info(
+        "--resume auto: no checkpoint in %s, starting from the beginning",
+        ", ".join(str(folder.path) for folder in folders),
+    )
+    return [_fresh(cfg, seed, command) for seed in seeds]
+
+
+def _resumed(
+    path: Path, folder: RunFolder, flags: list[str], early: argparse.Namespace, command: Command
+) -> Job:
     state = checkpoint.load(path)
     saved = from_dict(TrainConfig, state["config"])
-    saved.device = early.device
-    cfg = _parse_flags(flags, dataclasses.replace(saved)).train
+    # The GPU may be another one.
+    saved.device, saved.vram = early.device, None
+    cfg = _parse_flags(flags, _fitting(from_dict(TrainConfig, to_dict(saved)), early)).train
     _compare(saved, cfg)
     cfg.validate()
     return Job(cfg, folder, state, False, command.stop_at)
@@ -124,13 +177,15 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _early_flags(flags: list[str]) -> argparse.Namespace:
     """The flags that decide the starting values. Wrong values are left for the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "resume"):
+    for name in ("preset", "config", "device", "resume", "vram"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--max-steps", "--max_steps")
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
-        early = argparse.Namespace(preset=None, config=None, device=None, resume=None, max_steps="")
+        early = argparse.Namespace(
+            preset=None, config=None, device=None, resume=None, vram=None, max_steps=""
+        )
     early.device = early.device or "auto"
     return early
 
@@ -161,6 +216,14 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not a JSON file: {error}") from error
+
+
+def _fitting(starting_values: TrainConfig, early: argparse.Namespace) -> TrainConfig:
+    """The same values with what --vram chooses; flags still win over it."""
+    with contextlib.suppress(ValueError):  # not a number, which the full parse says
+        if early.vram:
+            memory.choose_settings(starting_values, float(early.vram))
+    return starting_values
 
 
 def _parse_flags(flags: list[str], starting_values: TrainConfig) -> Command:

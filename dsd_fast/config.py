@@ -69,8 +69,9 @@ class PromptConfig:
 class DiffusionConfig:
     # Precision of the UNet; "auto" is float16 on CUDA and float32 on the CPU.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    # How the UNet is run: CUDA graphs, plain calls, or graphs where they work.
-    engine: Literal["auto", "eager", "graph"] = "auto"
+    # How the UNet is run: "fused" passes or torch.compile in CUDA graphs, CUDA graphs alone, plain
+    # calls; "auto" is fused where that works, else graphs, else plain calls.
+    engine: Literal["auto", "eager", "graph", "fused", "compiled"] = "auto"
 
 
 @dataclass
@@ -103,6 +104,10 @@ class TrainerConfig:
     min_opacity_steps: int = 200
     # Show progress.
     progress: bool = True
+    # On CUDA, hold steps in CUDA graphs.
+    graphs: bool = True
+    # Log the GPU memory of each phase with every line of metrics, not at the first step alone.
+    log_memory: bool = False
 
 
 @dataclass
@@ -138,6 +143,9 @@ class TrainConfig:
     max_steps: int = 10000
     # "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
     device: str = "auto"
+    # Fit a GPU of so many GiB: choose settings that need less memory (other flags win over them),
+    # and let this process take no more.
+    vram: float | None = None
     # Folder under which run folders are made.
     output: Path = Path("outputs")
     # Folder inside --output that holds the runs.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -30,3 +32,23 @@ def captured(function: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+@cache
+def shared_pool() -> tuple[int, int]:
+    """The memory pool of graphs that never run side by side, and whose results are copied out."""
+    return torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """Within it cuDNN measures its convolutions once a shape, and uses the fastest ones.
+
+    While it measures, it takes as much memory as it gets, and returns it to torch's allocator.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

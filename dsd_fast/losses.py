@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -39,20 +40,18 @@ def regularizers(
 
     Terms of weight zero are left out. Values are 0-dim and finite for an empty rendering too.
     """
+    weights = regularizer_weights(cfg, step, epoch)
+    return {name: (REGULARIZERS[name](output), weight) for name, weight in weights.items()}
 
-    def weight(value: ScheduleValue) -> float:
-        return Schedule.parse(value)(step, epoch)
 
-    terms = {
-        "orient": (orientation, weight(cfg.lambda_orient)),
-        "sparsity": (sparsity, weight(cfg.lambda_sparsity)),
-        "opaque": (opaqueness, weight(cfg.lambda_opaque)),
-        "z_variance": (depth_variance, weight(cfg.lambda_z_variance)),
-        "convex": (convexity, weight(cfg.lambda_convex)),
+def regularizer_weights(cfg: LossConfig, step: int, epoch: int = 0) -> dict[str, float]:
+    """The weights of a step, by the names of `REGULARIZERS`; those of weight zero are left out."""
+    weights = {
+        name: Schedule.parse(getattr(cfg, f"lambda_{name}"))(step, epoch) for name in REGULARIZERS
     }
-    if terms["convex"][1] <= _CONVEX_MIN_WEIGHT:
-        del terms["convex"]
-    return {name: (term(output), weight) for name, (term, weight) in terms.items() if weight != 0}
+    if weights["convex"] <= _CONVEX_MIN_WEIGHT:
+        del weights["convex"]
+    return {name: weight for name, weight in weights.items() if weight != 0}
 
 
 def orientation(output: RenderOutput) -> Tensor:
@@ -95,3 +94,12 @@ def convexity(output: RenderOutput) -> Tensor:
     horizontal = x[:, :, :-1] * y[:, :, 1:] - y[:, :, :-1] * x[:, :, 1:]
     vertical = x[:, 1:] * y[:, :-1] - y[:, 1:] * x[:, :-1]
     return -(horizontal.mean() + vertical.mean())
+
+
+REGULARIZERS: dict[str, Callable[[RenderOutput], Tensor]] = {
+    "orient": orientation,
+    "sparsity": sparsity,
+    "opaque": opaqueness,
+    "z_variance": depth_variance,
+    "convex": convexity,
+}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsd_fast._backend import use_reference
+
 ShadingMode = Literal["albedo", "textureless", "diffuse"]
+MODES: tuple[ShadingMode, ...] = ("albedo", "textureless", "diffuse")
 Color = tuple[float, float, float]
 
 
@@ -37,6 +42,14 @@ class Shading(NamedTuple):
     mode: ShadingMode
     ambient: Color
     diffuse: Color
+
+    def numbers(self) -> Tensor:
+        """The same as eight numbers, float32 on the CPU, which `shade` takes on its device.
+
+        Ambient and point light, then whether the albedo and whether the light count.
+        """
+        counts = (float(self.mode != "textureless"), float(self.mode != "albedo"))
+        return torch.tensor([*self.ambient, *self.diffuse, *counts])
 
 
 def choose_shading(
@@ -73,20 +86,76 @@ def shade(
     points: Tensor,
     normals: Tensor,
     light_positions: Tensor,
-    shading: Shading,
+    shading: Shading | Tensor,
+    n_valid: Tensor | None = None,
 ) -> Tensor:
-    """Colours [N,3] of samples.
+    """Colours [N,3] of samples, differentiable in features and normals.
 
     features, points, unit normals [N,3]; light_positions [N,3] or [1,3].
     Lambert: diffuse · max(0, n·l) + ambient, times the albedo unless the mode is "textureless".
+    With the `numbers` of a shading on the device of the points, the host need not know which it is.
+    Rows from `n_valid` (0-dim int64 there) on may be left at zero.
     """
+    if isinstance(shading, Tensor):
+        if n_valid is not None and points.is_cuda and _has_triton() and not use_reference():
+            return _FusedShade.apply(features, points, normals, light_positions, shading, n_valid)
+        return _shade_by_numbers(features, points, normals, light_positions, shading)
     albedo = albedo_color(features)
     if shading.mode == "albedo":
         return albedo
-    to_light = F.normalize(light_positions - points, dim=-1)
-    cosine = (normals * to_light).sum(-1, keepdim=True).clamp(min=0.0)
+    cosine = _cosine(points, normals, light_positions)
     light = cosine * points.new_tensor(shading.diffuse) + points.new_tensor(shading.ambient)
     if shading.mode == "textureless":
         # Zero gradients, not none: an optimizer with momentum treats the two differently.
         return light + 0.0 * albedo
     return albedo * light
+
+
+def _cosine(points: Tensor, normals: Tensor, light_positions: Tensor) -> Tensor:
+    to_light = F.normalize(light_positions - points, dim=-1)
+    return (normals * to_light).sum(-1, keepdim=True).clamp(min=0.0)
+
+
+def _shade_by_numbers(
+    features: Tensor, points: Tensor, normals: Tensor, light_positions: Tensor, numbers: Tensor
+) -> Tensor:
+    numbers = numbers.to(points.dtype)
+    ambient, diffuse, albedo_counts, light_counts = numbers.split([3, 3, 1, 1])
+    light = _cosine(points, normals, light_positions) * diffuse + ambient
+    light = light_counts * light + (1.0 - light_counts)
+    return (albedo_counts * albedo_color(features) + (1.0 - albedo_counts)) * light
+
+
+class _FusedShade(torch.autograd.Function):
+    """One kernel each way; see kernels/shade.py."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        features: Tensor,
+        points: Tensor,
+        normals: Tensor,
+        lights: Tensor,
+        numbers: Tensor,
+        n_valid: Tensor,
+    ) -> Tensor:
+        from dsd_fast.kernels import shade as kernels
+
+        tensors = (features, points, normals, lights, numbers)
+        tensors = (*(tensor.contiguous() for tensor in tensors), n_valid)
+        ctx.save_for_backward(*tensors)
+        return kernels.shade_fwd(*tensors)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        from dsd_fast.kernels import shade as kernels
+
+        to_features, to_normals = kernels.shade_bwd(*ctx.saved_tensors, grad.contiguous())
+        return to_features, None, to_normals, None, None, None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast import ops
+from dsd_fast.upload import upload
 
 
 @dataclass
@@ -46,6 +47,9 @@ class OccupancyGrid(nn.Module):
         g = cfg.resolution
         self.register_buffer("occs", torch.zeros(g**3))
         self.register_buffer("binary", torch.zeros(g, g, g, dtype=torch.bool))
+        # The occupied cells of an update on their way to the host, for the next one: that they have
+        # arrived, they, and the version of `binary` that they are of.
+        self._on_host: tuple[torch.cuda.Event, Tensor, int] | None = None
 
     @property
     def aabb(self) -> tuple[float, float, float, float, float, float]:
@@ -82,11 +86,26 @@ class OccupancyGrid(nn.Module):
         jitter = torch.rand(len(indices), 3, generator=generator)
         corners = torch.stack([indices // (g * g), indices // g % g, indices % g], dim=-1)
         points = ((corners + jitter) / g * 2.0 - 1.0) * self.radius
-        values = density_fn(points.to(device)) * self.step_size
-        ops.occupancy_update(self.occs, indices.to(device), values, self.cfg.decay)
+        values = density_fn(upload(points, device)) * self.step_size
+        ops.occupancy_update(self.occs, upload(indices, device), values, self.cfg.decay)
         binary, _ = ops.occupancy_threshold(self.occs, self.cfg.max_threshold)
         self.binary.copy_(binary.reshape(g, g, g))
+        if device.type == "cuda":
+            # Fetched now, it is there long before the next update asks for it: nobody waits.
+            host = torch.empty(g**3, dtype=torch.bool, pin_memory=True)
+            host.copy_(binary.reshape(-1), non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._on_host = (arrived, host, self.binary._version)
         return True
+
+    def _occupied(self) -> Tensor:
+        """Indices of the occupied cells, on the CPU."""
+        if self._on_host is not None and self._on_host[2] == self.binary._version:
+            arrived, host, _ = self._on_host
+            arrived.synchronize()
+            return host.nonzero()[:, 0]
+        return self.binary.flatten().cpu().nonzero()[:, 0]
 
     def _cells_to_visit(self, step: int, generator: torch.Generator) -> Tensor:
         n_cells = self.occs.numel()
@@ -94,7 +113,7 @@ class OccupancyGrid(nn.Module):
             return torch.arange(n_cells)
         n_uniform = n_cells // 4
         uniform = torch.randint(n_cells, (n_uniform,), generator=generator)
-        occupied = self.binary.flatten().nonzero()[:, 0].cpu()
+        occupied = self._occupied()
         if len(occupied) > n_uniform:
             chosen = torch.randint(len(occupied), (n_uniform,), generator=generator)
             occupied = occupied[chosen]

@@ -94,14 +94,15 @@ class Optimizer:
 
     def _count(self, finite: Tensor) -> None:
         bad = ~finite
+        # In place: a CUDA graph that holds a step finds them where they were.
         self.skipped += bad
-        self.bad_run = torch.where(bad, self.bad_run + 1, 0)
+        self.bad_run.add_(1).mul_(bad)
         if not self._scaling:
             return
-        self._good_steps = torch.where(finite, self._good_steps + 1, 0)
+        self._good_steps.add_(1).mul_(finite)
         grow = self._good_steps == GROWTH_INTERVAL
-        self.scale = torch.where(grow, self.scale * 2, torch.where(bad, self.scale / 2, self.scale))
-        self._good_steps = torch.where(grow, 0, self._good_steps)
+        self.scale.mul_(1.0 + grow.float()).mul_(1.0 - 0.5 * bad.float())
+        self._good_steps.mul_(~grow)
 
     def state_dict(self) -> dict:
         """Adam's moments by parameter name, the scale and the counters."""

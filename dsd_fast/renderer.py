@@ -64,6 +64,15 @@ class RenderOutput:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What chance decides in one rendering; see `Renderer.draw`."""
+
+    jitter: Tensor | None  # [B·H·W] shift of each ray's samples, in steps
+    shading: Shading | Tensor  # itself, or its numbers on the device
+    paint: Tensor | None  # of the background, see there
+
+
+@dataclass(frozen=True)
 class _Samples:
     """Intervals on rays. Of the C there is room for, the first `n_valid` are samples."""
 
@@ -166,10 +175,35 @@ class Renderer(nn.Module):
         field.set_step(step)
         if training and update_occupancy:
             self.update_occupancy(field, step, generator)
+        if training:
+            draws = self.draw(background, cameras, step, generator)
+            return self.render(field, background, cameras, draws, training)
+        draws = Draws(None, choose_shading(self.material, step, training), None)
+        return self.render(field, background, cameras, draws, training)
+
+    def draw(
+        self, background: Background, cameras: CameraBatch, step: int, generator: torch.Generator
+    ) -> Draws:
+        """The draws of a training rendering, on the generator's device."""
+        jitter = None
+        if self.cfg.randomized:
+            n_rays = len(cameras) * cameras.height * cameras.width
+            jitter = torch.rand(n_rays, generator=generator, device=generator.device)
+        shading = choose_shading(self.material, step, True, generator)
+        return Draws(jitter, shading, background.draw(len(cameras), generator))
+
+    def render(
+        self,
+        field: Field,
+        background: Background,
+        cameras: CameraBatch,
+        draws: Draws,
+        training: bool,
+    ) -> RenderOutput:
+        """Render the field as it is, with draws that were made before."""
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
-            samples = self._sample(field, cameras, training, generator)
-            shading = choose_shading(self.material, step, training, generator)
-            sigmas, rgbs, normals = self._evaluate(field, cameras, samples, shading)
+            samples = self._sample(field, cameras, draws.jitter)
+            sigmas, rgbs, normals = self._evaluate(field, cameras, samples, draws.shading)
             rays = ops.composite_full(
                 sigmas,
                 rgbs,
@@ -179,7 +213,10 @@ class Renderer(nn.Module):
                 offsets=samples.offsets,
                 dirs=samples.rays_d,
             )
-            behind = background(cameras.rays_d, training, generator)
+            paint = draws.paint
+            if paint is not None:
+                paint = upload(paint, cameras.rays_d.device)
+            behind = background(cameras.rays_d, training, paint)
 
             def to_image(values: Tensor) -> Tensor:
                 return values.reshape(len(cameras), cameras.height, cameras.width, -1)
@@ -202,26 +239,31 @@ class Renderer(nn.Module):
         """Samples that found no room so far, as far as the host has heard."""
         return self._marched.n_dropped + self._kept.n_dropped
 
+    def rooms(self, n_rays: int) -> tuple[int | None, int | None]:
+        """Room for the samples of so many rays, marched and kept; None where it is not learnt yet.
+
+        A CUDA graph of a rendering holds for the rooms at its capture alone.
+        """
+        return self._marched.room(n_rays), self._kept.room(n_rays)
+
+    def watch_replay(self, n_rays: int) -> None:
+        """Learn from a rendering that a CUDA graph replayed."""
+        self._marched.watch_replay(n_rays)
+        if self.cfg.grid_prune and self.cfg.prune_alpha_threshold:
+            self._kept.watch_replay(n_rays)
+
     def update_occupancy(self, field: Field, step: int, generator: torch.Generator) -> None:
         """Refresh the occupancy grid from the field if `step` asks for it."""
         if self.cfg.grid_prune:
             self.occupancy.update(step, field.density, generator)
 
     @torch.no_grad()
-    def _sample(
-        self,
-        field: Field,
-        cameras: CameraBatch,
-        training: bool,
-        generator: torch.Generator | None,
-    ) -> _Samples:
+    def _sample(self, field: Field, cameras: CameraBatch, jitter: Tensor | None) -> _Samples:
         """The samples that are worth shading."""
         cfg = self.cfg
         rays_o = cameras.rays_o.reshape(-1, 3).contiguous()
         rays_d = cameras.rays_d.reshape(-1, 3).contiguous()
-        jitter = None
-        if training and cfg.randomized:
-            jitter = torch.rand(len(rays_o), generator=generator, device=generator.device)
+        if jitter is not None:
             jitter = upload(jitter, rays_o.device)
         march = (
             rays_o,
@@ -270,7 +312,7 @@ class Renderer(nn.Module):
         return _concatenate(lambda part: (field.density(part.points()),), samples, size)[0]
 
     def _evaluate(
-        self, field: Field, cameras: CameraBatch, samples: _Samples, shading: Shading
+        self, field: Field, cameras: CameraBatch, samples: _Samples, shading: Shading | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Density [C], colour [C,3] and normal [C,3] of samples."""
         n_pixels = cameras.height * cameras.width
@@ -284,7 +326,8 @@ class Renderer(nn.Module):
             lights = cameras.light_positions
             if len(cameras) > 1:
                 lights = lights.index_select(0, part.ray_indices // n_pixels)
-            return density, shade(features, points, normal, lights, shading), normal
+            colors = shade(features, points, normal, lights, shading, part.n_valid)
+            return density, colors, normal
 
         if skips or torch.is_grad_enabled():
             # In one piece, also if it is empty: the parameters shall get zero gradients, not none.

@@ -18,6 +18,9 @@ MARGIN = 1.5
 # What was needed is forgotten at this rate a rendering. Close views, which need several times the
 # room of others, come once in some hundred.
 DECAY = 0.998
+# The room stays as it is while what it should be lies within these factors of it: a CUDA graph
+# holds for one room only.
+SHRINK, GROW = 0.5, 1.2
 # Renderings whose samples are counted before there is room for others'.
 LESSONS = 16
 # The least room that is learnt: 100 MB, and small pictures never outgrow it.
@@ -42,6 +45,9 @@ class SampleRoom:
         self._is_fixed = per_ray is not None
         self._per_ray = per_ray
         self._n_lessons = 0
+        self._settled: dict[int, int] = {}  # rays -> room
+        # Samples and dropped ones of the newest rendering, on the device.
+        self._counts: Tensor | None = None
         # (samples and dropped ones on the host, when they have arrived, rays)
         self._coming: deque[tuple[Tensor, torch.cuda.Event, int]] = deque()
         self.n_dropped = 0
@@ -50,18 +56,23 @@ class SampleRoom:
     def room(self, n_rays: int) -> int | None:
         """Room for the samples of so many rays; None before enough was learnt."""
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if capturing and not self._is_fixed:
-            raise ValueError(
-                "a CUDA graph cannot hold a rendering whose room for samples is learnt; set "
-                "sample_room in the renderer's configuration"
-            )
         if not capturing:
             self._look()
         if self._is_fixed:
             return math.ceil(self._per_ray * n_rays)
         if self._n_lessons < LESSONS:
+            if capturing:
+                raise ValueError(
+                    "a CUDA graph cannot hold a rendering whose room for samples is not learnt "
+                    f"yet: render {LESSONS} times first, or set sample_room in the renderer's "
+                    "configuration"
+                )
             return None
-        return max(math.ceil(MARGIN * self._per_ray * n_rays), FLOOR)
+        wanted = max(math.ceil(MARGIN * self._per_ray * n_rays), FLOOR)
+        settled = self._settled.get(n_rays)
+        if settled is None or not SHRINK * settled <= wanted <= GROW * settled:
+            settled = self._settled[n_rays] = wanted
+        return settled
 
     def learn(self, n_samples: int, n_rays: int) -> None:
         """Take a count that is known."""
@@ -70,16 +81,26 @@ class SampleRoom:
             self._n_lessons += 1
 
     def watch(self, packed: PackedSamples, n_rays: int) -> None:
-        """Take a count that is on its way."""
+        """Take a count that is on its way. A graph leaves it on the device: see `watch_replay`."""
         if not packed.offsets.is_cuda:
             self._take(int(packed.offsets[-1]), int(packed.n_dropped), n_rays)
-        elif not torch.cuda.is_current_stream_capturing():
-            counts = torch.stack([packed.offsets[-1], packed.n_dropped])
-            host = torch.empty(2, dtype=torch.int64, pin_memory=True)
-            host.copy_(counts, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            self._coming.append((host, arrived, n_rays))
+            return
+        counts = torch.stack([packed.offsets[-1], packed.n_dropped])
+        # One place for good, which every graph writes to.
+        if self._counts is None:
+            self._counts = counts
+        else:
+            self._counts.copy_(counts)
+        if not torch.cuda.is_current_stream_capturing():
+            self.watch_replay(n_rays)
+
+    def watch_replay(self, n_rays: int) -> None:
+        """Take the count of a rendering that a CUDA graph replayed."""
+        host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        host.copy_(self._counts, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._coming.append((host, arrived, n_rays))
 
     def _look(self) -> None:
         while self._coming and self._coming[0][1].query():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import TrainConfig, to_dict
-from dsd_fast.guidance import DSDGuidance
+from dsd_fast.diffusion import DiffusionModel
 from dsd_fast.optimizer import Optimizer
 from dsd_fast.rng import RngStreams
 from dsd_fast.scene import Scene
@@ -18,8 +20,11 @@ class TrainState:
 
     scene: Scene
     optimizer: Optimizer
-    guidance: DSDGuidance
+    # The seed noise [1,C,h,w] on the CPU (Q12).
+    noise: Tensor
     rng: RngStreams
+    # Unchanged; a checkpoint tells which one it was.
+    model: DiffusionModel
     step: int = 0
 
     def to_tree(self, cfg: TrainConfig) -> dict:
@@ -27,10 +32,10 @@ class TrainState:
         return {
             "step": self.step,
             "config": to_dict(cfg),
-            "model_hash": self.guidance.model.model_hash,
+            "model_hash": self.model.model_hash,
             "scene": self.scene.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "guidance": self.guidance.state_dict(),
+            "guidance": {"noise": self.noise},
             "rng": self.rng.state_dict(),
         }
 
@@ -38,8 +43,15 @@ class TrainState:
         """Take over a checkpoint. CheckpointError when it does not fit the configuration."""
         self.scene.load_checkpoint(tree["scene"])
         self.optimizer.load_state_dict(tree["optimizer"])
+        noise = tree["guidance"]["noise"]
+        if noise.shape != self.noise.shape:
+            raise CheckpointError(
+                f"the checkpoint does not fit this run: expected seed noise "
+                f"{list(self.noise.shape)}, the size of the model's latents, got "
+                f"{list(noise.shape)}"
+            )
+        self.noise = noise
         try:
-            self.guidance.load_state_dict(tree["guidance"])
             self.rng.load_state_dict(tree["rng"])
         except ValueError as error:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error

@@ -15,25 +15,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from dsd_fast import checkpoint, cli, pictures, versions
+from dsd_fast import checkpoint, cli, memory, pictures, versions
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.cameras import RandomCameras
 from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.cli import Job
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
 from dsd_fast.diffusion import embed_views, load_model
 from dsd_fast.guidance import DSDGuidance, seed_noise
 from dsd_fast.interruption import Interruption
-from dsd_fast.losses import regularizers
 from dsd_fast.mesh import MeshError, make_mesh, write_glb
 from dsd_fast.optimizer import Optimizer
 from dsd_fast.outputs import OutputError, RunFolder
-from dsd_fast.progress import Reporter, memory_mib, set_up_logging
+from dsd_fast.progress import Reporter, set_up_logging
 from dsd_fast.rng import RngStreams
 from dsd_fast.scene import Scene
-from dsd_fast.schedules import Schedule
 from dsd_fast.state import TrainState
+from dsd_fast.step import TrainStep
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.train")
@@ -54,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     set_up_logging()
     try:
-        job = cli.parse(sys.argv[1:] if argv is None else argv)
-        train(job.config, job.folder, job.state, overwrite=job.overwrite, stop_at=job.stop_at)
+        train(cli.parse(sys.argv[1:] if argv is None else argv))
     except (ConfigError, OutputError, CheckpointError) as error:
         log.error("%s", error)
         return 2
@@ -73,132 +71,125 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(
-    cfg: TrainConfig,
-    run: RunFolder,
-    resume: dict | None = None,
-    *,
-    overwrite: bool = False,
-    stop_at: int | None = None,
-) -> None:
-    """Run a configuration in a run folder, from the start or from a loaded checkpoint ``resume``.
+def train(jobs: Sequence[Job]) -> None:
+    """Do jobs that differ in their seed alone, side by side: each from its start or checkpoint.
 
-    ``stop_at`` ends the session early, when so many steps are done; the state is saved.
     Raises ConfigError, OutputError or CheckpointError before any work; after that TrainingError or
-    Interrupted, with the state saved.
+    Interrupted, with the states saved.
     """
+    cfg = jobs[0].config
     cfg.validate()
     device = resolve_device(cfg.device)
-    if resume is None and not overwrite:
-        run.refuse_if_used(cfg.max_steps)
-    if resume is not None and resume["step"] >= cfg.max_steps and _is_complete(run, cfg):
-        log.info("%s is finished: nothing to do (more steps: --max-steps)", run.path)
+    for job in jobs:
+        if job.state is None and not job.overwrite:
+            job.folder.refuse_if_used(cfg.max_steps)
+    jobs = [job for job in jobs if not _is_finished(job)]
+    if not jobs:
         return
-    log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, run.path)
+    folders = ", ".join(str(job.folder.path) for job in jobs)
+    log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, folders)
     keep_freed_memory(device)
+    if cfg.vram is not None:
+        memory.cap(device, cfg.vram)
 
     # Whatever can be wrong is found before the first step, and before an older run is replaced.
     with _errors_of_settings():
+        states, guidance = _build(jobs, device)
         cameras = RandomCameras(cfg.cameras, cfg.guidance.lattice)
-        state = _build(cfg, run, device)
-    if resume is None:
-        run.clear()
-    else:
-        state.restore(resume)
-        if resume["model_hash"] != state.guidance.model.model_hash:
-            log.warning("the model is not the one that this run was started with")
-        _discard_newer(run, state.step)
-    model = state.guidance.model
-    run.write_config(to_dict(cfg))
-    run.write_versions(
-        versions.collect(device) | {"model": str(model.path), "model_sha256": model.model_hash}
-    )
+    model = guidance.model
+    for job, state in zip(jobs, states):
+        if job.state is None:
+            job.folder.clear()
+        else:
+            state.restore(job.state)
+            if job.state["model_hash"] != model.model_hash:
+                log.warning("the model is not the one that this run was started with")
+            _discard_newer(job.folder, state.step)
+        job.folder.write_config(to_dict(job.config))
+        job.folder.write_versions(
+            versions.collect(device) | {"model": str(model.path), "model_sha256": model.model_hash}
+        )
+    guidance.load_state_dict({"noise": torch.cat([state.noise for state in states])})
 
-    fit(cfg, run, state, cameras, device, stop_at)
-    if state.step < cfg.max_steps:
-        log.info("stopped at step %d as asked; --resume auto continues", state.step)
+    fit(jobs, states, guidance, cameras, device)
+    step = states[0].step
+    if step < cfg.max_steps:
+        log.info("stopped at step %d as asked; --resume auto continues", step)
         return
-    scene, step = state.scene, state.step
-    del state, model  # The diffusion model's memory is of more use to the pictures.
-    finish(scene, cfg, step, run)
+    scenes = [state.scene for state in states]
+    del states, guidance, model  # The diffusion model's memory is of more use to the pictures.
+    for job, scene in zip(jobs, scenes):
+        finish(scene, job.config, step, job.folder)
 
 
 def fit(
-    cfg: TrainConfig,
-    run: RunFolder,
-    state: TrainState,
+    jobs: Sequence[Job],
+    states: Sequence[TrainState],
+    guidance: DSDGuidance,
     cameras: RandomCameras,
     device: torch.device,
-    stop_at: int | None = None,
 ) -> None:
-    """The training loop: from ``state.step`` to the end, a stop that was asked for, or Ctrl-C."""
-    scene, optimizer, guidance, rng = state.scene, state.optimizer, state.guidance, state.rng
-    settings = cfg.trainer
-    dsd_weight = Schedule.parse(cfg.loss.lambda_dsd)
-    watch = _Watch(cfg, state.step)
-    first_step, last_step = state.step, min(cfg.max_steps, stop_at or cfg.max_steps)
+    """The training loop: from the states' step to the end, a stop that was asked for, or Ctrl-C."""
+    cfg, first_step = jobs[0].config, states[0].step
+    last_step = min(cfg.max_steps, jobs[0].stop_at or cfg.max_steps)
+    settings, done = cfg.trainer, first_step
+    phase = memory.PhaseMemory(device)
+    train_step = TrainStep(
+        cfg, states, guidance, cameras, device, capture=settings.graphs, phase=phase
+    )
+    watches = [_Watch(cfg, first_step) for _ in jobs]
+
+    def save() -> None:
+        for job, state in zip(jobs, states):
+            _save(job, state)
 
     with Interruption() as stop, Reporter(first_step, cfg.max_steps, settings.progress) as report:
         try:
-            while state.step < last_step and not stop.requested:
-                # The official order of draws and updates: cameras, then the level mask and the
-                # occupancy grid (inside render), the rendering, the guidance.
-                step = state.step
-                views = cameras.sample(step, rng.cameras, device)
-                image = scene.render(views, step, rng.sampler)
-                guided = guidance(
-                    image.rgb, views.elevation_deg, views.azimuth_deg, step, rng.guidance
-                )
-                terms = {
-                    "dsd": (guided.loss, dsd_weight(step)),
-                    **regularizers(image, cfg.loss, step),
-                }
-                loss = sum(weight * value for value, weight in terms.values())
-                gradient_norm = optimizer.step(loss, guided.finite)
-                state.step = done = step + 1
-
-                if done % settings.log_every == 0 or done == cfg.max_steps:
-                    values = _to_host(
-                        {
-                            "loss": loss,
-                            **{name: value for name, (value, _) in terms.items()},
-                            "guidance_norm": guided.grad_norm,
-                            "gradient_norm": gradient_norm,
-                            "opacity": image.opacity.mean(),
-                            "loss_scale": optimizer.scale,
-                            "skipped": optimizer.skipped,
-                            "bad_run": optimizer.bad_run,
+            while done < last_step and not stop.requested:
+                logs = (done + 1) % settings.log_every == 0 or done + 1 == cfg.max_steps
+                phase.begin(done == first_step or (settings.log_memory and logs))
+                outputs = train_step()
+                done += 1
+                phase.report(done)
+                if logs:
+                    for job, state, output, watch in zip(jobs, states, outputs, watches):
+                        # The only wait of the loop for the device.
+                        values = output.values() | {
+                            "t": output.t,
+                            "t_delta": output.t_delta,
+                            "dropped_samples": state.scene.renderer.n_dropped,
+                            "size": output.height,
+                            "seconds": report.seconds(),
+                            "steps_per_second": report.rate(done),
+                            "memory_mib": phase.peak_mib(),
                         }
-                    )
-                    values |= {
-                        "t": float(guided.t.float().mean()),
-                        "t_delta": float(guided.t_delta.float().mean()),
-                        "samples": int(image.n_samples),
-                        "dropped_samples": scene.renderer.n_dropped,
-                        "size": views.height,
-                        "seconds": report.seconds(),
-                        "steps_per_second": report.rate(done),
-                        "memory_mib": memory_mib(device),
-                    }
-                    run.append_metrics({"step": done, **_json_values(values)})
-                    report(done, values)
-                    watch(done, values)
+                        job.folder.append_metrics({"step": done, **_json_values(values)})
+                        if job is jobs[0]:
+                            report(done, values)
+                        watch(done, values)
                 if settings.preview_every and done % settings.preview_every == 0:
-                    _write_preview(scene, cfg, done, run)
+                    for job, state in zip(jobs, states):
+                        _write_preview(state.scene, cfg, done, job.folder)
                 if done % settings.checkpoint_every == 0 and done < last_step:
-                    _save_or_warn(cfg, run, state)
+                    # A checkpoint in mid-run that fails has cost nothing yet: go on, and try again
+                    # at the next.
+                    try:
+                        save()
+                    except CheckpointError as error:
+                        log.warning("%s", error)
         except torch.OutOfMemoryError as error:
-            _save(cfg, run, state)
+            save()
             raise TrainingError(_out_of_memory(error, cfg)) from error
         except TrainingError:
-            _save(cfg, run, state)
+            save()
             raise
 
-    if state.step > first_step:
-        _save(cfg, run, state)
+    if done > first_step:
+        save()
     if stop.requested:
+        folders = ", ".join(str(job.folder.checkpoints) for job in jobs)
         raise Interrupted(
-            f"interrupted; step {state.step} of {cfg.max_steps} is saved in {run.checkpoints}: "
+            f"interrupted; step {done} of {cfg.max_steps} is saved in {folders}: "
             "the same command with --resume auto continues"
         )
 
@@ -237,13 +228,20 @@ def write_mesh(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> Non
     log.info("wrote %s, %d faces", run.mesh, len(mesh.faces))
 
 
-def _build(cfg: TrainConfig, run: RunFolder, device: torch.device) -> TrainState:
-    """The state at step 0, and proof that the run folder can take what the run will write."""
-    rng = RngStreams(cfg.seed)
-    scene = Scene(cfg, rng.init)
+def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState], DSDGuidance]:
+    """The states at step 0, and proof that the run folders can take what the runs will write.
+
+    The guidance is that of all runs: item i of its batches is of run i.
+    """
+    cfg = jobs[0].config
+    if len(jobs) > 1 and memory.largest(cfg.cameras.batch_size) > 1:
+        raise ConfigError("--num-seeds needs --cameras.batch-size 1: each seed has its own view")
+    rngs = [RngStreams(job.config.seed) for job in jobs]
+    scenes = [Scene(cfg, rng.init) for rng in rngs]
     # A checkpoint has every parameter and two moments of each.
-    checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in scene.parameters())
-    run.prepare(checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES)
+    checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in scenes[0].parameters())
+    for job in jobs:
+        job.folder.prepare(checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES)
 
     dtype = None if cfg.diffusion.dtype == "auto" else getattr(torch, cfg.diffusion.dtype)
     model = load_model(cfg.model, device, dtype, engine=cfg.diffusion.engine)
@@ -256,10 +254,12 @@ def _build(cfg: TrainConfig, run: RunFolder, device: torch.device) -> TrainState
         overrides=cfg.text.overrides(),
     )
     latent_shape = (1, model.latent_channels, model.latent_size, model.latent_size)
-    noise = seed_noise(rng.noise, latent_shape)
-    guidance = DSDGuidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
-    scene.to(device)
-    return TrainState(scene, Optimizer(scene, cfg.optimizer, device), guidance, rng)
+    states = []
+    for scene, rng in zip(scenes, rngs):
+        optimizer = Optimizer(scene.to(device), cfg.optimizer, device)
+        states.append(TrainState(scene, optimizer, seed_noise(rng.noise, latent_shape), rng, model))
+    noise = torch.cat([state.noise for state in states])
+    return states, DSDGuidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
 
 
 @contextmanager
@@ -276,9 +276,15 @@ def _errors_of_settings() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def _is_complete(run: RunFolder, cfg: TrainConfig) -> bool:
-    """Whether `finish` came to its end; its last file is the contact sheet."""
-    return run.preview.exists() and (run.turntable.exists() or not cfg.pictures.turntable)
+def _is_finished(job: Job) -> bool:
+    """Whether the last of a run's files is there, the contact sheet; says so if it is."""
+    run, cfg = job.folder, job.config
+    if job.state is None or job.state["step"] < cfg.max_steps:
+        return False
+    finished = run.preview.exists() and (run.turntable.exists() or not cfg.pictures.turntable)
+    if finished:
+        log.info("%s is finished: nothing to do (more steps: --max-steps)", run.path)
+    return finished
 
 
 def _discard_newer(run: RunFolder, step: int) -> None:
@@ -290,23 +296,10 @@ def _discard_newer(run: RunFolder, step: int) -> None:
             path.unlink()
 
 
-def _save(cfg: TrainConfig, run: RunFolder, state: TrainState) -> None:
-    checkpoint.save(checkpoint.step_path(run.checkpoints, state.step), state.to_tree(cfg))
-    checkpoint.prune(run.checkpoints, cfg.trainer.keep_checkpoints)
-
-
-def _save_or_warn(cfg: TrainConfig, run: RunFolder, state: TrainState) -> None:
-    """A checkpoint in mid-run that fails has cost nothing yet: go on, and try again at the next."""
-    try:
-        _save(cfg, run, state)
-    except CheckpointError as error:
-        log.warning("%s", error)
-
-
-def _to_host(values: dict[str, Tensor]) -> dict[str, float]:
-    """All numbers in one transfer: the only wait of the loop for the device."""
-    stacked = torch.stack([value.detach().reshape(()).float() for value in values.values()])
-    return dict(zip(values, stacked.tolist()))
+def _save(job: Job, state: TrainState) -> None:
+    folder = job.folder.checkpoints
+    checkpoint.save(checkpoint.step_path(folder, state.step), state.to_tree(job.config))
+    checkpoint.prune(folder, job.config.trainer.keep_checkpoints)
 
 
 def _json_values(values: dict[str, float]) -> dict[str, float | None]:
@@ -357,10 +350,7 @@ def _write_preview(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) ->
 def _out_of_memory(error: torch.OutOfMemoryError, cfg: TrainConfig) -> str:
     return (
         f"out of GPU memory ({_first_line(error)}). The state is saved: continue with --resume "
-        f"auto and smaller --cameras.width and --cameras.height (now {cfg.cameras.width} and "
-        f"{cfg.cameras.height}), fewer --renderer.num-samples-per-ray (now "
-        f"{cfg.renderer.num_samples_per_ray}), or --guidance.no-use-perp-neg, which halves the "
-        "rows of the UNet."
+        f"auto and, what helps most first, {'; '.join(memory.savings(cfg))}."
     )
 
 

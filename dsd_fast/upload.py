@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# CUDA takes a pageable source of this size over before the copy returns; a larger one would make
+# the host wait for all work queued before it.
+_PAGEABLE_BYTES = 1 << 16
 # Each tensor of a pack begins at a multiple of this, as kernels like their pointers.
 _ALIGNMENT = 16
 
@@ -14,9 +17,10 @@ _ALIGNMENT = 16
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`, without waiting for the work already queued there.
 
-    CUDA takes a pageable source over before the copy returns, so the source may be changed or
-    freed at once; a plain `.to` would drain the stream every time.
+    The source may be changed or freed at once. A plain `.to` would drain the stream every time.
     """
+    if device.type == "cuda" and not tensor.is_cuda and tensor.nbytes > _PAGEABLE_BYTES:
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

@@ -14,9 +14,10 @@ from conftest import cuda_only
 # Last in the path: an installed dsd_fast comes before the source folder's.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import guidance, hashgrid, peers, run, timing
+from benchmarks import guidance, hashgrid, iteration, models, peers, run, timing
 from benchmarks.case import CheckFailed, Workload, check, relative_error
 from benchmarks.cases import CASES
+from benchmarks.model_cases import MODEL_CASES
 from dsd_fast._backend import extension
 from dsd_fast.field import FieldConfig, GridConfig
 
@@ -55,7 +56,7 @@ def workload(name: str) -> Workload:
 def test_list_names_every_case(capsys) -> None:
     assert run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(CASES)
+    assert [line.split()[0] for line in lines] == [*CASES, *MODEL_CASES]
 
 
 def test_every_case_runs_and_is_recorded(small_cases, tmp_path, capsys) -> None:
@@ -151,6 +152,10 @@ def test_inputs_differ_between_sets_and_are_not_zero() -> None:
         (["march", "encode", "--size", "64"], "--size means points and px for these cases"),
         (["march", "--size", "many"], "--size"),
         (["march", "--size", "0"], "a size must be at least 1, got 0"),
+        (["iteration/521"], "unknown case 'iteration/521'; the nearest is 'iteration/512'"),
+        (["iteration", "--size", "64"], "--size is not for cases with a diffusion model"),
+        (["iteration", "--progress", "0,50"], "shares of a run lie between 0 and 1, got 0,50"),
+        (["iteration", "--device", "cpu", "--memory-cap", "8"], "--memory-cap is for CUDA"),
         (["march", "--device", "tpu"], "--device"),
     ],
 )
@@ -171,6 +176,7 @@ def test_the_reference_is_not_compared_with_itself(monkeypatch, capsys) -> None:
 def test_families_and_sizes(small_cases, capsys) -> None:
     assert run.select(["sh", "march"]) == ["sh/forward", "sh/backward", "march"]
     assert run.select([]) == list(CASES)
+    assert run.select(["vae", "sh/forward"]) == ["sh/forward", "vae/forward", "vae/encode"]
     flags = ["--device", "cpu", "--budget", "0", "--size", "2^5", "33"]
     assert run.main(["sh/forward", *flags]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
@@ -241,3 +247,113 @@ def test_times_of_a_known_sleep() -> None:
 def test_passes_of_a_guidance_step_are_three_launches() -> None:
     ours, torchs = {name: counted for name, *counted in guidance.counts()}["passes"]
     assert ours == 3 < torchs
+
+
+@pytest.fixture
+def small_iterations(monkeypatch) -> None:
+    """A small field and small pictures, whatever width is asked for; few iterations."""
+    configuration = iteration.configuration
+
+    def small(width: int, trajectory: str | None = None):
+        cfg = configuration(8, trajectory)
+        cfg.field.grid = GridConfig(n_levels=3, start_level=2, log2_table_size=10)
+        cfg.renderer.num_samples_per_ray = 48
+        cfg.renderer.occupancy.resolution = 16
+        cfg.guidance.azimuth_bins = 2
+        return cfg
+
+    monkeypatch.setattr(iteration, "configuration", small)
+    for name, value in (("WARM_UP", 2), ("MIN_ITERATIONS", 3), ("INSTRUMENTED", 2)):
+        monkeypatch.setattr(iteration, name, value)
+
+
+def test_iterations_and_networks_are_recorded(
+    small_cases, small_iterations, tmp_path, capsys
+) -> None:
+    path = tmp_path / "times.json"
+    flags = ["--model", "random-tiny", "--device", "cpu", "--budget", "0.01", "--json", str(path)]
+    names = ["iteration/128", "unet", "vae", "sh/forward"]
+    flags += ["--progress", "0,1", "--iterations", "1"]
+    assert run.main([*names, *flags, "--trajectory", "exact"]) == 0
+    written = json.loads(path.read_text())
+    assert written["failures"] == []
+    assert [result["case"] for result in written["results"]] == ["sh/forward"]
+    records = written["model_results"]
+    names = ["iteration/128"] * 2 + ["unet/b4", "unet/b8", "vae/forward", "vae/encode"]
+    assert [record["case"] for record in records] == names
+    for record in records:
+        assert 0 < record["ms"]["p20"] <= record["ms"]["median"] <= record["ms"]["p80"]
+        assert record["model"] == "random-tiny"
+    for record, step in zip(records, (0, 10000)):
+        phases = record["phases_ms"]
+        # The whole of a median iteration, not the sum of its medians.
+        assert phases.pop("whole") == pytest.approx(sum(phases.values()), rel=0.5)
+        assert all(ms > 0 for ms in phases.values()) and len(phases) == 9
+        assert record["step"] == step and record["kept_samples"] > 0
+        assert record["official"] is None  # the network is another, and the device no GPU
+    # One node of the trajectory at first and seven at the end, its own noise, and both levels.
+    assert [record["unet_rows"] for record in records[:2]] == [4 + 4 + 8, 7 * 4 + 4 + 4]
+    assert all(record["tflop_per_s"] > 0 for record in records[2:])
+    printed = capsys.readouterr().out
+    assert "iteration/128  progress 1    EagerEngine, exact: " in printed
+    assert "\nunet/b4 " in printed
+
+
+def test_caches_are_filled_before_the_window(small_iterations) -> None:
+    subject = models.load("random-tiny", CPU)
+    record = iteration.measure(subject, 8, 0.5, CPU, iterations=3, trajectory="cached")
+    # Two bins, and the views from above; five nodes and the levels around t, four rows each.
+    assert record["prepared_rows"] == 3 * 7 * 4
+    assert record["unet_rows"] >= 8  # two renderings
+
+
+def test_the_field_stays_and_the_measured_objects_are_as_before(small_iterations) -> None:
+    subject = models.load("random-tiny", CPU)
+    loop = iteration.Loop(iteration.configuration(8), subject, CPU, step=16)
+    before = [parameter.clone() for parameter in loop.state.scene.parameters()]
+    occupied = int(loop.state.scene.renderer.occupancy.binary.sum())
+    backward = torch.Tensor.backward
+    iteration._phases(loop, CPU)
+    assert loop.state.step == 16 + iteration.INSTRUMENTED and occupied > 0
+    assert loop.state.optimizer.skipped == 0
+    for parameter, value in zip(loop.state.scene.parameters(), before):
+        torch.testing.assert_close(parameter.detach(), value.detach(), rtol=0, atol=0)
+    assert torch.Tensor.backward is backward
+    for owner, method, _ in loop.pieces():
+        assert method not in vars(owner)
+
+
+def test_recorded_iterations_and_networks_belong_to_cases() -> None:
+    assert set(peers.NETWORKS) < set(MODEL_CASES)
+    assert {f"iteration/{width}" for width, _ in peers.OFFICIAL} < set(MODEL_CASES)
+    shares = {progress for _, progress in peers.OFFICIAL}
+    assert shares == set(run.Options.progress)
+
+
+def test_random_sd21_has_as_many_parameters_as_the_original() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**models.RANDOM["random-sd21"].unet)
+        vae = diffusers.AutoencoderKL(**models.RANDOM["random-sd21"].vae)
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (unet, vae)]
+    assert sizes == [models._SD21_PARAMETERS, 83_653_863]
+
+
+def test_an_unknown_random_model_fails_in_words(tmp_path, capsys) -> None:
+    path = tmp_path / "times.json"
+    flags = ["--model", "random-sd", "--device", "cpu", "--json", str(path)]
+    assert run.main(["unet/b4", *flags]) == 1
+    text = "there is no model 'random-sd'; did you mean random-sd21?"
+    assert json.loads(path.read_text())["failures"] == [{"case": "unet/b4", "error": text}]
+    assert text in capsys.readouterr().out
+
+
+def test_a_row_holds_the_official_loop_beside_ours(small_iterations) -> None:
+    subject = models.load("random-tiny", CPU)
+    record = iteration.measure(subject, 8, 0.0, CPU, iterations=3)
+    official = peers.OFFICIAL[128, 0.0]._asdict()
+    record["official"] = official | {"recorded_on": "H100", "ratio": 4.0}
+    record |= {"allocated_gib": 3.25, "in_use_gib": 5.5}
+    text = iteration.row(record)
+    assert "3.25 / 5.50 GiB" in text
+    assert "official loop 320 ms: ours is 4.00 times as fast; UNet 4 × 48" in text

@@ -17,6 +17,7 @@ from tiny_model import SCHEDULER, build_tiny_model, toy_model
 
 from dsd_fast.diffusion import embed_views, load_model, noise_schedule, view_prompts
 from dsd_fast.diffusion.engine import EagerEngine, GraphEngine, make_engine
+from dsd_fast.diffusion.fused_vae import FusedEncoder
 from dsd_fast.diffusion.loader import resolve
 from dsd_fast.diffusion.text import ClipText
 
@@ -114,6 +115,29 @@ class TestLoad:
         noise = torch.randn(first.shape, generator=generator(1))
         expected = (posterior.mean + posterior.std * noise) * 0.18215
         torch.testing.assert_close(first, expected)
+
+    def test_noise_from_the_caller(self, pristine: Path) -> None:
+        model = load_model(pristine)
+        rgb = torch.rand(1, 3, 16, 16, generator=generator())
+        mean = model.encode_with_noise(rgb, None)
+        assert torch.equal(model.encode_images(rgb, generator(), sample_posterior=False), mean)
+        noise = torch.randn(mean.shape, generator=generator(1))
+        sampled = model.encode_with_noise(rgb, noise)
+        assert torch.equal(sampled, model.encode_images(rgb, generator(1)))
+
+    def test_fused_encoder_gives_the_same_latents(self, pristine: Path) -> None:
+        model = load_model(pristine)
+        rgb = torch.rand(1, 3, 16, 16, generator=generator())
+        expected = model.encode_images(rgb, generator())
+        model._encoder = FusedEncoder(model.vae)
+        torch.testing.assert_close(model.encode_images(rgb, generator()), expected)
+
+    def test_released_decoder_comes_back(self, pristine: Path) -> None:
+        model = load_model(pristine)
+        latents = torch.randn(1, 4, 8, 8, generator=generator())
+        expected = model.decode_latents(latents)
+        model.release_decoder()
+        assert torch.equal(model.decode_latents(latents), expected)
 
     def test_shift_factor(self, folder: Path) -> None:
         plain = load_model(folder)

@@ -195,8 +195,8 @@ LAYERS = [
     | {"occupancy", "renderer", "sample_room"},
     {"diffusion"},
     {"guidance"},
-    {"checkpoint", "config", "interruption", "official", "optimizer", "outputs", "pictures"}
-    | {"progress", "scene", "state"},
+    {"checkpoint", "config", "interruption", "memory", "official", "optimizer", "outputs"}
+    | {"pictures", "progress", "scene", "state"},
     {"cli", "export", "info", "prior", "train"},
 ]
 

@@ -332,7 +332,7 @@ def test_a_graph_needs_a_room_for_samples():
     room = SampleRoom("kept")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
-        with pytest.raises(ValueError, match="set sample_room"):
+        with pytest.raises(ValueError, match="not learnt yet"):
             room.room(1)
 
 
@@ -343,7 +343,11 @@ def test_room_is_learnt_kept_and_forgotten():
         room.learn(20_000, 1000)
     assert room.room(100_000) == 3_000_000 and room.room(400_000) == 12_000_000
     room.learn(0, 1000)  # a view of nothing does not take the room away at once
-    assert room.room(100_000) == 2_994_000
+    assert room.room(100_000) == 3_000_000
+    room.learn(23_000, 1000)
+    assert room.room(100_000) == 3_000_000
+    room.learn(25_000, 1000)
+    assert room.room(100_000) == 3_750_000
     for _ in range(5000):
         room.learn(0, 1000)
     assert room.room(100_000) == room.room(1) == FLOOR

@@ -1,5 +1,6 @@
 """The command from end to end, on a tiny random model: outputs, resume, interruption, bad input."""
 
+import itertools
 import json
 import logging
 import re
@@ -17,7 +18,7 @@ from dsd_fast import checkpoint, export, outputs
 from dsd_fast import train as module
 from dsd_fast.config import TrainConfig, from_dict
 from dsd_fast.guidance import DSDGuidance
-from dsd_fast.scene import Scene
+from dsd_fast.step import TrainStep
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
@@ -173,13 +174,13 @@ def test_seeds_differ_and_one_seed_repeats(tmp_path, tiny_model):
 @pytest.mark.parametrize("bins", [None, 7])
 def test_views_stand_where_trajectories_are_cached(runner, monkeypatch, bins):
     seen = []
-    step = DSDGuidance.__call__
+    plan = DSDGuidance.plan_levels
 
-    def watched(self, rgb, elevation_deg, azimuth_deg, *rest):
+    def watched(self, elevation_deg, azimuth_deg, *rest):
         seen.append(azimuth_deg)
-        return step(self, rgb, elevation_deg, azimuth_deg, *rest)
+        return plan(self, elevation_deg, azimuth_deg, *rest)
 
-    monkeypatch.setattr(DSDGuidance, "__call__", watched)
+    monkeypatch.setattr(DSDGuidance, "plan_levels", watched)
     flags = ["--pictures.no-turntable", "--pictures.no-mesh"]
     flags += ["--guidance.azimuth-bins", str(bins)] if bins else ["--guidance.trajectory", "exact"]
     assert runner(*flags) == 0
@@ -211,16 +212,16 @@ def test_n_plus_n_steps_equal_2n_steps(tmp_path, tiny_model, table_step):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_saves_and_resumes(runner, tmp_path, monkeypatch, caplog, number):
-    render = Scene.render
+    call = TrainStep.__call__
 
-    def render_and_interrupt(self, cameras, step, generator=None):
-        if step == 1 and generator is not None:
+    def interrupt(self):
+        if self.states[0].step == 1:
             signal.raise_signal(number)
-        return render(self, cameras, step, generator)
+        return call(self)
 
     flags = ["--pictures.no-turntable", "--pictures.no-mesh"]
     before = signal.getsignal(signal.SIGINT)  # a shell ignores it for what runs in the background
-    monkeypatch.setattr(Scene, "render", render_and_interrupt)
+    monkeypatch.setattr(TrainStep, "__call__", interrupt)
     assert runner(*flags) == 130
     monkeypatch.undo()
     assert runner.run.last_step() == 2, "the step in hand is finished and saved"
@@ -295,7 +296,7 @@ def test_a_resumed_run_needs_a_model_of_the_same_size(runner, caplog, tmp_path):
     assert runner("--pictures.no-turntable", "--pictures.no-mesh", steps=1) == 0
     build_tiny_model(runner.model, latent_size=4)
     assert runner("--resume", "auto", steps=2) == 2
-    assert "the checkpoint does not fit this run: guidance: expected seed noise" in caplog.text
+    assert "the checkpoint does not fit this run: expected seed noise" in caplog.text
     assert runner.run.last_step() == 1
 
 
@@ -304,15 +305,13 @@ def test_a_resumed_run_needs_a_model_of_the_same_size(runner, caplog, tmp_path):
 
 def not_finite(monkeypatch, when) -> None:
     """Make the guidance's gradient NaN at the steps for which `when(step)` is true."""
-    call = module.DSDGuidance.__call__
+    call, steps = module.DSDGuidance.at_plan, itertools.count()
 
-    def guide(self, rgb, elevation_deg, azimuth_deg, step, generator):
-        guided = call(self, rgb, elevation_deg, azimuth_deg, step, generator)
-        if not when(step):
-            return guided
-        return guided._replace(loss=guided.loss * float("nan"), finite=torch.tensor(False))
+    def guide(self, latents, plan):
+        guided = call(self, latents, plan)
+        return guided._replace(grad=guided.grad * float("nan")) if when(next(steps)) else guided
 
-    monkeypatch.setattr(module.DSDGuidance, "__call__", guide)
+    monkeypatch.setattr(module.DSDGuidance, "at_plan", guide)
 
 
 def test_a_step_with_nan_is_skipped_counted_and_logged(runner, monkeypatch, caplog):
@@ -338,18 +337,23 @@ def test_a_run_of_nan_stops_with_the_state_saved(runner, monkeypatch, caplog):
 
 
 def test_out_of_memory_names_the_flags_that_help(runner, monkeypatch, caplog):
-    render = Scene.render
+    call = TrainStep.__call__
 
-    def run_out(self, cameras, step, generator=None):
-        if step == 2:
+    def run_out(self):
+        if self.states[0].step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        return render(self, cameras, step, generator)
+        return call(self)
 
-    monkeypatch.setattr(Scene, "render", run_out)
+    monkeypatch.setattr(TrainStep, "__call__", run_out)
     assert runner() == 1
     for word in ("--cameras.width", "--renderer.num-samples-per-ray", "--resume auto"):
         assert word in caplog.text
     assert runner.run.last_step() == 2
+
+
+def test_vram_is_for_a_gpu(runner, caplog):
+    assert runner("--vram", "8") == 2
+    assert "--vram is for a CUDA GPU, and this run is on the cpu" in caplog.text
 
 
 def test_a_vanishing_object_is_mentioned(runner, caplog):

@@ -48,7 +48,7 @@ def load_model(
         dtype: of the UNet; default float16 on CUDA, float32 elsewhere. bfloat16 is 1.8 times as
             fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
             which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
-        engine: "auto", "eager" or "graph" (see `dsd_fast.diffusion.engine`).
+        engine: one of `dsd_fast.diffusion.engine.ENGINES`, see there.
     Raises:
         FileNotFoundError: a missing folder or piece, named before anything is loaded.
         ValueError: unsupported configuration, or weights that do not fit it.
@@ -74,7 +74,7 @@ def load_model(
     unet = read("unet", dtype).to(device, memory_format=torch.channels_last)
     vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
     vae_config = folder.configs["vae"]
-    return DiffusionModel(
+    model = DiffusionModel(
         unet,
         vae,
         ClipText(folder.path, device, folder.variants["text_encoder"]),
@@ -90,6 +90,9 @@ def load_model(
         weight_files=folder.weight_files,
         engine=engine,
     )
+    if device.type == "cuda":
+        model.release_decoder()
+    return model
 
 
 def resolve(path_or_id: str | Path) -> Path:

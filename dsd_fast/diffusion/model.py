@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion.engine import make_engine
+from dsd_fast.diffusion.fused_vae import FusedEncoder, unsupported
 from dsd_fast.diffusion.noise_schedule import noise_of_velocity
 from dsd_fast.upload import upload
 
@@ -31,7 +33,8 @@ class DiffusionModel:
 
     Use `load_model` to make one from a folder. Attributes: `unet`, `vae`, `alphas_cumprod`
     [1000] float32 on the CPU, `prediction_type`, `latent_channels`, `latent_size`, `image_size`,
-    `scaling_factor`, `shift_factor`, `path`, `device`, `dtype` (of the UNet).
+    `scaling_factor`, `shift_factor`, `path`, `device`, `dtype` (of the UNet). On CUDA, in half
+    precision, an AutoencoderKL encodes by `FusedEncoder`.
 
     Args:
         unet: UNet2DConditionModel (or any module with its call) on `device`.
@@ -41,7 +44,7 @@ class DiffusionModel:
         latent_size: side of the square latents.
         vae_factor: image pixels per latent pixel, along a side.
         weight_files: what `model_hash` covers.
-        engine: "auto", "eager" or "graph" (see `dsd_fast.diffusion.engine`).
+        engine: one of `dsd_fast.diffusion.engine.ENGINES`, see there.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class DiffusionModel:
         self._text_encoder = text_encoder
         self._weight_files = tuple(weight_files)
         self._levels = alphas_cumprod.to(self.device)
+        self._encoder = _fused_encoder(vae, self.device, self._vae_dtype)
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Last hidden state of the text encoder: [K,L,D] float32 on the model's device.
@@ -97,7 +101,17 @@ class DiffusionModel:
         if self._text_encoder is not None:
             self._text_encoder.release()
 
-    def encode_images(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
+    def release_decoder(self) -> None:
+        """Move the VAE's decoder to the CPU, from where `decode_latents` takes it back.
+
+        Training only encodes; of Stable Diffusion's VAE the decoder is three fifths.
+        """
+        for module in self._decoder():
+            module.to("cpu")
+
+    def encode_images(
+        self, rgb: Tensor, generator: torch.Generator, *, sample_posterior: bool = True
+    ) -> Tensor:
         """VAE latents of images, with gradient to the images.
 
         An AutoencoderKL posterior is sampled (DSD_SPEC 3.3: mean + std * noise, fresh noise each
@@ -107,25 +121,67 @@ class DiffusionModel:
             rgb: [B,3,H,W] float32 in [0,1] on the model's device, H and W multiples of the VAE
                 factor.
             generator: CPU generator of the posterior noise.
+            sample_posterior: without it, the posterior's mean; nothing is drawn.
         Returns:
             [B,C,h,w] float32, scaled as the UNet expects.
         """
+        noise = None
+        if sample_posterior:
+            factor = self.image_size // self.latent_size
+            size = (rgb.shape[-2] // factor, rgb.shape[-1] // factor)
+            noise = self.draw_posterior(len(rgb), generator, size)
+        return self.encode_with_noise(rgb, noise)
+
+    def draw_posterior(
+        self, n_images: int, generator: torch.Generator, size: tuple[int, int] | None = None
+    ) -> Tensor | None:
+        """Noise for `encode_with_noise`, [B,C,h,w] on the CPU; latents of the model's size if None.
+
+        None for AutoencoderTiny, which has no posterior; nothing is drawn then.
+        """
+        if not hasattr(self.vae, "quant_conv"):
+            return None
+        height, width = size or (self.latent_size, self.latent_size)
+        return torch.randn(n_images, self.latent_channels, height, width, generator=generator)
+
+    def encode_with_noise(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
+        """`encode_images` with noise drawn by the caller: work for the device alone.
+
+        Both its passes can be captured in a CUDA graph.
+
+        Args:
+            rgb: as in `encode_images`.
+            noise: of `draw_posterior`, on any device, or None for the posterior's mean.
+        """
+        mean, std = self._posterior(rgb)
+        latents = mean
+        if std is not None and noise is not None:
+            latents = mean + std * upload(noise, mean.device)
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def _posterior(self, rgb: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and, where the VAE has one, standard deviation, [B,C,h,w] float32."""
         if rgb.ndim != 4 or rgb.shape[1] != 3:
             raise ValueError(f"encode_images: expected rgb [B,3,H,W], got {tuple(rgb.shape)}")
+        if self._encoder is not None:
+            mean, log_variance = self._encoder.moments(rgb).chunk(2, 1)
+            return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         pixels = (rgb * 2 - 1).to(self._vae_dtype)
         with torch.autocast(self.device.type, enabled=False):
             encoded = self.vae.encode(pixels)
         if hasattr(encoded, "latent_dist"):
-            mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-            noise = upload(torch.randn(mean.shape, generator=generator), mean.device)
-            latents = mean + std * noise
-        else:
-            latents = encoded.latents.float()
-        return (latents - self.shift_factor) * self.scaling_factor
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        return encoded.latents.float(), None
+
+    def _decoder(self) -> list[nn.Module]:
+        pieces = (getattr(self.vae, name, None) for name in ("decoder", "post_quant_conv"))
+        return [piece for piece in pieces if piece is not None]
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images of latents [B,C,h,w]: [B,3,H,W] float32, clamped to [0,1]."""
+        for module in self._decoder():
+            module.to(self.device)
         unscaled = latents / self.scaling_factor + self.shift_factor
         with torch.autocast(self.device.type, enabled=False):
             pixels = self.vae.decode(unscaled.to(self._vae_dtype), return_dict=False)[0]
@@ -157,6 +213,16 @@ class DiffusionModel:
                 while chunk := stream.read(_HASH_CHUNK_BYTES):
                     digest.update(chunk)
         return digest.hexdigest()
+
+
+def _fused_encoder(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> FusedEncoder | None:
+    """Our own encoder where it is faster: half precision on CUDA, with Triton."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    config = {**getattr(vae, "config", {}), "_class_name": type(vae).__name__}
+    if unsupported(config) is not None or importlib.util.find_spec("triton") is None:
+        return None
+    return FusedEncoder(vae)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

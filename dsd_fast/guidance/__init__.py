@@ -1,7 +1,14 @@
 """Diverse Score Distillation: text rows, noise levels, trajectories, and their gradient."""
 
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance.dsd import DSDGuidance, GuidanceConfig, GuidanceOutput, dsd_gradient
+from dsd_fast.guidance.dsd import (
+    DSDGuidance,
+    GuidanceConfig,
+    GuidanceOutput,
+    distillation_loss,
+    dsd_gradient,
+)
+from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.prompt import combine, view_embeddings
 from dsd_fast.guidance.schedule import timestep
 from dsd_fast.guidance.trajectory import seed_noise
@@ -10,8 +17,10 @@ __all__ = [
     "DSDGuidance",
     "GuidanceConfig",
     "GuidanceOutput",
+    "Plan",
     "PromptEmbeddings",
     "combine",
+    "distillation_loss",
     "dsd_gradient",
     "seed_noise",
     "timestep",

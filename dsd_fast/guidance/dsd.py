@@ -78,6 +78,8 @@ class GuidanceConfig:
     # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
     # that the trajectory itself takes.
     weighting: Literal["sds", "ddim"] = "sds"
+    # Draw the rendering's latents from the VAE's posterior; False takes its mean.
+    sample_posterior: bool = True
     # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
     standard_cfg: bool = False
     # At scale 1 use the conditional prediction alone, without negatives or extrapolation.
@@ -239,15 +241,21 @@ class DSDGuidance:
             step: optimizer steps completed.
             generator: CPU generator of the posterior noise and of t_delta.
         """
-        latents = self.encode(rgb, generator)
+        noise = None
+        if self.cfg.sample_posterior:
+            noise = self.model.draw_posterior(len(rgb), generator)
+        latents = self.encode(rgb, noise)
         return self.from_latents(latents, elevation_deg, azimuth_deg, step, generator)
 
-    def encode(self, rgb: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents [B,C,h,w] of renderings [B,H,W,3] in [0,1], with gradient to them."""
+    def encode(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
+        """Latents [B,C,h,w] of renderings [B,H,W,3] in [0,1], with gradient to them.
+
+        `noise` is that of the posterior, see `DiffusionModel.draw_posterior`.
+        """
         if rgb.ndim != 4 or rgb.shape[-1] != 3 or rgb.shape[0] == 0:
             raise ValueError(f"guidance: expected rgb [B,H,W,3] with B > 0, got {tuple(rgb.shape)}")
         image = _resize(rgb.permute(0, 3, 1, 2).float(), self.model.image_size)
-        return self.model.encode_images(image, generator)
+        return self.model.encode_with_noise(image, noise)
 
     def from_latents(
         self,
@@ -357,9 +365,9 @@ class DSDGuidance:
         """The device's part of a step: the loss for latents [B,C,h,w] of the model's size.
 
         With cached trajectories it asks the host for nothing but `plan.kind`, so that a CUDA graph
-        can hold it, run with the eager engine: no graph holds another's replay. `Plan.copy_` gives
-        the graph another plan of that kind; levels are then that plan's, not the output's. An exact
-        trajectory takes as many UNet calls as t_delta asks for.
+        can hold it; `Plan.copy_` gives the graph another plan of that kind, and levels are then
+        that plan's, not the output's. An exact trajectory takes as many UNet calls as t_delta asks
+        for.
         """
         size = self.model.latent_size
         expected = (plan.kind.n_items, self.model.latent_channels, size, size)
@@ -381,7 +389,7 @@ class DSDGuidance:
                 eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done
             )
         return GuidanceOutput(
-            loss=_Loss.apply(latents, result.loss, result.grad),
+            loss=distillation_loss(latents, result.grad, result.loss),
             grad_norm=result.grad_norm,
             t=plan.t,
             t_delta=plan.t_delta,
@@ -391,6 +399,11 @@ class DSDGuidance:
             latents_noisy=linked.value,
             finite=result.finite,
         )
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether a CUDA graph can hold `at_plan`: its course does not depend on the levels."""
+        return self.cfg.trajectory == "cached"
 
     def state_dict(self) -> dict[str, Tensor]:
         """The seed noise, on the CPU (Q12)."""
@@ -515,12 +528,19 @@ class DSDGuidance:
             )
 
 
-class _Loss(torch.autograd.Function):
-    """0.5 sum grad^2 / B with grad / B for its gradient to the latents [B,...].
+def distillation_loss(latents: Tensor, grad: Tensor, value: Tensor | None = None) -> Tensor:
+    """0.5 sum grad^2 / B (or `value`, if it is known) with grad / B for its gradient to latents.
 
     The quadratic 0.5 |x - sg(x - grad)|^2 would give grad only up to the rounding of
-    x - (x - grad).
+    x - (x - grad). latents, grad [B,...]; the result is 0-dim.
     """
+    if value is None:
+        value = 0.5 * grad.square().sum() / grad.shape[0]
+    return _Loss.apply(latents, value, grad)
+
+
+class _Loss(torch.autograd.Function):
+    """See `distillation_loss`."""
 
     @staticmethod
     def forward(ctx, latents: Tensor, value: Tensor, grad: Tensor) -> Tensor:
