@@ -197,7 +197,8 @@ LAYERS = [
     {"guidance"},
     {"checkpoint", "config", "interruption", "memory", "official", "optimizer", "outputs"}
     | {"pictures", "progress", "scene", "state"},
-    {"cli", "export", "info", "prior", "train"},
+    {"step"},
+    {"build_engine", "cli", "export", "info", "prior", "train"},
 ]
 
 
