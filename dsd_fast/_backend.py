@@ -9,6 +9,7 @@ not.
 import hashlib
 import os
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +80,12 @@ def use_reference() -> bool:
     if value not in _BACKENDS:
         raise ValueError(f"DSD_BACKEND must be one of {', '.join(_BACKENDS)}, got {value!r}")
     return value == "torch"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; nothing imports it before a kernel is needed."""
+    return find_spec("triton") is not None
 
 
 def runs_on(capability: tuple[int, int], archs: str) -> bool:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import use_reference
+from dsd_fast._backend import has_triton, use_reference
 
 ShadingMode = Literal["albedo", "textureless", "diffuse"]
 MODES: tuple[ShadingMode, ...] = ("albedo", "textureless", "diffuse")
@@ -94,10 +92,10 @@ def shade(
     features, points, unit normals [N,3]; light_positions [N,3] or [1,3].
     Lambert: diffuse · max(0, n·l) + ambient, times the albedo unless the mode is "textureless".
     With the `numbers` of a shading on the device of the points, the host need not know which it is.
-    Rows from `n_valid` (0-dim int64 there) on may be left at zero.
+    Rows from `n_valid` (0-dim int64 there) on may be left with any numbers in them.
     """
     if isinstance(shading, Tensor):
-        if n_valid is not None and points.is_cuda and _has_triton() and not use_reference():
+        if n_valid is not None and points.is_cuda and has_triton() and not use_reference():
             return _FusedShade.apply(features, points, normals, light_positions, shading, n_valid)
         return _shade_by_numbers(features, points, normals, light_positions, shading)
     albedo = albedo_color(features)
@@ -127,7 +125,7 @@ def _shade_by_numbers(
 
 
 class _FusedShade(torch.autograd.Function):
-    """One kernel each way; see kernels/shade.py."""
+    """One kernel each way; see kernels/samples.py."""
 
     @staticmethod
     def forward(
@@ -139,7 +137,7 @@ class _FusedShade(torch.autograd.Function):
         numbers: Tensor,
         n_valid: Tensor,
     ) -> Tensor:
-        from dsd_fast.kernels import shade as kernels
+        from dsd_fast.kernels import samples as kernels
 
         tensors = (features, points, normals, lights, numbers)
         tensors = (*(tensor.contiguous() for tensor in tensors), n_valid)
@@ -150,12 +148,7 @@ class _FusedShade(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        from dsd_fast.kernels import shade as kernels
+        from dsd_fast.kernels import samples as kernels
 
         to_features, to_normals = kernels.shade_bwd(*ctx.saved_tensors, grad.contiguous())
         return to_features, None, to_normals, None, None, None
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsd_fast import ops
+from dsd_fast._backend import has_triton, use_reference
 from dsd_fast.background import Background
 from dsd_fast.cameras import CameraBatch
 from dsd_fast.field import Field
@@ -114,8 +115,13 @@ class _Samples:
         columns = (self.ray_indices[part], self.t_starts[part], self.t_ends[part])
         return _Samples(self.rays_o, self.rays_d, *columns, self.offsets)
 
-    def points(self) -> Tensor:
-        """Midpoints of the intervals, [C,3]."""
+    def points(self, skips: bool = False) -> Tensor:
+        """Midpoints of the intervals, [C,3]; with `skips` any numbers from `n_valid` on."""
+        if skips and has_triton() and not use_reference():
+            from dsd_fast.kernels import samples
+
+            where = (self.ray_indices, self.t_starts, self.t_ends)
+            return samples.points(self.rays_o, self.rays_d, *where, self.n_valid)
         middle = 0.5 * (self.t_starts + self.t_ends)
         origins = self.rays_o.index_select(0, self.ray_indices)
         dirs = self.rays_d.index_select(0, self.ray_indices)
@@ -307,7 +313,7 @@ class Renderer(nn.Module):
     def _density(self, field: Field, samples: _Samples, skips: bool) -> Tensor:
         """Density [C]; without `skips` there must be no room behind the samples."""
         if skips:
-            return field.density(samples.points(), samples.n_valid)
+            return field.density(samples.points(skips), samples.n_valid)
         size = self.cfg.eval_chunk_size
         return _concatenate(lambda part: (field.density(part.points()),), samples, size)[0]
 
@@ -319,7 +325,7 @@ class Renderer(nn.Module):
         skips = field.skips_rows(samples.rays_o.device)
 
         def evaluate(part: _Samples) -> tuple[Tensor, Tensor, Tensor]:
-            points = part.points()
+            points = part.points(skips)
             density, features, normal = (
                 field(points, n_valid=part.n_valid) if skips else field(points)
             )

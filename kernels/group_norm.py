@@ -18,18 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: with 8 warps two 16-byte loads a thread and source in half precision, and sums
-# that leave room for three programs on a multiprocessor.
+# Elements of a tile: with 4 warps four 16-byte loads a thread and source in half precision.
 TILE = 4096
 # Widest chunk that is not a single group.
 MAX_CHUNK = 256
 # Items of at most this many rows are done in one launch.
 ONE_LAUNCH_ROWS = 128
-# Programs that keep a large GPU busy: two rounds of three for each of 132 multiprocessors.
-PROGRAMS = 792
+# Programs that keep a large GPU busy: one to six for each of 132 multiprocessors. One costs a few
+# tiles beside its own: twice as many were up to 80 % slower on small images.
+MIN_PROGRAMS, MAX_PROGRAMS = 132, 792
+TILES_A_PROGRAM = 8
 # Each is read by every program of the second launch.
 MAX_SPLITS = 256
-NUM_WARPS = 8
+NUM_WARPS = 4
 
 _SPLIT_BLOCK = tl.constexpr(32)
 # Numbers whose alignment says nothing about addresses: another value compiles nothing anew.
@@ -347,7 +348,10 @@ def group_norm_fwd(
         whole_kernel[(n_chunks, batch)](**source, **affine, **total, **shape, BLOCK_R=block_r)
         return y, stats
     # whole tiles a program, enough programs to keep the GPU busy, few enough splits to be combined
-    walk = triton.cdiv(n, min(triton.cdiv(PROGRAMS, n_chunks * batch), triton.cdiv(n, block_r)))
+    tiles = triton.cdiv(n, block_r)
+    programs = n_chunks * batch * tiles // TILES_A_PROGRAM
+    programs = max(MIN_PROGRAMS, min(programs, MAX_PROGRAMS))
+    walk = triton.cdiv(n, min(triton.cdiv(programs, n_chunks * batch), tiles))
     walk = triton.cdiv(walk, block_r) * block_r
     rows = max(walk, triton.cdiv(triton.cdiv(n, MAX_SPLITS), block_r) * block_r)
     splits = triton.cdiv(n, rows)

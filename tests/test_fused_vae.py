@@ -114,8 +114,10 @@ def test_half_precision_in_a_graph(config) -> None:
     encoder = FusedEncoder(half)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
-        moments = encoder.moments(rgb)
-        return moments, torch.autograd.grad(moments, rgb, d)[0]
+        # A leaf belongs to the stream that made it, which a capture must not wait for.
+        image = rgb * 1.0
+        moments = encoder.moments(image)
+        return moments, torch.autograd.grad(moments, image, d)[0]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

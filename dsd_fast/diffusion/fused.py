@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dsd_fast._backend import has_triton
 from dsd_fast.diffusion.engine import GraphEngine
 from dsd_fast.diffusion.fused_unet import FusedUNet, unsupported
-from dsd_fast.diffusion.tokens import has_triton
 
 
 class FusedEngine(GraphEngine):

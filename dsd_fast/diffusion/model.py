@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dsd_fast._backend import has_triton
 from dsd_fast.diffusion.engine import make_engine
 from dsd_fast.diffusion.fused_vae import FusedEncoder, unsupported
 from dsd_fast.diffusion.noise_schedule import noise_of_velocity
@@ -220,7 +220,7 @@ def _fused_encoder(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return None
     config = {**getattr(vae, "config", {}), "_class_name": type(vae).__name__}
-    if unsupported(config) is not None or importlib.util.find_spec("triton") is None:
+    if unsupported(config) is not None or not has_triton():
         return None
     return FusedEncoder(vae)
 

@@ -7,22 +7,15 @@ a gradient.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsd_fast._backend import has_triton
+
 # From how many rows on the product and its GEGLU are one kernel. With fewer, the library's product
 # is faster by more than the trip of its result through memory costs.
 FUSED_GEGLU_ROWS = 16384
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton can be imported; nothing imports it before a kernel is needed."""
-    return find_spec("triton") is not None
 
 
 def _on_kernels(x: Tensor) -> bool:

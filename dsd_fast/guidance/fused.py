@@ -22,14 +22,12 @@ Nothing here is differentiated: `dsd.DSDGuidance.at_plan` gives the loss its gra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import use_reference
+from dsd_fast._backend import has_triton, use_reference
 from dsd_fast.guidance.prompt import combine as combine_reference
 from dsd_fast.guidance.prompt import expand_rows, mixed_rows
 from dsd_fast.guidance.trajectory import ddim_step, signal_and_noise
@@ -471,13 +469,8 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 def _on_kernels(tensor: Tensor) -> bool:
     """The one place that chooses: Triton for CUDA tensors it can take, the references otherwise."""
     return (
-        tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton() and not use_reference()
+        tensor.is_cuda and tensor.dtype != torch.float64 and has_triton() and not use_reference()
     )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _kernels():

@@ -1,9 +1,10 @@
-"""Triton kernels of `dsd_fast.material.shade`: colours of samples, and their gradients.
+"""Triton kernels of samples on rays: where they lie, their colours, and the colours' gradients.
 
 Lighting comes as eight numbers on the device, so that one CUDA graph serves every way of lighting:
 the colours of the ambient and of the point light, then whether the albedo and whether the light
-count (0 or 1). Rows from `n_valid` on are not read and get zeros. Arguments are checked by the
-caller; tensors are float32, contiguous and on one device.
+count (0 or 1). There may be room behind the samples: rows from `n_valid` on are neither read nor
+written. Arguments are checked by the callers (`dsd_fast.material`, `dsd_fast.renderer`); tensors
+are float32 but for indices, contiguous and on one device.
 """
 
 from __future__ import annotations
@@ -33,8 +34,22 @@ def _light(p_points, p_normals, p_lights, o_n, m_n, LIGHT_ROWS: tl.constexpr):
 
 
 @triton.jit
+def points_kernel(
+    p_origins, p_dirs, p_rays, p_starts, p_ends, p_valid, p_points, BLOCK: tl.constexpr
+):  # fmt: skip
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < tl.load(p_valid)
+    o_ray = 3 * tl.load(p_rays + o_n, mask=m_n, other=0).to(tl.int64)
+    middle = 0.5 * (tl.load(p_starts + o_n, mask=m_n) + tl.load(p_ends + o_n, mask=m_n))
+    for d in tl.static_range(3):
+        origin = tl.load(p_origins + o_ray + d, mask=m_n)
+        step = tl.load(p_dirs + o_ray + d, mask=m_n) * middle
+        tl.store(p_points + 3 * o_n + d, origin + step, mask=m_n)
+
+
+@triton.jit
 def shade_fwd_kernel(
-    p_features, p_points, p_normals, p_lights, p_numbers, p_valid, p_colors, n,
+    p_features, p_points, p_normals, p_lights, p_numbers, p_valid, p_colors,
     LIGHT_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -48,13 +63,13 @@ def shade_fwd_kernel(
         color = (light_counts * light + (1.0 - light_counts)) * (
             albedo_counts * albedo + (1.0 - albedo_counts)
         )
-        tl.store(p_colors + 3 * o_n + c, tl.where(m_n, color, 0.0), mask=o_n < n)
+        tl.store(p_colors + 3 * o_n + c, color, mask=m_n)
 
 
 @triton.jit
 def shade_bwd_kernel(
     p_features, p_points, p_normals, p_lights, p_numbers, p_valid, p_grad, p_to_features,
-    p_to_normals, n, LIGHT_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_to_normals, LIGHT_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < tl.load(p_valid)
@@ -71,11 +86,29 @@ def shade_bwd_kernel(
         to_cosine += grad * diffuse * (albedo_counts * albedo + (1.0 - albedo_counts))
         to_albedo = grad * albedo_counts * (light_counts * light + (1.0 - light_counts))
         to_feature = to_albedo * albedo * (1.0 - albedo)
-        tl.store(p_to_features + 3 * o_n + c, tl.where(m_n, to_feature, 0.0), mask=o_n < n)
-    to_cosine = tl.where(m_n, to_cosine * lit, 0.0)
-    tl.store(p_to_normals + 3 * o_n, tl.where(m_n, to_cosine * x, 0.0), mask=o_n < n)
-    tl.store(p_to_normals + 3 * o_n + 1, tl.where(m_n, to_cosine * y, 0.0), mask=o_n < n)
-    tl.store(p_to_normals + 3 * o_n + 2, tl.where(m_n, to_cosine * z, 0.0), mask=o_n < n)
+        tl.store(p_to_features + 3 * o_n + c, to_feature, mask=m_n)
+    to_cosine *= lit
+    tl.store(p_to_normals + 3 * o_n, to_cosine * x, mask=m_n)
+    tl.store(p_to_normals + 3 * o_n + 1, to_cosine * y, mask=m_n)
+    tl.store(p_to_normals + 3 * o_n + 2, to_cosine * z, mask=m_n)
+
+
+def points(
+    origins: Tensor,
+    dirs: Tensor,
+    ray_indices: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    n_valid: Tensor,
+) -> Tensor:
+    """Midpoints [N,3] of intervals [N] on rays [R,3]; ray_indices int32 [N]."""
+    n = len(ray_indices)
+    result = t_starts.new_empty(n, 3)
+    if n:
+        points_kernel[(triton.cdiv(n, _BLOCK),)](
+            origins, dirs, ray_indices, t_starts, t_ends, n_valid, result, BLOCK=_BLOCK
+        )
+    return result
 
 
 def shade_fwd(
@@ -91,7 +124,7 @@ def shade_fwd(
     n = len(features)
     if n:
         shade_fwd_kernel[(triton.cdiv(n, _BLOCK),)](
-            features, points, normals, lights, numbers, n_valid, colors, n,
+            features, points, normals, lights, numbers, n_valid, colors,
             LIGHT_ROWS=len(lights) > 1, BLOCK=_BLOCK,
         )  # fmt: skip
     return colors
@@ -111,7 +144,7 @@ def shade_bwd(
     n = len(features)
     if n:
         shade_bwd_kernel[(triton.cdiv(n, _BLOCK),)](
-            features, points, normals, lights, numbers, n_valid, grad, to_features, to_normals, n,
+            features, points, normals, lights, numbers, n_valid, grad, to_features, to_normals,
             LIGHT_ROWS=len(lights) > 1, BLOCK=_BLOCK,
         )  # fmt: skip
     return to_features, to_normals
