@@ -69,8 +69,8 @@ class PromptConfig:
 class DiffusionConfig:
     # Precision of the UNet; "auto" is float16 on CUDA and float32 on the CPU.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    # How the UNet is run: CUDA graphs, plain calls, or graphs where they work.
-    engine: Literal["auto", "eager", "graph"] = "auto"
+    # How the UNet is run: CUDA graphs, plain calls, TensorRT, or (auto) graphs where they work.
+    engine: Literal["auto", "eager", "graph", "tensorrt"] = "auto"
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "eager", "graph")
+ENGINES = ("auto", "eager", "graph", "tensorrt")
 
 # Kernel selection differs between capture and eager runs; half precision then differs by a few ulp
 # through the network. Anything above this is a wrong result, not rounding.
@@ -137,14 +137,20 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
     """Engine for a UNet that already sits on `device`.
 
     Args:
-        kind: "auto" (graph on CUDA with eager as its fallback, eager elsewhere), "eager", "graph".
+        kind: "auto" (graph on CUDA with eager as its fallback, eager elsewhere), "eager", "graph",
+            "tensorrt" (graph where TensorRT does not support the GPU).
     Raises:
-        ValueError: unknown kind, or "graph" on a device that is not CUDA.
+        ValueError: unknown kind, or "graph" or "tensorrt" on a device that is not CUDA.
+        ImportError: "tensorrt" without its package.
     """
     if kind not in ENGINES:
         raise ValueError(f"unknown UNet engine {kind!r}, expected one of {', '.join(ENGINES)}")
     if kind == "eager" or (kind == "auto" and device.type != "cuda"):
         return EagerEngine(unet)
     if device.type != "cuda":
-        raise ValueError(f"the graph engine needs a CUDA device, got {device}")
+        raise ValueError(f"the {kind} engine needs a CUDA device, got {device}")
+    if kind == "tensorrt":
+        from dsd_fast.diffusion.tensorrt import make_tensorrt  # it imports this module
+
+        return make_tensorrt(unet, device, fallback=GraphEngine(unet, fallback=True))
     return GraphEngine(unet, fallback=kind == "auto")
