@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,10 +65,12 @@ class _Positional(nn.Module):
 
 
 def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
-    """Write `unet` to `folder` as ONNX, with any number of rows; the other sizes are fixed.
+    """Write `unet` to `folder` as ONNX, with any number of rows and any size of latents.
 
     Args:
-        unet: UNet2DConditionModel in eval mode; the file has its dtype. It runs once, where it is.
+        unet: UNet2DConditionModel in eval mode; the file has its dtype. It runs once, where it is,
+            on small latents: half precision on a CPU would take minutes for large ones.
+        shape: of the inputs that the file is for.
         folder: made if absent. Weights beyond 2 GiB lie beside the file that is returned.
     Returns:
         the path of the ONNX file: latents [R,C,h,w], t [R] int64, text [R,L,D] ->
@@ -80,7 +82,9 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "unet.onnx"
     parameter = next(unet.parameters())
-    sample = shape.sample(_TRACED_ROWS, parameter.dtype, parameter.device)
+    side = _traced_side(unet)
+    traced = replace(shape, height=min(side, shape.height), width=min(side, shape.width))
+    sample = traced.sample(_TRACED_ROWS, parameter.dtype, parameter.device)
     with torch.no_grad(), warnings.catch_warnings():
         # The tracer warns of each Python branch of diffusers; all depend on fixed sizes alone.
         warnings.simplefilter("ignore")
@@ -90,12 +94,22 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
             str(path),
             input_names=list(INPUTS),
             output_names=[OUTPUT],
-            dynamic_axes={name: {0: "rows"} for name in (*INPUTS, OUTPUT)},
+            dynamic_axes={
+                "latents": {0: "rows", 2: "height", 3: "width"},
+                "t": {0: "rows"},
+                "text": {0: "rows"},
+                OUTPUT: {0: "rows", 2: "height", 3: "width"},
+            },
             opset_version=_OPSET,
             # Lighter than the exporter through torch.export, which holds the weights three times.
             dynamo=False,
         )
     return path
+
+
+def _traced_side(unet: nn.Module) -> int:
+    """Latents of which the innermost level keeps two pixels a side: one would look constant."""
+    return 2 ** len(unet.config.block_out_channels)
 
 
 def _require_onnx() -> None:

@@ -141,6 +141,10 @@ def build(
     if not parser.parse_from_file(str(onnx_file)):
         problems = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise BuildError(f"{library.name} cannot read {onnx_file}: {'; '.join(problems)}")
+    # The file takes latents of any size. Here only the rows stay open, so that all else folds.
+    for i in range(network.num_inputs):
+        entry = network.get_input(i)
+        entry.shape = (-1, *shape.inputs(1)[entry.name][1:])
     config = builder.create_builder_config()
     for count in rows:
         profile = builder.create_optimization_profile()
