@@ -197,7 +197,7 @@ LAYERS = [
     {"guidance"},
     {"checkpoint", "config", "interruption", "official", "optimizer", "outputs", "pictures"}
     | {"progress", "scene", "state"},
-    {"cli", "export", "info", "prior", "train"},
+    {"build_engine", "cli", "export", "info", "prior", "train"},
 ]
 
 
