@@ -30,7 +30,7 @@ from dsd_fast.diffusion.tensorrt_library import Capability
 from dsd_fast.pipes import reader_may_leave
 from dsd_fast.progress import memory_mib, set_up_logging
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("dsd_fast.build_engine")
 
 
 @dataclass
@@ -172,9 +172,7 @@ def _capabilities(command: BuildCommand) -> list[Capability]:
         return found
     present = _present()
     if present is None:
-        raise CommandError(
-            "no GPU is present: say for which one, as in --compute-capability 8.9"
-        )
+        raise CommandError("no GPU is present: say for which one, as in --compute-capability 8.9")
     return [present]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_model import build_tiny_model
 
 from dsd_fast import build_engine
 from dsd_fast.diffusion import engine_cache, load_model, parity, tensorrt, tensorrt_library
-from dsd_fast.diffusion.engine import EagerEngine, make_engine
+from dsd_fast.diffusion.engine import EagerEngine, GraphEngine, make_engine
 from dsd_fast.diffusion.onnx_export import INPUTS, UNetShape, export_unet
 
 TINY = UNetShape(4, 8, 8, 77, 16)
@@ -223,12 +224,30 @@ def test_auto_takes_the_first_library_that_supports_the_gpu(only) -> None:
 def test_unsupported_gpu_goes_on_with_the_next_engine(only, monkeypatch, tiny_unet, caplog) -> None:
     only("tensorrt_rtx")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    fallback = EagerEngine(tiny_unet)
-    assert tensorrt.make_tensorrt(tiny_unet, torch.device("cuda"), fallback) is fallback
-    assert len(caplog.records) == 1 and "9.0" in caplog.text
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    cuda = torch.device("cuda")
+    assert isinstance(make_engine(tiny_unet, cuda, "tensorrt"), GraphEngine)
+    assert len(caplog.records) == 1
+    assert "compute capability 9.0" in caplog.text and "going on without it" in caplog.text
     only()
     with pytest.raises(ImportError, match="pip install"):
-        tensorrt.make_tensorrt(tiny_unet, torch.device("cuda"), fallback)
+        make_engine(tiny_unet, cuda, "tensorrt")
+
+
+def test_an_engine_that_cannot_be_built_goes_on_with_the_fallback(tiny_unet, monkeypatch, caplog):
+    def refuse(*_):
+        raise tensorrt_library.BuildError("no such operator")
+
+    monkeypatch.setattr(tensorrt.TensorRTEngine, "_open", refuse)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    library = tensorrt_library.Library("tensorrt_rtx", fake_library())
+    engine = tensorrt.TensorRTEngine(tiny_unet, library, EagerEngine(tiny_unet))
+    inputs = TINY.sample(4, torch.float32, "cpu")
+    for _ in range(2):
+        assert torch.equal(engine(*inputs), EagerEngine(tiny_unet)(*inputs))
+    assert [r.getMessage() for r in caplog.records] == [
+        "going on without tensorrt_rtx: no such operator"
+    ]
 
 
 def test_engine_needs_a_gpu(tiny_unet) -> None:

@@ -182,6 +182,8 @@ def _monitor(trt: ModuleType, title: str) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.totals[phase_name] = num_steps
+            if parent_phase is None:
+                log.info("%s: %s", title, phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             now = time.monotonic()
