@@ -26,7 +26,7 @@ from dsd_fast.diffusion.components import (
 from dsd_fast.diffusion.loader import resolve
 from dsd_fast.diffusion.onnx_export import UNetShape, export_unet
 from dsd_fast.diffusion.tensorrt import DEFAULT_ROWS, engine_key
-from dsd_fast.diffusion.tensorrt_library import Capability
+from dsd_fast.diffusion.tensorrt_library import Capability, Library
 from dsd_fast.pipes import reader_may_leave
 from dsd_fast.progress import memory_mib, set_up_logging
 
@@ -45,7 +45,7 @@ class BuildCommand:
     model: str = "embedded"
     # "auto" takes tensorrt_rtx where it is installed and supports the GPU, else tensorrt.
     library: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
-    # Compute capabilities such as 8.6 8.9 12.0, one engine each; default: this computer's GPU.
+    # Compute capabilities such as 8.6 8.9 12.0, which one engine serves; default: the GPU present.
     compute_capability: tuple[str, ...] = ()
     # Row counts to build for; a run looks for the default ones.
     rows: tuple[int, ...] = DEFAULT_ROWS
@@ -101,37 +101,45 @@ def build_engines(command: BuildCommand) -> list[Path]:
     unet = _read_unet(folder, dtype)
     shape = shape_of(folder)
     where = command.output or engine_cache.folder()
-    paths = []
-    with tempfile.TemporaryDirectory(prefix="dsd_fast-") as temporary:
-        onnx_file = None
-        for library, capability in zip(libraries, capabilities):
-            name = engine_key(unet, shape, command.rows, dtype, library, capability)
-            path = engine_cache.path_of(name, where)
-            paths.append(path)
-            if path.is_file():
-                log.info("%s is there already", path)
-                continue
-            start = time.monotonic()
-            if onnx_file is None:
-                log.info("exporting the UNet of %s to ONNX", folder.path)
-                onnx_file = export_unet(unet, shape, Path(temporary))
-            log.info(
-                "building for compute capability %s with %s %s",
-                tensorrt_library.spelled(capability),
-                library.name,
-                library.version,
-            )
-            engine = tensorrt_library.build(library, onnx_file, shape, command.rows, capability)
-            size = engine_cache.write(path, engine)
-            del engine
-            log.info(
-                "wrote %s: %.0f MiB in %.0f s, peak memory %.0f MiB",
-                path,
-                size / 2**20,
-                time.monotonic() - start,
-                memory_mib(torch.device("cpu")),
-            )
+    paths, missing = [], {}
+    for library, capability in zip(libraries, capabilities):
+        name = engine_key(unet, shape, command.rows, dtype, library, capability)
+        paths.append(path := engine_cache.path_of(name, where))
+        if path.is_file():
+            log.info("%s is there already", path)
+        else:
+            missing.setdefault(library, {})[capability] = path
+    for library, targets in missing.items():
+        _build(unet, shape, command.rows, library, targets)
     return paths
+
+
+def _build(
+    unet: torch.nn.Module,
+    shape: UNetShape,
+    rows: Sequence[int],
+    library: Library,
+    targets: dict[Capability, Path],
+) -> None:
+    """Build one engine for all compute capabilities and write it under the name of each."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dsd_fast-") as temporary:
+        log.info("exporting the UNet to ONNX")
+        onnx_file = export_unet(unet, shape, Path(temporary))
+        spelled = ", ".join(map(tensorrt_library.spelled, targets))
+        log.info("compute capability %s: %s %s", spelled, library.name, library.version)
+        engine = tensorrt_library.build(library, onnx_file, shape, rows, list(targets))
+    first, *others = targets.values()
+    size = engine_cache.write(first, engine)
+    for path in others:
+        engine_cache.link(first, path)
+    log.info("wrote %s", "\n  and ".join(map(str, targets.values())))
+    log.info(
+        "%.0f MiB in %.0f s, peak memory %.0f MiB",
+        size / 2**20,
+        time.monotonic() - start,
+        memory_mib(torch.device("cpu")),
+    )
 
 
 def shape_of(folder: PipelineFolder) -> UNetShape:

@@ -194,6 +194,21 @@ def test_a_corrupt_file_is_built_again_with_one_line(refusal, tmp_path, caplog) 
     assert len(warnings) == 1 and str(path) in warnings[0].getMessage()
 
 
+def test_a_second_name_takes_no_second_copy(tmp_path, monkeypatch) -> None:
+    first, second, third = (tmp_path / name for name in "abc")
+    engine_cache.write(first, b"engine")
+    second.write_bytes(b"old")
+    engine_cache.link(first, second)
+    assert second.samefile(first) and second.read_bytes() == b"engine"
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("dsd_fast.diffusion.engine_cache.os.link", refuse)
+    engine_cache.link(first, third)
+    assert third.read_bytes() == b"engine" and sorted(tmp_path.iterdir()) == [first, second, third]
+
+
 def test_a_fresh_engine_that_does_not_load_is_an_error(tmp_path) -> None:
     path = tmp_path / "a.engine"
     with pytest.raises(RuntimeError, match="although it was just built"):
@@ -304,16 +319,18 @@ def test_command_builds_a_tiny_unet(tiny_folder, tmp_path, caplog) -> None:
     command = build_engine.BuildCommand(
         model=str(tiny_folder),
         library="tensorrt_rtx",
-        compute_capability=("8.9",),
+        compute_capability=("8.9", "12.0"),
         rows=(4,),
         output=tmp_path,
     )
-    (path,) = build_engine.build_engines(command)
-    assert path.parent == tmp_path and path.stat().st_size > 1000
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    before = path.stat().st_mtime_ns
-    assert build_engine.build_engines(command) == [path]
-    assert path.stat().st_mtime_ns == before and "is there already" in caplog.text
+    paths = build_engine.build_engines(command)
+    assert sorted(tmp_path.iterdir()) == sorted(paths) and len(set(paths)) == 2
+    assert paths[0].stat().st_size > 1000
+    # One engine runs on both, and is stored once.
+    assert paths[0].samefile(paths[1])
+    before = paths[0].stat().st_mtime_ns
+    assert build_engine.build_engines(command) == paths
+    assert paths[0].stat().st_mtime_ns == before and "is there already" in caplog.text
 
 
 def test_library_names_what_it_cannot_read(tmp_path) -> None:
@@ -322,7 +339,7 @@ def test_library_names_what_it_cannot_read(tmp_path) -> None:
     file.write_bytes(b"no network")
     library = tensorrt_library.find_library("tensorrt_rtx")
     with pytest.raises(tensorrt_library.BuildError, match=r"cannot read .*unet\.onnx"):
-        tensorrt_library.build(library, file, TINY, (4,), (8, 9))
+        tensorrt_library.build(library, file, TINY, (4,), [(8, 9)])
 
 
 @cuda_only

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +79,16 @@ def write(path: Path, engine: Any) -> int:
     """Write an engine (any buffer) so that the file is whole or absent; returns its bytes."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         return file.write(memoryview(engine))
+
+
+def link(path: Path, name: Path) -> None:
+    """Give the engine `path` a second name, without a second copy where the disk can do that."""
+    with replacing(name) as temporary:
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
+        try:
+            os.link(path, temporary)
+        except OSError:  # the file system has no hard links
+            shutil.copyfile(path, temporary)
 
 
 def load_or_build(path: Path, load: Callable[[Path], T | None], build: Callable[[], Any]) -> T:

@@ -177,7 +177,7 @@ def open_engine(
     def build() -> Any:
         with tempfile.TemporaryDirectory(prefix="dsd_fast-") as folder:
             onnx_file = export_unet(unet, shape, Path(folder))
-            return tensorrt_library.build(library, onnx_file, shape, rows, capability)
+            return tensorrt_library.build(library, onnx_file, shape, rows, (capability,))
 
     return engine_cache.load_or_build(path, load, build), runtime
 

@@ -118,14 +118,17 @@ def build(
     onnx_file: Path,
     shape: UNetShape,
     rows: Sequence[int],
-    capability: Capability,
+    capabilities: Sequence[Capability],
 ) -> Any:
-    """Compile an ONNX UNet, logging the progress.
+    """Compile an ONNX UNet into one engine, logging the progress.
 
     The network is strongly typed: every layer computes in the dtype that the file gives it. Each
     row count has its own optimisation profile, in the order of `rows`, so that kernels are chosen
     for exactly that size.
 
+    Args:
+        capabilities: of the GPUs that the engine is to run on; tensorrt builds for the present
+            GPU, whatever they are.
     Returns:
         the serialised engine, an object with the buffer interface.
     Raises:
@@ -152,10 +155,11 @@ def build(
             profile.set_shape(name, size, size, size)
         config.add_optimization_profile(profile)
     if library.name == "tensorrt_rtx":
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, _member(capability)), 0)
+        config.num_compute_capabilities = len(capabilities)
+        for i, capability in enumerate(capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, _member(capability)), i)
     # The monitor must outlive the build: the configuration keeps no reference to it.
-    monitor = _monitor(trt, f"{library.name} for {spelled(capability)}")
+    monitor = _monitor(trt, f"{library.name} for {', '.join(map(spelled, capabilities))}")
     config.progress_monitor = monitor
     engine = builder.build_serialized_network(network, config)
     if engine is None:
