@@ -109,13 +109,19 @@ def build_engines(command: BuildCommand) -> list[Path]:
             log.info("%s is there already", path)
         else:
             missing.setdefault(library, {})[capability] = path
-    for library, targets in missing.items():
-        _build(unet, shape, command.rows, library, targets)
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="dsd_fast-") as temporary:
+            log.info("exporting the UNet of %s to ONNX", folder.path)
+            onnx_file = export_unet(unet, shape, Path(temporary))
+            # The builder holds the weights three times over; a fourth copy would be for nothing.
+            del unet
+            for library, targets in missing.items():
+                _build(onnx_file, shape, command.rows, library, targets)
     return paths
 
 
 def _build(
-    unet: torch.nn.Module,
+    onnx_file: Path,
     shape: UNetShape,
     rows: Sequence[int],
     library: Library,
@@ -123,12 +129,9 @@ def _build(
 ) -> None:
     """Build one engine for all compute capabilities and write it under the name of each."""
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="dsd_fast-") as temporary:
-        log.info("exporting the UNet to ONNX")
-        onnx_file = export_unet(unet, shape, Path(temporary))
-        spelled = ", ".join(map(tensorrt_library.spelled, targets))
-        log.info("compute capability %s: %s %s", spelled, library.name, library.version)
-        engine = tensorrt_library.build(library, onnx_file, shape, rows, list(targets))
+    spelled = ", ".join(map(tensorrt_library.spelled, targets))
+    log.info("compute capability %s: %s %s", spelled, library.name, library.version)
+    engine = tensorrt_library.build(library, onnx_file, shape, rows, list(targets))
     first, *others = targets.values()
     size = engine_cache.write(first, engine)
     for path in others:

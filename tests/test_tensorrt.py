@@ -326,6 +326,11 @@ def test_command_builds_a_tiny_unet(tiny_folder, tmp_path, caplog) -> None:
     paths = build_engine.build_engines(command)
     assert sorted(tmp_path.iterdir()) == sorted(paths) and len(set(paths)) == 2
     assert paths[0].stat().st_size > 1000
+    # A run, which loads the model in its own way, looks for the same name.
+    unet = load_model(tiny_folder).unet.half()
+    library = tensorrt_library.find_library("tensorrt_rtx")
+    name = tensorrt.engine_key(unet, TINY, (4,), torch.float16, library, (8, 9))
+    assert paths[0] == engine_cache.path_of(name, tmp_path)
     # One engine runs on both, and is stored once.
     assert paths[0].samefile(paths[1])
     before = paths[0].stat().st_mtime_ns
