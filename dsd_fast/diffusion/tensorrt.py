@@ -40,8 +40,8 @@ class TensorRTEngine:
     that computes something else, costs one warning. From then on, as for row counts that it was
     not built for, calls go to `fallback`.
 
-    Inputs are copied to fixed buffers and all work is enqueued on torch's current stream, so a
-    call can be captured in a CUDA graph once each row count has run outside a capture.
+    Inputs are copied to fixed buffers and all work is enqueued in the order of torch's current
+    stream, so a call can be captured in a CUDA graph once the engine has run outside a capture.
 
     Args:
         unet: a module on a CUDA device, in eval mode.
@@ -88,7 +88,9 @@ class TensorRTEngine:
                     self._open(shape, latents.dtype, latents.device)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, OSError) as error:  # of the build, the disk, the parity gate
+            # Of the build and the parity gate, the disk, a missing onnx, and a library that does
+            # not start, which its bindings report as a TypeError.
+            except (RuntimeError, OSError, ImportError, TypeError) as error:
                 log.warning("going on without %s: %s", self.library.name, error)
                 self._disabled = True
                 return False
@@ -98,6 +100,7 @@ class TensorRTEngine:
 
     def _open(self, shape: UNetShape, dtype: torch.dtype, device: torch.device) -> None:
         self._shape = shape
+        self._stream = torch.cuda.Stream(device)
         self._engine, self._runtime = open_engine(
             self.unet, shape, self.rows, dtype, self.library, torch.cuda.get_device_capability()
         )
@@ -144,9 +147,13 @@ class TensorRTEngine:
         profile = self._profiles[len(latents)]
         for name, tensor in zip(INPUTS, (latents, t, text)):
             profile.inputs[name].copy_(tensor)
-        stream = torch.cuda.current_stream(latents.device).cuda_stream
-        if not profile.context.execute_async_v3(stream):
+        current = torch.cuda.current_stream(latents.device)
+        # On the default stream the library would wait for the GPU at every call.
+        stream = self._stream if current.cuda_stream == 0 else current
+        stream.wait_stream(current)
+        if not profile.context.execute_async_v3(stream.cuda_stream):
             raise RuntimeError(f"{self.library.name} failed to run the UNet")
+        current.wait_stream(stream)
         return profile.output
 
     def _mention(self, rows: int) -> None:

@@ -136,9 +136,10 @@ def build(
     """
     trt = library.module
     logger = library.logger()
-    builder = trt.Builder(logger)
-    if builder is None or logger.errors:
-        raise BuildError(f"{library.name} does not start: {_words(logger)}")
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # how the bindings report that they got no object
+        raise BuildError(f"{library.name} does not start: {_words(logger)}") from error
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_file)):
