@@ -1,7 +1,9 @@
 """TensorRT: the export, the cache, the gate before an engine, the command; builds without a GPU."""
 
+import ctypes
 import dataclasses
 import logging
+import math
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -279,6 +281,78 @@ def test_other_row_counts_go_to_the_fallback(tiny_unet, caplog) -> None:
     assert [r.getMessage() for r in caplog.records] == [
         "2 rows: not TensorRT, which was built for 4 and 8"
     ]
+
+
+class FakeContext:
+    """Runs a UNet between the addresses it was given, as an execution context does."""
+
+    def __init__(self, unet, factor):
+        self.unet, self.factor = unet, factor
+        self.shapes, self.addresses = {}, {}
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = index
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def execute_async_v3(self, stream):
+        assert self.profile == {4: 0, 8: 1}[self.shapes["t"][0]]
+        inputs = [self._at(name, self.shapes[name]) for name in INPUTS]
+        output = self._at("prediction", self.shapes["latents"])
+        output.copy_(EagerEngine(self.unet)(*inputs) * self.factor)
+        return True
+
+    def _at(self, name, shape):
+        dtype = torch.int64 if name == "t" else torch.float32
+        size = math.prod(shape) * dtype.itemsize
+        memory = (ctypes.c_char * size).from_address(self.addresses[name])
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+@pytest.mark.parametrize("factor, right", [(1.0, True), (1.1, False)])
+def test_engine_runs_between_its_buffers(
+    factor, right, tiny_unet, tmp_path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path))
+    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda s: None, synchronize=lambda: None)
+    for name in ("device", "Stream", "current_stream"):
+        value = nullcontext() if name == "device" else stream
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    plan = SimpleNamespace(create_execution_context=lambda: FakeContext(tiny_unet, factor))
+    module = fake_library()
+    module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=lambda data: plan)
+    monkeypatch.setattr(tensorrt, "export_unet", lambda *_: tmp_path)
+    monkeypatch.setattr(tensorrt_library, "build", lambda *_: b"engine")
+    monkeypatch.setattr(tensorrt_library.Library, "logger", lambda self: None)
+    library = tensorrt_library.Library("tensorrt_rtx", module)
+    fallback = Counted(tiny_unet)
+    engine = tensorrt.TensorRTEngine(tiny_unet, library, fallback)
+    results = []
+    for rows in (4, 8, 4):
+        inputs = TINY.sample(rows, torch.float32, "cpu", seed=len(results))
+        results.append((engine(*inputs), EagerEngine(tiny_unet)(*inputs)))
+    # A result belongs to the caller: the third call left the first one as it was.
+    assert all(relative_error(got, want) < 1e-6 for got, want in results)
+    assert fallback.calls == (0 if right else 3)
+    assert ("going on without tensorrt_rtx" in caplog.text) is not right
+    assert len(list(tmp_path.glob("*.engine"))) == 1
+    if right:
+        other = UNetShape(4, 16, 16, 77, 16).sample(4, torch.float32, "cpu")
+        with pytest.raises(ValueError, match="the engine was built for"):
+            engine(*other)
+
+
+class Counted(EagerEngine):
+    calls = 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        return super().__call__(*inputs)
 
 
 # ---- the command --------------------------------------------------------------------------------
