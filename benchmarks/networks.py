@@ -11,6 +11,7 @@ import torch
 from benchmarks.models import Subject, unet_inputs
 from benchmarks.peers import NETWORKS, RECORDED_ON
 from benchmarks.timing import measure
+from dsd_fast.graphs import captured
 
 # (subject) -> a call, and its floating-point operations
 Prepared = tuple[Callable[[], object], float]
@@ -23,27 +24,31 @@ def unet(subject: Subject, n_rows: int) -> Prepared:
 
 
 def encode(subject: Subject, backward: bool = True) -> Prepared:
-    """Latents of one image of the model's size, forward and back to the image's gradient."""
+    """Latents of one image of the model's size, forward and back to the image's gradient.
+
+    On CUDA a graph holds it, as one holds the step that it is a part of.
+    """
     model = subject.model
     generator = torch.Generator().manual_seed(0)
     shape = (1, 3, model.image_size, model.image_size)
     image = torch.rand(shape, generator=generator).to(model.device)
-    if not backward:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return model.encode_images(image, generator)
-
-        return forward, subject.encoder_flops()
-    image.requires_grad_()
     latent_shape = (1, model.latent_channels, model.latent_size, model.latent_size)
-    grad = torch.randn(latent_shape, generator=generator).to(model.device)
+    noise, grad = (torch.randn(latent_shape, generator=generator).to(model.device) for _ in "12")
+
+    def forward() -> object:
+        with torch.no_grad():
+            return model.encode_with_noise(image, noise)
 
     def forward_backward() -> object:
-        return torch.autograd.grad(model.encode_images(image, generator), image, grad)
+        # Not a leaf: those belong to a stream, which a capture must not wait for.
+        rgb = image.detach().requires_grad_() * 1.0
+        return torch.autograd.grad(model.encode_with_noise(rgb, noise), rgb, grad)
 
+    call = forward_backward if backward else forward
+    if model.device.type == "cuda":
+        call = captured(call)
     # With frozen weights the way back has as many operations as the way there.
-    return forward_backward, 2 * subject.encoder_flops()
+    return call, subject.encoder_flops() * (2 if backward else 1)
 
 
 def run(
@@ -51,7 +56,7 @@ def run(
 ) -> dict[str, Any]:
     """Time a network; the record that goes to JSON.
 
-    The host's time counts on CUDA: an engine that wants CUDA graphs makes its own.
+    The host's time counts on CUDA: an engine of the UNet that wants CUDA graphs makes its own.
     """
     device = subject.model.device
     call, flops = prepare(subject)

@@ -70,8 +70,8 @@ class DiffusionConfig:
     # Precision of the UNet; "auto" is float16 on CUDA and float32 on the CPU.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # How the UNet is run: "fused" passes or torch.compile in CUDA graphs, CUDA graphs alone, plain
-    # calls; "auto" is fused where that works, else graphs, else plain calls.
-    engine: Literal["auto", "eager", "graph", "fused", "compiled"] = "auto"
+    # calls, TensorRT; "auto" is fused where that works, else graphs, else plain calls.
+    engine: Literal["auto", "eager", "graph", "fused", "compiled", "tensorrt"] = "auto"
 
 
 @dataclass

@@ -21,8 +21,6 @@ CONTEXT_GIB = 0.6
 # They change no result beyond rounding, but for the views of a step. For Stable Diffusion; the
 # embedded model fits any GPU as it is.
 SETTINGS: tuple[tuple[float, dict[str, Any]], ...] = (
-    # A captured UNet keeps its activations for itself, while the renderer and the VAE need theirs.
-    (8.0, {"diffusion.dtype": "float16", "diffusion.engine": "eager", "cameras.batch_size": 1}),
     (12.0, {"diffusion.dtype": "float16", "cameras.batch_size": 1}),
 )
 

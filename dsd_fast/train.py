@@ -272,7 +272,7 @@ def _errors_of_settings() -> Iterator[None]:
             f"the diffusion model does not fit the GPU ({_first_line(error)}): close programs that "
             "use its memory, or pass --diffusion.dtype float16 or --device cpu"
         ) from error
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
         raise ConfigError(str(error)) from error
 
 

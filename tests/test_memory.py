@@ -25,18 +25,18 @@ def test_every_setting_exists_and_smaller_gpus_take_on_more() -> None:
         assert larger.items() <= smaller.items()
 
 
-@pytest.mark.parametrize(
-    ("vram", "engine"), [(6.0, "eager"), (8.0, "eager"), (8.1, "auto"), (24.0, "auto")]
-)
-def test_settings_follow_the_size(vram, engine, caplog) -> None:
+@pytest.mark.parametrize(("vram", "n_views"), [(6.0, 1), (12.0, 1), (12.1, 4), (24.0, 4)])
+def test_settings_follow_the_size(vram, n_views, caplog) -> None:
     caplog.set_level(logging.INFO)
     cfg = preset("dsd")
+    cfg.cameras.batch_size = 4
+    before = leaves(cfg)
     memory.choose_settings(cfg, vram)
-    changed = {path for path, value in leaves(cfg).items() if leaves(preset("dsd"))[path] != value}
-    assert cfg.diffusion.engine == engine
-    assert changed == ({"diffusion.engine"} if engine == "eager" else set())
-    text = f"--vram {vram:g}: diffusion.engine = eager instead of auto"
-    assert (text in caplog.text) == (engine == "eager")
+    changed = {path for path, value in leaves(cfg).items() if before[path] != value}
+    assert cfg.cameras.batch_size == n_views
+    assert changed == ({"cameras.batch_size"} if n_views == 1 else set())
+    text = f"--vram {vram:g}: cameras.batch_size = 1 instead of 4"
+    assert (text in caplog.text) == (n_views == 1)
 
 
 def test_the_embedded_model_stays_as_it_is() -> None:
@@ -47,9 +47,9 @@ def test_the_embedded_model_stays_as_it_is() -> None:
 
 def test_flags_win_over_vram(tmp_path) -> None:
     common = ["--preset", "dsd", "--prompt", "a chair", "--output", str(tmp_path), "--vram", "8"]
-    assert cli.parse(common)[0].config.diffusion.engine == "eager"
-    cfg = cli.parse([*common, "--diffusion.engine", "graph"])[0].config
-    assert (cfg.vram, cfg.diffusion.engine) == (8.0, "graph")
+    assert cli.parse(common)[0].config.cameras.batch_size == 1
+    cfg = cli.parse([*common, "--cameras.batch-size", "2"])[0].config
+    assert (cfg.vram, cfg.cameras.batch_size) == (8.0, 2)
 
 
 def test_a_saved_configuration_is_not_chosen_again(tmp_path) -> None:
@@ -71,7 +71,7 @@ def test_what_helps_names_flags_that_exist_and_only_what_is_not_so_yet() -> None
     }
     assert flags <= set(leaves(cfg)) and len(flags) == 7
     memory.choose_settings(cfg, 8.0)
-    cfg.guidance.use_perp_neg = False
+    cfg.guidance.use_perp_neg, cfg.diffusion.engine = False, "eager"
     assert [way.split(" (")[0] for way in memory.savings(cfg)] == [
         "smaller --cameras.height and --cameras.width",
         "fewer --renderer.num-samples-per-ray",

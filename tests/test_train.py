@@ -188,6 +188,44 @@ def test_views_stand_where_trajectories_are_cached(runner, monkeypatch, bins):
     assert torch.allclose(part, torch.full_like(part, 0.5), atol=1e-4) == (bins is not None)
 
 
+# Several seeds
+
+
+def test_seeds_side_by_side_are_the_runs_of_each(tmp_path, tiny_model, caplog):
+    flags = ["--pictures.no-turntable", "--pictures.no-mesh", "--seed", "3"]
+    alone, together = (Runner(tmp_path / name, tiny_model) for name in ("alone", "together"))
+    assert together(*flags, "--num-seeds", "2", "--stop-at", "2") == 0
+    assert together(*flags, "--num-seeds", "2", "--resume", "auto") == 0
+    for seed in (3, 4):
+        assert alone(*flags[:2], "--seed", str(seed)) == 0
+        single, shared = (
+            outputs.RunFolder.named(
+                tmp_path / name, "diverse-score-distillation", "a chair", seed
+            )
+            for name in ("alone", "together")
+        )
+        assert shared.preview.exists() and shared.last_step() == 4
+        losses = [
+            [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
+            for run in (single, shared)
+        ]
+        # The UNet's batches are larger: equal up to rounding.
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[0]) == 4
+        config = json.loads(shared.config.read_text())
+        assert config["seed"] == seed
+
+
+def test_seeds_side_by_side_need_a_step_in_common(runner, caplog):
+    flags = ["--pictures.no-turntable", "--pictures.no-mesh"]
+    assert runner(*flags) == 0
+    assert runner(*flags, "--num-seeds", "2", "--resume", "auto") == 2
+    assert "no step in common" in caplog.text
+    assert runner(*flags, "--num-seeds", "2", "--tag", "x") == 2
+    assert "drop --tag" in caplog.text
+    assert runner(*flags, "--num-seeds", "0") == 2
+    assert "at least 1" in caplog.text
+
+
 # Stop and resume
 
 

@@ -21,7 +21,7 @@ from dsd_fast.graphs import shared_pool, tuned_convolutions
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("auto", "eager", "graph", "fused", "compiled")
+ENGINES = ("auto", "eager", "graph", "fused", "compiled", "tensorrt")
 
 # Kernel selection differs between capture and eager runs; half precision then differs by a few ulp
 # through the network. Anything above this is a wrong result, not rounding.
@@ -187,12 +187,13 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
 
     Args:
         kind: "eager", "graph" (eager in a CUDA graph), "fused" (`dsd_fast.diffusion.fused`),
-            "compiled" (torch.compile in a CUDA graph) or "auto": eager where there is no CUDA; on
-            it fused for what FusedUNet supports in half precision, else graph, both with eager as
-            their fallback.
+            "compiled" (torch.compile in a CUDA graph), "tensorrt" ("auto" where TensorRT does not
+            support the GPU) or "auto": eager where there is no CUDA; on it fused for what
+            FusedUNet supports in half precision, else graph, both with eager as their fallback.
     Raises:
         ValueError: unknown kind, any but "auto" and "eager" on a device that is not CUDA, or
             "fused" for a UNet that it does not support.
+        ImportError: "tensorrt" without its package.
     """
     if kind not in ENGINES:
         raise ValueError(f"unknown UNet engine {kind!r}, expected one of {', '.join(ENGINES)}")
@@ -200,6 +201,10 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
         return EagerEngine(unet)
     if device.type != "cuda":
         raise ValueError(f"the {kind} engine needs a CUDA device, got {device}")
+    if kind == "tensorrt":
+        from dsd_fast.diffusion.tensorrt import make_tensorrt  # it imports this module
+
+        return make_tensorrt(unet, device, fallback=make_engine(unet, device))
     if kind in ("auto", "fused"):
         # diffusers' names and the kernels are of no interest to the other engines
         from dsd_fast.diffusion.fused import FusedEngine, cannot_fuse
