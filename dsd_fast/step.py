@@ -254,6 +254,7 @@ class TrainStep:
         levels = tuple(state.scene.field.grid.n_active_levels for state in self.states)
         # Graphs of other sizes, levels or rooms are not asked for again, or seldom.
         if any(key[:3] != (sizes, levels, rooms) for key in self._graphs):
+            torch.cuda.synchronize(self.device)  # one of them may still run
             self._graphs.clear()
         key = (sizes, levels, rooms, tuple(weights), plan.kind)
         if key not in self._graphs:
