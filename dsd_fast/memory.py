@@ -59,8 +59,10 @@ def cap(device: torch.device, vram: float) -> None:
 
 def cap_allocations(device: torch.device, gib: float) -> None:
     """Let torch allocate at most `gib` GiB of a CUDA device; CUDA's own comes on top."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), device)
+    # "cuda" alone is the current one, and torch wants a number here.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(gib * 2**30 / total, 1.0), index)
 
 
 def savings(cfg: TrainConfig) -> list[str]:

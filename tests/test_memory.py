@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,20 @@ def test_a_cap_leaves_room_for_cuda(monkeypatch) -> None:
     assert given == [8.0 - memory.CONTEXT_GIB]
     with pytest.raises(ConfigError, match=r"CUDA itself takes 0.6; got 0.5"):
         memory.cap(torch.device("cuda", 0), 0.5)
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_cap_is_for_one_gpu(monkeypatch, name, index) -> None:
+    given = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=i * 2**34)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, i: given.append((share, i))
+    )
+    memory.cap_allocations(torch.device(name), 4.0)
+    assert given == [(4.0 / (16 * index), index)]
 
 
 def test_phases_say_nothing_on_the_cpu(caplog) -> None:
