@@ -22,7 +22,8 @@ PIECES = {
     "diffusers": "opens diffusion models; without it nothing can be trained",
     "transformers": "encodes prompts; without it nothing can be trained",
     "triton": "torch.compile and fused passes on CUDA; nothing requires it",
-    "tensorrt": "a TensorRT engine for the UNet, planned; nothing uses it yet",
+    "tensorrt_rtx": "TensorRT for the UNet, GeForce and RTX (pip install dsd_fast[tensorrt])",
+    "tensorrt": "TensorRT for the UNet on any GPU (pip install tensorrt onnx)",
     "fast_simplification": "fewer triangles in exported meshes (pip install dsd_fast[mesh])",
     "moderngl": "rendering training views for a prior of your own (pip install dsd_fast[prior])",
 }

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,19 @@ def tiny_unet(tiny_folder):
 
 def fake_library(name="tensorrt_rtx", members=("SM80", "SM86", "SM89", "SM120"), version="1.0"):
     capabilities = SimpleNamespace(**{member: member for member in members})
-    return SimpleNamespace(__version__=version, __name__=name, ComputeCapability=capabilities)
+    return SimpleNamespace(
+        __version__=version,
+        __name__=name,
+        ComputeCapability=capabilities,
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """The command installs a log handler on this test's stderr."""
+    yield
+    logging.getLogger("dsd_fast").handlers = []
 
 
 @pytest.fixture
@@ -50,12 +63,16 @@ def only(monkeypatch):
 # ---- export -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["tiny", "embedded"])
+@pytest.mark.parametrize("which", ["tiny", "tiny, odd", "embedded"])
 def test_onnx_computes_what_the_unet_computes(which, tiny_folder, tmp_path) -> None:
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = load_model(tiny_folder if which == "tiny" else "embedded")
-    shape = TINY if which == "tiny" else build_engine.shape_of(_inspected("embedded"))
+    model = load_model("embedded" if which == "embedded" else tiny_folder)
+    shape = TINY
+    if which == "embedded":
+        shape = build_engine.shape_of(_inspected("embedded"))
+    elif which == "tiny, odd":
+        shape = replace(TINY, height=TINY.height + 1, width=TINY.width + 3)
     path = export_unet(model.unet, shape, tmp_path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for rows in (1, 4, 8):
@@ -306,6 +323,9 @@ class FakeContext:
         output.copy_(EagerEngine(self.unet)(*inputs) * self.factor)
         return True
 
+    def is_stream_capturable(self, stream):
+        return self.factor == 1.0
+
     def _at(self, name, shape):
         dtype = torch.int64 if name == "t" else torch.float32
         size = math.prod(shape) * dtype.itemsize
@@ -323,7 +343,18 @@ def test_engine_runs_between_its_buffers(
         value = nullcontext() if name == "device" else stream
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-    plan = SimpleNamespace(create_execution_context=lambda: FakeContext(tiny_unet, factor))
+    capturing = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    settings = SimpleNamespace()
+
+    def context(given):
+        # Kernels for the shapes from the start: what is checked is what will run.
+        assert given is settings and given.dynamic_shapes_kernel_specialization_strategy == "eager"
+        return FakeContext(tiny_unet, factor)
+
+    plan = SimpleNamespace(
+        create_runtime_config=lambda: settings, create_execution_context=context
+    )
     module = fake_library()
     module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=lambda data: plan)
     monkeypatch.setattr(tensorrt, "export_unet", lambda *_: tmp_path)
@@ -345,6 +376,11 @@ def test_engine_runs_between_its_buffers(
         other = UNetShape(4, 16, 16, 77, 16).sample(4, torch.float32, "cpu")
         with pytest.raises(ValueError, match="the engine was built for"):
             engine(*other)
+        capturing.append(True)
+        assert engine(*inputs).isfinite().all()
+        monkeypatch.setattr(FakeContext, "is_stream_capturable", lambda *_: False)
+        with pytest.raises(RuntimeError, match="cannot be a part of a CUDA graph"):
+            engine(*inputs)
 
 
 class Counted(EagerEngine):

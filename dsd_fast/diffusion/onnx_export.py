@@ -69,7 +69,8 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
 
     Args:
         unet: UNet2DConditionModel in eval mode; the file has its dtype. It runs once, where it is,
-            on small latents: half precision on a CPU would take minutes for large ones.
+            on small latents where they can stand for those of `shape`: half precision on a CPU
+            would take minutes for large ones.
         shape: of the inputs that the file is for.
         folder: made if absent. Weights beyond 2 GiB lie beside the file that is returned.
     Returns:
@@ -82,8 +83,11 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "unet.onnx"
     parameter = next(unet.parameters())
-    side = _traced_side(unet)
-    traced = replace(shape, height=min(side, shape.height), width=min(side, shape.width))
+    traced = shape
+    # Sizes that do not halve evenly make diffusers interpolate to fixed sizes on the way up.
+    if shape.height % _halvings(unet) == shape.width % _halvings(unet) == 0:
+        side = 2 * _halvings(unet)
+        traced = replace(shape, height=min(side, shape.height), width=min(side, shape.width))
     sample = traced.sample(_TRACED_ROWS, parameter.dtype, parameter.device)
     with torch.no_grad(), warnings.catch_warnings():
         # The tracer warns of each Python branch of diffusers; all depend on fixed sizes alone.
@@ -107,9 +111,9 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
     return path
 
 
-def _traced_side(unet: nn.Module) -> int:
-    """Latents of which the innermost level keeps two pixels a side: one would look constant."""
-    return 2 ** len(unet.config.block_out_channels)
+def _halvings(unet: nn.Module) -> int:
+    """Pixels of the latents for one of the innermost level; that needs two, one looks constant."""
+    return 2 ** (len(unet.config.block_out_channels) - 1)
 
 
 def _require_onnx() -> None:

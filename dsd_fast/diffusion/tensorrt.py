@@ -41,7 +41,8 @@ class TensorRTEngine:
     not built for, calls go to `fallback`.
 
     Inputs are copied to fixed buffers and all work is enqueued in the order of torch's current
-    stream, so a call can be captured in a CUDA graph once the engine has run outside a capture.
+    stream. Once the engine has run, a CUDA graph can hold a call if the library says so; otherwise
+    a call within a capture raises RuntimeError.
 
     Args:
         unet: a module on a CUDA device, in eval mode.
@@ -73,6 +74,8 @@ class TensorRTEngine:
         if rows not in self.rows:
             self._mention(rows)
         elif self._ready(latents, text):
+            if torch.cuda.is_current_stream_capturing() and not self._can_capture(rows):
+                raise RuntimeError(f"{self.library.name} cannot be a part of a CUDA graph here")
             with torch.cuda.device(latents.device):
                 return self._run(latents, t, text).clone()
         return self.fallback(latents, t, text)
@@ -86,10 +89,9 @@ class TensorRTEngine:
             try:
                 with torch.cuda.device(latents.device):
                     self._open(shape, latents.dtype, latents.device)
-            except torch.OutOfMemoryError:
-                raise
-            # Of the build and the parity gate, the disk, a missing onnx, and a library that does
-            # not start, which its bindings report as a TypeError.
+            # Of the build and the parity gate, a GPU without memory for both engines, the disk, a
+            # missing onnx, and a library that does not start, which its bindings report as a
+            # TypeError.
             except (RuntimeError, OSError, ImportError, TypeError) as error:
                 log.warning("going on without %s: %s", self.library.name, error)
                 self._disabled = True
@@ -122,7 +124,7 @@ class TensorRTEngine:
 
     def _profile(self, rows: int, dtype: torch.dtype, device: torch.device) -> _Profile:
         # One context each: switching the profile of a context cannot be captured.
-        context = self._engine.create_execution_context()
+        context = self.library.context(self._engine)
         if context is None:
             raise RuntimeError(f"{self.library.name}: no memory for {rows} rows")
         stream = torch.cuda.current_stream(device)
@@ -155,6 +157,10 @@ class TensorRTEngine:
             raise RuntimeError(f"{self.library.name} failed to run the UNet")
         current.wait_stream(stream)
         return profile.output
+
+    def _can_capture(self, rows: int) -> bool:
+        stream = torch.cuda.current_stream().cuda_stream
+        return self._profiles[rows].context.is_stream_capturable(stream)
 
     def _mention(self, rows: int) -> None:
         if rows not in self._refused:

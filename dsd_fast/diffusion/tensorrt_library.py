@@ -59,6 +59,17 @@ class Library:
             return capability >= (7, 5)
         return hasattr(self.module.ComputeCapability, _member(capability))
 
+    def context(self, engine: Any) -> Any:
+        """An execution context of an engine; None without memory for it."""
+        if self.name == "tensorrt":
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        # Kernels for the profile's shapes are compiled now. Otherwise general ones run until those
+        # are there, which the parity gate would judge and a CUDA graph keep for good.
+        strategies = self.module.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return engine.create_execution_context(config)
+
     def logger(self) -> Any:
         """A logger of the library that writes to ours, and keeps errors in `.errors`."""
         trt = self.module
@@ -156,6 +167,8 @@ def build(
             profile.set_shape(name, size, size, size)
         config.add_optimization_profile(profile)
     if library.name == "tensorrt_rtx":
+        # What a CUDA graph asks for: nothing is allocated while the engine runs.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(capabilities)
         for i, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, _member(capability)), i)
