@@ -70,6 +70,8 @@ class Asset:
     elevation: float
     seconds: float | None = None
     memory_mib: float | None = None
+    # Of a run that had not come to its end: the step of the checkpoint and that of the end.
+    unfinished: tuple[int, int] | None = None
 
 
 def numbered_images(folder: Path) -> list[Path]:
@@ -258,7 +260,8 @@ def _render(source: Source, views: int, size: int, device: torch.device) -> Asse
         ]
     seconds, memory_mib = cost(folder.metrics)
     elevation = float(cfg.cameras.eval_elevation_deg)
-    return Asset(source, np.stack(images), azimuths, elevation, seconds, memory_mib)
+    unfinished = (step, cfg.max_steps) if step < cfg.max_steps else None
+    return Asset(source, np.stack(images), azimuths, elevation, seconds, memory_mib, unfinished)
 
 
 def cost(metrics: Path) -> tuple[float | None, float | None]:

@@ -12,7 +12,7 @@ import numpy as np
 from dsd_fast.evaluate.assets import Asset
 from dsd_fast.evaluate.report import COLUMNS, Column
 
-# Side of a thumbnail, and the quality of its jpeg: about 3 KB a view.
+# Side of a thumbnail, and the quality of its jpeg: about 2 KB a view.
 THUMBNAIL = 128
 QUALITY = 82
 
@@ -32,28 +32,29 @@ th:first-child { text-align: left; position: sticky; left: 0; background: Canvas
 td.best { background: var(--mark); font-weight: 600; }
 .prompt { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 .method { flex: 1 1 22rem; min-width: 0; }
-.row { display: flex; align-items: center; gap: .4rem; margin-bottom: 3px; }
-.row span { color: var(--soft); flex: 0 0 1.8rem; font-size: .8rem; text-align: right; }
-.row img { display: block; flex: 1 1 0; height: auto; min-width: 0; max-width: 100%; }
+.row { align-items: center; display: grid; gap: 2px; margin-bottom: 3px;
+  grid-template-columns: 1.8rem repeat(var(--views), minmax(0, 1fr)); }
+.row span { color: var(--soft); font-size: .8rem; padding-right: .3rem; text-align: right; }
+.row img { display: block; height: auto; width: 100%; }
+@media (max-width: 40rem) { /* a phone: the views of a seed in lines of four */
+  .row { grid-template-columns: 1.8rem repeat(4, minmax(0, 1fr)); margin-bottom: .6rem; }
+  .row span { grid-row: 1 / span var(--lines); } }
 .figures, .notes, footer, dd { color: var(--soft); font-size: .88rem; }
 .figures { margin: .2rem 0 .4rem; }
 dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0; }
 """
 
 
-def strip(images: np.ndarray, size: int = THUMBNAIL) -> np.ndarray:
-    """Views [V,H,W,3] uint8 side by side: [size,V*size,3] uint8; each is fitted into its square."""
+def thumbnail(image: np.ndarray, size: int = THUMBNAIL) -> np.ndarray:
+    """A view [H,W,3] uint8 fitted into a square [size,size,3] uint8 of grey."""
     from PIL import Image
 
-    tiles = []
-    for image in images:
-        tile = Image.new("RGB", (size, size), (179, 179, 179))
-        scale = size / max(image.shape[:2])
-        height, width = (max(round(side * scale), 1) for side in image.shape[:2])
-        small = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
-        tile.paste(small, ((size - width) // 2, (size - height) // 2))
-        tiles.append(np.asarray(tile))
-    return np.concatenate(tiles, 1)
+    tile = Image.new("RGB", (size, size), (179, 179, 179))
+    scale = size / max(image.shape[:2])
+    height, width = (max(round(side * scale), 1) for side in image.shape[:2])
+    small = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+    tile.paste(small, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(tile)
 
 
 def _jpeg(pixels: np.ndarray) -> str:
@@ -104,6 +105,20 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     )
 
 
+def _row(asset: Asset) -> str:
+    """The seed of an asset and its views."""
+    source = asset.source
+    pictures = "".join(
+        f'<img alt="{escape(f"{source.prompt}, seed {source.seed}, {azimuth:.0f}°")}" '
+        f'title="{azimuth:.0f}°" width="{THUMBNAIL}" height="{THUMBNAIL}" '
+        f'src="{_jpeg(thumbnail(image))}">'
+        for image, azimuth in zip(asset.images, asset.azimuths)
+    )
+    views = len(asset.images)
+    style = f"--views:{views};--lines:{-(-views // 4)}"
+    return f'<div class="row" style="{style}"><span>{source.seed}</span>{pictures}</div>'
+
+
 def _method_block(method: str, entry: dict, assets: Sequence[Asset]) -> str:
     """One method's rows of one prompt: a seed a row, a view a column."""
     told = [
@@ -111,14 +126,7 @@ def _method_block(method: str, entry: dict, assets: Sequence[Asset]) -> str:
         for c in COLUMNS
         if c.key in entry["figures"]
     ]
-    rows = []
-    for asset in assets:
-        pixels = strip(asset.images)
-        alt = f"{method}: {asset.source.prompt}, seed {asset.source.seed}"
-        rows.append(
-            f'<div class="row"><span>{asset.source.seed}</span><img alt="{escape(alt)}" '
-            f'width="{pixels.shape[1]}" height="{pixels.shape[0]}" src="{_jpeg(pixels)}"></div>'
-        )
+    rows = [_row(asset) for asset in assets]
     return (
         f'<section class="method"><h3>{escape(method)}</h3>'
         f'<p class="figures">{escape(" · ".join(told))}</p>{"".join(rows)}</section>'

@@ -167,7 +167,7 @@ def evaluate(
     for i, asset in enumerate(assets):
         rows[asset.source.method][asset.source.prompt].append(i)
 
-    notes = _absent(assets, eyes)
+    notes = _remarks(assets, eyes)
     methods = {}
     for method, prompts in rows.items():
         by_prompt = {
@@ -255,8 +255,8 @@ def _frechet(
     return value
 
 
-def _absent(assets: Sequence[Asset], eyes: Eyes) -> list[str]:
-    """Lines on the metrics that were left out."""
+def _remarks(assets: Sequence[Asset], eyes: Eyes) -> list[str]:
+    """Lines on the metrics that were left out, and on runs that are unfinished."""
     notes = [
         f"No {name}: pass {flag}."
         for name, flag, given in (
@@ -267,6 +267,10 @@ def _absent(assets: Sequence[Asset], eyes: Eyes) -> list[str]:
         )
         if given is None
     ]
+    for asset in assets:
+        if asset.unfinished is not None:
+            step, last = asset.unfinished
+            notes.append(f"{asset.source.path}: unfinished, at step {step} of {last}.")
     if eyes.judge is not None:
         prompts = dict.fromkeys(a.source.prompt for a in assets)
         unknown = [f'"{prompt}"' for prompt in prompts if noun_of(prompt) is None]
