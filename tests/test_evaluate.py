@@ -321,7 +321,7 @@ def test_every_optional_figure():
     names = np.repeat(["x", "y", "z"], 4)
     known = report.Features(np.concatenate(features[:3]), names)
     judge = FrontsEverywhere(len(eyes.COUNTED_NOUNS))
-    reference = np.concatenate(features)
+    reference = report.of_assets(made, features)
     got = report.evaluate(made, report.Eyes(fake_encoder, judge, None, reference, known))
     figures = got["methods"]["a"]["figures"]
     assert (figures["noun"], figures["view"], figures["janus"]) == (1, 0.25, 3)
@@ -332,13 +332,15 @@ def test_every_optional_figure():
     assert any('no noun in them: "a unicorn"' in note for note in got["notes"])
     assert any("shrunk covariances" in note for note in got["notes"])
     other = report.Features(np.ones((2, 3)), np.array(["x", "y"]))
-    with pytest.raises(EvaluateError, match="features of width 3, this version's have 48"):
-        report.evaluate(made, report.Eyes(fake_encoder, nearest=other))
+    for name in ("nearest", "reference"):
+        with pytest.raises(EvaluateError, match="features of width 3, this version's have 48"):
+            report.evaluate(made, report.Eyes(fake_encoder, **{name: other}))
 
 
 def test_too_few_views_for_the_frechet_distance():
+    reference = report.Features(np.ones((20, 48)), np.array(["x"] * 20))
     got = report.evaluate(
-        [make_asset("a", "a bed", 0)], report.Eyes(fake_encoder, reference=np.ones((20, 48)))
+        [make_asset("a", "a bed", 0)], report.Eyes(fake_encoder, reference=reference)
     )
     assert "frechet" not in got["methods"]["a"]["figures"]
     assert any("got 4 and 20" in note for note in got["notes"])
@@ -347,7 +349,7 @@ def test_too_few_views_for_the_frechet_distance():
 def test_features_on_disk(tmp_path):
     made = [make_asset("a", "a bed", s) for s in (0, 1)]
     features = [fake_encoder(asset.images) for asset in made]
-    report.write_features(made, features, tmp_path / "f.npz")
+    report.write_features(report.of_assets(made, features), tmp_path / "f.npz")
     got = report.read_features(tmp_path / "f.npz")
     np.testing.assert_allclose(got.features, np.concatenate(features), rtol=1e-3)
     assert got.names.tolist() == ["a bed-0"] * 4 + ["a bed-1"] * 4
@@ -361,12 +363,33 @@ def test_features_on_disk(tmp_path):
 def test_reference_images_of_several_sizes(tmp_path):
     write_views(tmp_path / "x", 10)
     with pytest.raises(EvaluateError, match="at least 16 images, found 10"):
-        report.image_folder_features(tmp_path, fake_encoder)
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "one.png")
-    write_views(tmp_path / "y", 10)
-    got = report.image_folder_features(tmp_path, fake_encoder)
-    assert got.shape == (21, 48)
-    np.testing.assert_allclose(got[0], np.tile([1.1, 0.1, 0.1], (16, 1)).T.ravel(), rtol=1e-6)
+        report.reference_features(tmp_path, fake_encoder, 100)
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a" / "one.png")
+    write_views(tmp_path / "y", 10, colour=5)
+    got = report.reference_features(tmp_path, fake_encoder, 100)
+    assert got.features.shape == (21, 48)
+    assert got.names.tolist() == ["a"] + ["x"] * 10 + ["y"] * 10
+    red = np.tile([1.1, 0.1, 0.1], (16, 1)).T.ravel()
+    np.testing.assert_allclose(got.features[0], red, rtol=1e-6)
+    fewer = report.reference_features(tmp_path, fake_encoder, 18)
+    assert len(set(map(bytes, fewer.features))) == len(fewer.names) == 18
+    with pytest.raises(EvaluateError, match="expected a folder of images"):
+        report.reference_features(tmp_path / "none", fake_encoder, 100)
+
+
+def test_rendered_views_as_reference(tmp_path):
+    rgba = np.zeros((32, 8, 8, 4), np.uint8)
+    rgba[16:] = 255
+    np.save(tmp_path / "rgba.npy", rgba)
+    (tmp_path / "index.json").write_text(json.dumps({"models": ["x", "y", "z"]}))
+    with pytest.raises(EvaluateError, match=r"expected rgba\.npy, meta\.npz and index\.json"):
+        report.reference_features(tmp_path, fake_encoder, 100)
+    np.savez(tmp_path / "meta.npz", model=np.repeat([2, 0], 16))
+    got = report.reference_features(tmp_path, fake_encoder, 16)
+    assert got.names.tolist() == ["z"] * 8 + ["x"] * 8
+    np.testing.assert_allclose(got.features[:8], 0.1 + round(0.7 * 255) / 255, rtol=1e-6)
+    np.testing.assert_allclose(got.features[8:], 1.1, rtol=1e-6)
 
 
 def test_judge_weights_on_disk(tmp_path):
@@ -377,8 +400,8 @@ def test_judge_weights_on_disk(tmp_path):
     path = tmp_path / "judge.safetensors"
     prior.save_judge(judge, path)
     x, noun = torch.randn(3, prior.FEATURE_WIDTH), torch.tensor([0, 5, 2])
-    for got, want in zip(eyes.open_judge(path, torch.device("cpu")).say(x, noun), judge.say(x, noun)):
-        assert torch.equal(got, want)
+    said = eyes.open_judge(path, torch.device("cpu")).say(x, noun)
+    assert all(torch.equal(got, want) for got, want in zip(said, judge.say(x, noun)))
     (tmp_path / "text").write_text("no weights")
     for bad in ("text", "nothing"):
         with pytest.raises(EvaluateError, match=bad):
@@ -450,9 +473,11 @@ def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):  # noqa: F811
     monkeypatch.setattr(eyes, "load_encoder", lambda device: fake_encoder)
     html, figures, features = (tmp_path / name for name in ("r.html", "r.json", "r.npz"))
     code = command.main(
-        [str(tmp_path / "out"), "--group", f"by hand={tmp_path}/other/*", "--views", "2"]
-        + ["--size", "16", "--html", str(html), "--json", str(figures)]
-        + ["--save-features", str(features), "--device", "cpu"]
+        [
+            *(str(tmp_path / "out"), "--group", f"by hand={tmp_path}/other/*", "--device", "cpu"),
+            *("--views", "2", "--size", "16", "--html", str(html), "--json", str(figures)),
+            *("--save-features", str(features)),
+        ]
     )
     assert code == 0
     got = json.loads(figures.read_text())

@@ -18,7 +18,7 @@ import tyro
 
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
-from dsd_fast.evaluate import assets, page
+from dsd_fast.evaluate import assets, metrics, page
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json, write_text
 from dsd_fast.pipes import reader_may_leave
@@ -48,12 +48,17 @@ class EvaluateCommand:
     views: int = 8
     # Side of the renders of runs in pixels.
     size: int = 224
-    # Images that the Fréchet distance is measured to, at any depth below this folder.
+    # Images that the Fréchet distance is measured to: a folder of them, a folder of views that
+    # `python -m dsd_fast.prior render` wrote, or an .npz of features.
     reference: Path | None = None
-    # Features of training models, as --save-features writes them, to find the nearest ones among.
+    # Training models to find the nearest of: as --reference, where each lies in a folder.
     nearest: Path | None = None
-    # Write the features of all views, named by their folders: a file for --nearest.
+    # Of a folder of more reference images than this, so many are taken, evenly over all.
+    reference_images: int = 5000
+    # Write the features of all views, or those of --nearest (else --reference), as .npz, to be
+    # passed as --reference or --nearest another time.
     save_features: Path | None = None
+    save_reference: Path | None = None
     # Weights of the judges of noun and view: judge.safetensors of `python -m dsd_fast.prior
     # evaluate`.
     judge: Path | None = None
@@ -93,8 +98,10 @@ def compare(command: EvaluateCommand) -> dict:
     outputs = (command.html, command.json, command.save_features)
     if not any(outputs):
         raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
-    if command.views < 1 or command.size < 16:
-        raise EvaluateError("--views must be at least 1 and --size at least 16")
+    for name, least in (("views", 1), ("size", 16), ("reference_images", metrics.MIN_FRECHET)):
+        if getattr(command, name) < least:
+            flag = name.replace("_", "-")
+            raise EvaluateError(f"--{flag}: expected at least {least}")
     device = resolve_device(command.device)
     keep_freed_memory(device)
     sources = assets.gather(
@@ -104,11 +111,17 @@ def compare(command: EvaluateCommand) -> dict:
     encoder = eyes.load_encoder(device)
     judge = eyes.open_judge(command.judge, device) if command.judge else None
     clip = eyes.Clip(command.clip, device) if command.clip else None
-    nearest = report.read_features(command.nearest) if command.nearest else None
-    if command.reference is not None:
-        reference = report.image_folder_features(command.reference, encoder)
-    else:
-        reference = None
+    known = {  # a path that serves for both is looked at once
+        path: report.reference_features(path, encoder, command.reference_images)
+        for path in {command.nearest, command.reference}
+        if path is not None
+    }
+    reference, nearest = (known.get(path) for path in (command.reference, command.nearest))
+    if command.save_reference is not None:
+        if not known:
+            raise EvaluateError("--save-reference: pass --nearest or --reference as well")
+        report.write_features(nearest or reference, command.save_reference)
+        log.info("wrote %s", command.save_reference)
     loaded = []
     for i, source in enumerate(sources):
         log.info(
@@ -129,7 +142,7 @@ def compare(command: EvaluateCommand) -> dict:
         write_text(command.html, page.page(result, loaded, command.title))
         log.info("wrote %s", command.html)
     if command.save_features is not None:
-        report.write_features(loaded, features, command.save_features)
+        report.write_features(report.of_assets(loaded, features), command.save_features)
         log.info("wrote %s", command.save_features)
     return result
 

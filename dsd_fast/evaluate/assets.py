@@ -300,9 +300,14 @@ def read_image(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as file:
-            image = np.asarray(file.convert("RGBA"), np.float32) / 255
+            return over_grey(np.asarray(file.convert("RGBA")))
     except OSError as error:
         raise EvaluateError(f"cannot read {path}: {error}") from error
+
+
+def over_grey(rgba: np.ndarray) -> np.ndarray:
+    """An image [H,W,4] uint8 of straight alpha over GREY: [H,W,3] uint8."""
+    image = rgba.astype(np.float32) / 255
     colour, alpha = image[..., :3], image[..., 3:]
     return ((colour * alpha + GREY * (1 - alpha)) * 255).round().astype(np.uint8)
 

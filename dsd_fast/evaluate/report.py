@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dsd_fast.evaluate import metrics
-from dsd_fast.evaluate.assets import IMAGES, Asset, EvaluateError, read_image
+from dsd_fast.evaluate.assets import IMAGES, Asset, EvaluateError, over_grey, read_image
 from dsd_fast.evaluate.eyes import FRONT, HEAD_WIDTH, Clip, Encoder, Verdict, judge_asset, noun_of
 from dsd_fast.files import replacing
 from dsd_fast.prior.captions import VIEWS
@@ -58,11 +59,16 @@ class Features:
     names: np.ndarray
 
 
-def write_features(assets: Sequence[Asset], features: Sequence[np.ndarray], path: Path) -> None:
-    """The features of all views, half precision, with their assets' folder names, as .npz."""
+def of_assets(assets: Sequence[Asset], features: Sequence[np.ndarray]) -> Features:
+    """The features [V,D] of all assets, named by the assets' folders."""
     names = [a.source.path.resolve().name for a, x in zip(assets, features) for _ in x]
+    return Features(np.concatenate(features), np.array(names))
+
+
+def write_features(features: Features, path: Path) -> None:
+    """Features in half precision, and their names, as .npz."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, features=np.concatenate(features).astype(np.float16), names=names)
+        np.savez(file, features=features.features.astype(np.float16), names=features.names)
 
 
 def read_features(path: Path) -> Features:
@@ -86,30 +92,66 @@ def read_features(path: Path) -> Features:
     return found
 
 
-def image_folder_features(folder: Path, encoder: Encoder) -> np.ndarray:
-    """Features [M,D] of all images at and below a folder.
+def reference_features(path: Path, encoder: Encoder, limit: int) -> Features:
+    """Features of reference images, each named by what it shows.
 
+    Args:
+        path: a file of `write_features`; a folder that `python -m dsd_fast.prior render` wrote,
+            whose views are named by their models and laid over grey; or any other folder, whose
+            images, at any depth, are named by the folder they lie in.
+        limit: of more images than this, so many are taken, evenly over all.
     Raises:
-        EvaluateError: fewer than metrics.MIN_FRECHET images.
+        EvaluateError: it is none of these, or holds fewer than metrics.MIN_FRECHET images.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
-    if len(paths) < metrics.MIN_FRECHET:
+    if path.suffix == ".npz":
+        return read_features(path)
+    if not path.is_dir():
+        raise EvaluateError(f"{path}: expected a folder of images, or an .npz of their features")
+    images, names = _rendered(path, limit) or _images_below(path, limit)
+    if len(names) < metrics.MIN_FRECHET:
         raise EvaluateError(
-            f"--reference {folder}: expected at least {metrics.MIN_FRECHET} images, "
-            f"found {len(paths)}"
+            f"{path}: expected at least {metrics.MIN_FRECHET} images, found {len(names)}"
         )
-    # One by one through the encoder where sizes differ.
+    log.info("%s: looking at %d images", path, len(names))
     rows: list[np.ndarray] = []
     waiting: list[np.ndarray] = []
-    for i, path in enumerate(paths):
-        image = read_image(path)
+    for image in images:
+        # Images of one size go through the encoder together.
         if waiting and (image.shape != waiting[0].shape or len(waiting) == BATCH):
             rows.append(encoder(np.stack(waiting)))
             waiting = []
         waiting.append(image)
-        if (i + 1) % 1000 == 0:
-            log.info("%d of %d reference images", i + 1, len(paths))
-    return np.concatenate([*rows, encoder(np.stack(waiting))])
+    return Features(np.concatenate([*rows, encoder(np.stack(waiting))]), np.array(names))
+
+
+def _evenly(count: int, limit: int) -> list[int]:
+    """At most ``limit`` of ``count`` numbers."""
+    return [i * count // min(count, limit) for i in range(min(count, limit))]
+
+
+def _images_below(folder: Path, limit: int) -> tuple[Iterator[np.ndarray], list[str]]:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
+    chosen = [paths[i] for i in _evenly(len(paths), limit)]
+    return map(read_image, chosen), [path.resolve().parent.name for path in chosen]
+
+
+def _rendered(folder: Path, limit: int) -> tuple[Iterator[np.ndarray], list[str]] | None:
+    """Views of the prior's training models; None of a folder that holds none."""
+    if not (folder / "rgba.npy").is_file():
+        return None
+    try:
+        rgba = np.load(folder / "rgba.npy", mmap_mode="r")
+        models = json.loads((folder / "index.json").read_text(encoding="utf-8"))["models"]
+        with np.load(folder / "meta.npz") as file:
+            model = file["model"]
+        rows = _evenly(len(rgba), limit)
+        names = [str(models[model[row]]) for row in rows]
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise EvaluateError(
+            f"{folder}: expected rgba.npy, meta.npz and index.json of "
+            f"`python -m dsd_fast.prior render`: {error}"
+        ) from error
+    return (over_grey(rgba[row]) for row in rows), names
 
 
 def head(features: np.ndarray) -> np.ndarray:
@@ -124,7 +166,8 @@ class Eyes:
     encoder: Encoder
     judge: Judge | None = None
     clip: Clip | None = None
-    reference: np.ndarray | None = None
+    # Images for the Fréchet distance, and training models for the nearest ones.
+    reference: Features | None = None
     nearest: Features | None = None
 
 
@@ -144,11 +187,12 @@ def evaluate(
         "figures"}}}}, "assets": [...]}, all plain numbers and strings.
     """
     features = [eyes.encoder(a.images) for a in assets] if features is None else features
-    if eyes.nearest is not None and eyes.nearest.features.shape[1] != features[0].shape[1]:
-        raise EvaluateError(
-            f"--nearest: features of width {eyes.nearest.features.shape[1]}, "
-            f"this version's have {features[0].shape[1]}"
-        )
+    for given in (eyes.reference, eyes.nearest):
+        if given is not None and given.features.shape[1] != features[0].shape[1]:
+            raise EvaluateError(
+                f"the reference has features of width {given.features.shape[1]}, "
+                f"this version's have {features[0].shape[1]}: make it again"
+            )
     verdicts: list[Verdict | None] = [
         judge_asset(eyes.judge, a, x) if eyes.judge else None for a, x in zip(assets, features)
     ]
@@ -180,7 +224,7 @@ def evaluate(
         figures = _mean_of_prompts([entry["figures"] for entry in by_prompt.values()])
         if eyes.reference is not None:
             every = np.concatenate([features[i] for members in prompts.values() for i in members])
-            frechet = _frechet(method, head(every), head(eyes.reference), notes)
+            frechet = _frechet(method, head(every), head(eyes.reference.features), notes)
             if frechet is not None:
                 figures["frechet"] = frechet
         methods[method] = {"figures": figures, "prompts": by_prompt}
@@ -262,8 +306,8 @@ def _remarks(assets: Sequence[Asset], eyes: Eyes) -> list[str]:
         for name, flag, given in (
             ("prompt accuracy, view accuracy and false fronts", "--judge FILE", eyes.judge),
             ("CLIP score", "--clip FOLDER", eyes.clip),
-            ("Fréchet distance", "--reference FOLDER", eyes.reference),
-            ("nearest models", "--nearest FILE", eyes.nearest),
+            ("Fréchet distance", "--reference PATH", eyes.reference),
+            ("nearest models", "--nearest PATH", eyes.nearest),
         )
         if given is None
     ]
