@@ -195,6 +195,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         assets.gather([], {"m": [f"{tmp_path}/nothing*"]})
     with pytest.raises(EvaluateError, match="nothing to compare"):
         assets.gather([], {})
+    for about in ({"seed": "one"}, {"azimuths": [0, None]}, {"seconds": [1]}):
+        (one / "asset.json").write_text(json.dumps(about))
+        with pytest.raises(EvaluateError, match=f"{next(iter(about))}: expected numbers"):
+            assets.gather([one], {})
     (one / "asset.json").write_text("[")
     with pytest.raises(EvaluateError, match="cannot read"):
         assets.gather([one], {})
@@ -489,6 +493,26 @@ def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):  # noqa: F811
     assert html.read_text().count("<img ") == 3 * 2
     assert report.read_features(features).features.shape == (6, 48)
     assert "No CLIP score: pass --clip FOLDER." in caplog.text
+
+
+def test_a_checkpoint_alone_over_grey_or_its_own_background(tmp_path, tiny_model):  # noqa: F811
+    runner = Runner(tmp_path / "out", tiny_model)
+    blue = ("--background.eval-color", "0.2", "0.4", "0.6")
+    assert runner("--trainer.checkpoint-every", "2", *blue, steps=3) == 0
+    early = runner.run.checkpoints / "step-000002.safetensors"
+    alone = early.rename(tmp_path / "early.safetensors")
+    (source,) = assets.gather([alone], {})
+    assert (source.method, source.prompt, source.seed) == ("dsd cached", "a chair", 0)
+    grey, own = (assets.load(source, 2, 16, torch.device("cpu"), own) for own in (False, True))
+    assert grey.unfinished == (2, 3)
+    assert (grey.images[:, 0, 0] == round(0.7 * 255)).all()
+    assert (own.images[:, 0, 0] == [51, 102, 153]).all()
+    (source,) = assets.gather([runner.run.path], {})
+    assert assets.load(source, 2, 16, torch.device("cpu")).unfinished is None
+    damaged = tmp_path / "bad.safetensors"
+    damaged.write_bytes(alone.read_bytes()[:100])
+    with pytest.raises(EvaluateError, match="cannot tell its prompt and seed"):
+        assets.gather([damaged], {})
 
 
 def test_wrong_input_ends_with_two(tmp_path, monkeypatch, caplog):

@@ -48,6 +48,8 @@ class EvaluateCommand:
     views: int = 8
     # Side of the renders of runs in pixels.
     size: int = 224
+    # Show runs before their own backgrounds, not all before the same grey.
+    own_background: bool = False
     # Images that the Fréchet distance is measured to: a folder of them, a folder of views that
     # `python -m dsd_fast.prior render` wrote, or an .npz of features.
     reference: Path | None = None
@@ -128,7 +130,9 @@ def compare(command: EvaluateCommand) -> dict:
             "%d of %d: %s, %s, seed %d", i + 1, len(sources), source.method, source.prompt,
             source.seed,
         )
-        loaded.append(assets.load(source, command.views, command.size, device))
+        loaded.append(
+            assets.load(source, command.views, command.size, device, command.own_background)
+        )
     features = [encoder(asset.images) for asset in loaded]
     result = report.evaluate(
         loaded, report.Eyes(encoder, judge, clip, reference, nearest), features

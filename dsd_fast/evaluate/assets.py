@@ -143,28 +143,35 @@ def describe(path: Path, method: str | None = None) -> Source:
     and memory_mib in their place. ``method`` wins over both.
 
     Raises:
-        EvaluateError: the run's config or asset.json cannot be read.
+        EvaluateError: the run's config, its checkpoint or asset.json cannot be read.
     """
     if _is_run(path):
-        _, folder = cli.find_checkpoint(path)
-        config = _read_json(folder.config)
+        saved, folder = cli.find_checkpoint(path)
         try:
+            # A checkpoint outside its run's folder says the same.
+            has_config = folder.config.is_file()
+            config = _read_json(folder.config) if has_config else checkpoint.load(saved)["config"]
             prompt, seed = str(config["prompt"]), int(config["seed"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise EvaluateError(f"{folder.config}: no prompt or no seed in it") from error
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise EvaluateError(f"{path}: cannot tell its prompt and seed: {error}") from error
         return Source(method or method_of(config), prompt, seed, path, True)
     sidecar = path / SIDECAR
     about = _read_json(sidecar) if sidecar.exists() else {}
     match = _SEED.fullmatch(path.resolve().name)
     name, seed = (match[1], int(match[2])) if match else (path.resolve().name, 0)
-    return Source(
-        method or str(about.get("method", path.resolve().parent.name)),
-        str(about.get("prompt", name.replace("_", " "))),
-        int(about.get("seed", seed)),
-        path,
-        False,
-        about,
-    )
+    method = method or str(about.get("method", path.resolve().parent.name))
+    prompt = str(about.get("prompt", name.replace("_", " ")))
+    _check(about, sidecar)
+    return Source(method, prompt, int(about.get("seed", seed)), path, False, about)
+
+
+def _check(about: dict, path: Path) -> None:
+    """EvaluateError where a number of an asset.json is none."""
+    for key in ("seed", "elevation", "seconds", "memory_mib", "azimuths"):
+        value = about.get(key, 0)
+        numbers = value if key == "azimuths" and isinstance(value, list) else [value]
+        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+            raise EvaluateError(f"{path}: {key}: expected numbers, got {value!r}")
 
 
 def _read_json(path: Path) -> dict:
@@ -231,20 +238,31 @@ def gather(paths: Iterable[Path], groups: dict[str, list[str]]) -> list[Source]:
     return sorted(sources, key=lambda s: (order.index(s.method), s.prompt, s.seed))
 
 
-def load(source: Source, views: int, size: int, device: torch.device) -> Asset:
+def load(
+    source: Source, views: int, size: int, device: torch.device, own_background: bool = False
+) -> Asset:
     """The asset with ``views`` views, of a run rendered as squares of ``size`` pixels.
+
+    A run is laid over GREY, unless its own background is asked for: a learned one differs from seed
+    to seed, which is not the object's diversity.
 
     Raises:
         EvaluateError: the run or the images cannot be read, or are too few.
     """
-    return _render(source, views, size, device) if source.is_run else _read(source, views)
+    if source.is_run:
+        return _render(source, views, size, device, own_background)
+    return _read(source, views)
 
 
-def _render(source: Source, views: int, size: int, device: torch.device) -> Asset:
+def _render(
+    source: Source, views: int, size: int, device: torch.device, own_background: bool
+) -> Asset:
     try:
         path, folder = cli.find_checkpoint(source.path)
         tree = checkpoint.load(path)
         cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]
+        if not own_background:
+            cfg.background.eval_color = (GREY, GREY, GREY)
         scene = Scene.from_checkpoint(cfg, tree["scene"]).to(device)
     except (CheckpointError, ValueError) as error:
         raise EvaluateError(f"{source.path}: {error}") from error
