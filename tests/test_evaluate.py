@@ -507,7 +507,10 @@ def test_a_checkpoint_alone_over_grey_or_its_own_background(tmp_path, tiny_model
     assert grey.unfinished == (2, 3)
     assert (grey.images[:, 0, 0] == round(0.7 * 255)).all()
     assert (own.images[:, 0, 0] == [51, 102, 153]).all()
-    (source,) = assets.gather([runner.run.path], {})
+    write_views(tmp_path / "out" / "sheets")
+    Image.new("RGB", (4, 4)).save(tmp_path / "out" / "a_chair-0.png")
+    (tmp_path / "out" / "sheets").rename(runner.run.path / "sheets")
+    (source,) = assets.gather([tmp_path / "out"], {})
     assert assets.load(source, 2, 16, torch.device("cpu")).unfinished is None
     damaged = tmp_path / "bad.safetensors"
     damaged.write_bytes(alone.read_bytes()[:100])

@@ -89,16 +89,22 @@ def _is_run(path: Path) -> bool:
 
 
 def _assets_below(path: Path, depth: int = 0) -> list[Path]:
-    """Run folders and folders of views at or below ``path``."""
-    if _is_run(path) or numbered_images(path):
+    """Run folders and folders of views at or below ``path``.
+
+    Runs come first: numbered images beside them are contact sheets of them, not views of one asset.
+    """
+    if _is_run(path):
         return [path]
     if (path / "config.json").is_file():
         log.warning("%s: a run without a checkpoint is left out", path)
         return []
-    if depth == MAX_DEPTH:
-        return []
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [found for folder in folders for found in _assets_below(folder, depth + 1)]
+    below = []
+    if depth < MAX_DEPTH:
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        below = [found for folder in folders for found in _assets_below(folder, depth + 1)]
+    if numbered_images(path) and not any(map(_is_run, below)):
+        return [path]
+    return below
 
 
 def find_assets(path: Path) -> list[Path]:
