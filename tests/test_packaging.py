@@ -198,7 +198,7 @@ LAYERS = [
     {"checkpoint", "config", "interruption", "memory", "official", "optimizer", "outputs"}
     | {"pictures", "progress", "scene", "state"},
     {"step"},
-    {"build_engine", "cli", "export", "info", "prior", "train"},
+    {"build_engine", "cli", "evaluate", "export", "info", "prior", "train"},
 ]
 
 

@@ -224,6 +224,45 @@ class Verdicts:
         return {view: dict(zip(VIEWS, row, strict=True)) for view, row in zip(VIEWS, counts)}
 
 
+def save_judge(judge: Judge, path: Path) -> None:
+    """Write the judge's weights, with the nouns that it knows, as safetensors."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.cpu().contiguous() for name, value in judge.state_dict().items()}
+    save_file(state, path, metadata={"nouns": json.dumps(COUNTED_NOUNS)})
+
+
+def load_judge(path: Path, device: torch.device | str = "cpu") -> Judge:
+    """The judge that `save_judge` wrote, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a judge's, or was made for other nouns.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of a judge's weights")
+    try:
+        with safe_open(path, "pt") as file:
+            nouns = json.loads((file.metadata() or {}).get("nouns", "null"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    if nouns != COUNTED_NOUNS:
+        raise ValueError(
+            f"{path}: not a judge of the nouns that this version counts; "
+            "`python -m dsd_fast.prior evaluate` writes one"
+        )
+    judge = Judge(len(COUNTED_NOUNS))
+    try:
+        judge.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not the weights of a judge: {error}") from error
+    return judge.eval().requires_grad_(False).to(device)
+
+
 def _mean(right: torch.Tensor) -> float:
     """Share of True; NaN of nothing."""
     return float(right.float().mean())
@@ -444,7 +483,7 @@ def _load(cfg: SampleConfig) -> DiffusionModel:
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
-    """Judge a prior; writes report.json and returns it.
+    """Judge a prior; writes report.json, which it returns, and judge.safetensors.
 
     The accuracies of samples count side, front and back views; the confusions of views overhead
     too. Views are counted over the nouns that have a front, and judged for the noun that was asked.
@@ -461,6 +500,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
     psnr = reconstruction_psnr(model, held_out)
     judge = train_judge(network, model, train, cfg.judge_steps)
     train.free_images()
+    save_judge(judge, cfg.out / "judge.safetensors")
 
     cases = [
         (n, v, s)

@@ -1,0 +1,1 @@
+"""Comparison of methods, prompts and seeds by what was made: figures and one page of pictures."""

@@ -1,0 +1,155 @@
+"""Compare what several methods, prompts and seeds have made: figures and pictures on one page.
+
+python -m dsd_fast.evaluate outputs/diverse-score-distillation --html report.html
+python -m dsd_fast.evaluate --group ours='outputs/ours/*' --group other='outputs/other/*' \\
+    --html report.html --json report.json
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dsd_fast._backend import keep_freed_memory
+from dsd_fast.config import ConfigError, resolve_device
+from dsd_fast.evaluate import assets, metrics, page
+from dsd_fast.evaluate.assets import EvaluateError
+from dsd_fast.files import write_json, write_text
+from dsd_fast.pipes import reader_may_leave
+from dsd_fast.progress import set_up_logging
+
+# Not __name__, which is "__main__" when this module is the command.
+log = logging.getLogger("dsd_fast.evaluate")
+
+
+@dataclass
+class EvaluateCommand:
+    """Compare runs of dsd_fast, and views made by other tools, by method, prompt and seed.
+
+    A run is rendered from its newest checkpoint. An asset of another tool is a folder of numbered
+    images (PROMPT-seedN/000.png, ...), evenly spaced around the object from the front on.
+    """
+
+    # Run folders, checkpoints, folders of views, or folders that hold any of these.
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    # NAME=GLOB [GLOB...]: these belong to the method NAME. May be given several times.
+    group: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    # The page to write.
+    html: Path | None = None
+    # The figures to write.
+    json: Path | None = None
+    # Views of each asset.
+    views: int = 8
+    # Side of the renders of runs in pixels.
+    size: int = 224
+    # Show runs before their own backgrounds, not all before the same grey.
+    own_background: bool = False
+    # Images that the Fréchet distance is measured to: a folder of them, a folder of views that
+    # `python -m dsd_fast.prior render` wrote, or an .npz of features.
+    reference: Path | None = None
+    # Training models to find the nearest of: as --reference, where each lies in a folder.
+    nearest: Path | None = None
+    # Of a folder of more reference images than this, so many are taken, evenly over all.
+    reference_images: int = 5000
+    # Write the features of all views, or those of --nearest (else --reference), as .npz, to be
+    # passed as --reference or --nearest another time.
+    save_features: Path | None = None
+    save_reference: Path | None = None
+    # Weights of the judges of noun and view: judge.safetensors of `python -m dsd_fast.prior
+    # evaluate`.
+    judge: Path | None = None
+    # Folder of a transformers CLIP model, for the CLIP score.
+    clip: Path | None = None
+    # Heading of the page.
+    title: str = "Comparison of methods"
+    # "auto" (CUDA if there is one), "cpu" or "cuda".
+    device: str = "auto"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 2 wrong input."""
+    set_up_logging()
+    with reader_may_leave():
+        command = tyro.cli(EvaluateCommand, prog="python -m dsd_fast.evaluate", args=argv)
+    try:
+        compare(command)
+    except (ConfigError, EvaluateError) as error:
+        log.error("%s", error)
+        return 2
+    except OSError as error:
+        log.error("cannot use %s: %s", error.filename or "a file", error.strerror or error)
+        return 2
+    return 0
+
+
+def compare(command: EvaluateCommand) -> dict:
+    """Do what the command says; returns the report, which is also in the files that were asked.
+
+    Raises:
+        EvaluateError, ConfigError: wrong input.
+    """
+    # Loads scipy and the prior's judges, which --help need not wait for.
+    from dsd_fast.evaluate import eyes, report
+
+    outputs = (command.html, command.json, command.save_features)
+    if not any(outputs):
+        raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
+    for name, least in (("views", 1), ("size", 16), ("reference_images", metrics.MIN_FRECHET)):
+        if getattr(command, name) < least:
+            flag = name.replace("_", "-")
+            raise EvaluateError(f"--{flag}: expected at least {least}")
+    device = resolve_device(command.device)
+    keep_freed_memory(device)
+    sources = assets.gather(
+        command.runs, assets.parse_groups([word for words in command.group for word in words])
+    )
+    # All that may be missing is opened before any work.
+    encoder = eyes.load_encoder(device)
+    judge = eyes.open_judge(command.judge, device) if command.judge else None
+    clip = eyes.Clip(command.clip, device) if command.clip else None
+    known = {  # a path that serves for both is looked at once
+        path: report.reference_features(path, encoder, command.reference_images)
+        for path in {command.nearest, command.reference}
+        if path is not None
+    }
+    reference, nearest = (known.get(path) for path in (command.reference, command.nearest))
+    if command.save_reference is not None:
+        if not known:
+            raise EvaluateError("--save-reference: pass --nearest or --reference as well")
+        report.write_features(nearest or reference, command.save_reference)
+        log.info("wrote %s", command.save_reference)
+    loaded = []
+    for i, source in enumerate(sources):
+        log.info(
+            "%d of %d: %s, %s, seed %d", i + 1, len(sources), source.method, source.prompt,
+            source.seed,
+        )
+        loaded.append(
+            assets.load(source, command.views, command.size, device, command.own_background)
+        )
+    features = [encoder(asset.images) for asset in loaded]
+    result = report.evaluate(
+        loaded, report.Eyes(encoder, judge, clip, reference, nearest), features
+    )
+    for note in result["notes"]:
+        log.info("%s", note)
+    if command.json is not None:
+        write_json(command.json, result)
+        log.info("wrote %s", command.json)
+    if command.html is not None:
+        write_text(command.html, page.page(result, loaded, command.title))
+        log.info("wrote %s", command.html)
+    if command.save_features is not None:
+        report.write_features(report.of_assets(loaded, features), command.save_features)
+        log.info("wrote %s", command.save_features)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""What is compared: runs of dsd_fast and folders of views by other tools, as images by method,
+prompt and seed."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dsd_fast import checkpoint, cli
+from dsd_fast.cameras import eval_camera
+from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.config import TrainConfig, from_dict
+from dsd_fast.outputs import RunFolder
+from dsd_fast.pictures import to_uint8
+from dsd_fast.scene import Scene
+
+log = logging.getLogger("dsd_fast.evaluate")
+
+IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
+MESHES = {".glb", ".gltf", ".obj", ".ply", ".stl", ".fbx"}
+# Optional, beside the views of a folder by another tool.
+SIDECAR = "asset.json"
+# What previews of runs are called; a run's own pictures are rendered anew.
+_PREVIEW = re.compile(r"step-\d+")
+_NUMBERED = re.compile(r"(?:.*\D)?(\d+)")
+_SEED = re.compile(r"(.+?)[-_ ]?seed[-_ ]?(\d+)", re.IGNORECASE)
+# How deep below a folder that was named assets are looked for.
+MAX_DEPTH = 4
+# Behind views with an alpha channel: what the embedded preset shows its objects before.
+GREY = 0.7
+
+
+class EvaluateError(RuntimeError):
+    """Input that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an asset lies and what it is called."""
+
+    method: str
+    prompt: str
+    seed: int
+    path: Path
+    is_run: bool
+    # Of the sidecar: azimuths, elevation, seconds, memory_mib.
+    about: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Views of one object.
+
+    images: [V,H,W,3] uint8; azimuths: [V] degrees, 0 the front; elevation in degrees. seconds and
+    memory_mib are None where nothing tells them.
+    """
+
+    source: Source
+    images: np.ndarray
+    azimuths: np.ndarray
+    elevation: float
+    seconds: float | None = None
+    memory_mib: float | None = None
+    # Of a run that had not come to its end: the step of the checkpoint and that of the end.
+    unfinished: tuple[int, int] | None = None
+
+
+def numbered_images(folder: Path) -> list[Path]:
+    """Images of a folder whose names end in a number, by that number."""
+    found = []
+    for path in folder.iterdir():
+        match = _NUMBERED.fullmatch(path.stem)
+        if path.suffix.lower() in IMAGES and match and not _PREVIEW.fullmatch(path.stem):
+            found.append((int(match[1]), path.name, path))
+    return [path for _, _, path in sorted(found)]
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_file() or bool(checkpoint.list_steps(RunFolder(path).checkpoints))
+
+
+def _assets_below(path: Path, depth: int = 0) -> list[Path]:
+    """Run folders and folders of views at or below ``path``.
+
+    Runs come first: numbered images beside them are contact sheets of them, not views of one asset.
+    """
+    if _is_run(path):
+        return [path]
+    if (path / "config.json").is_file():
+        log.warning("%s: a run without a checkpoint is left out", path)
+        return []
+    below = []
+    if depth < MAX_DEPTH:
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        below = [found for folder in folders for found in _assets_below(folder, depth + 1)]
+    if numbered_images(path) and not any(map(_is_run, below)):
+        return [path]
+    return below
+
+
+def find_assets(path: Path) -> list[Path]:
+    """The run folders, checkpoint files and folders of views that ``path`` means.
+
+    Raises:
+        EvaluateError: there are none, or a mesh was named.
+    """
+    if path.suffix.lower() in MESHES:
+        raise EvaluateError(
+            f"{path}: meshes are not rendered here. Render views of it, evenly spaced around it "
+            "from the front on, as numbered images in a folder, and pass that folder"
+        )
+    if path.is_file() and path.suffix == ".safetensors":
+        return [path]
+    if not path.is_dir():
+        raise EvaluateError(f"{path}: expected a run folder or a folder of views")
+    found = _assets_below(path)
+    if not found:
+        meshes = [p.name for p in path.iterdir() if p.suffix.lower() in MESHES]
+        raise EvaluateError(
+            f"{path}: no run with a checkpoint and no numbered images in it"
+            + (f"; meshes ({', '.join(sorted(meshes)[:3])}) are not rendered here" * bool(meshes))
+        )
+    return found
+
+
+def method_of(config: dict) -> str:
+    """A name for the way a run was guided, from its config: the method and its trajectory."""
+    guidance = config.get("guidance", {})
+    method = str(guidance.get("method", "dsd"))
+    # Only DSD follows a trajectory.
+    return f"{method} {guidance.get('trajectory', '')}".strip() if "dsd" in method else method
+
+
+def describe(path: Path, method: str | None = None) -> Source:
+    """What the asset at ``path`` is called.
+
+    A run says so itself. Of a folder of views the name gives prompt and seed
+    (``an_armchair-seed3``; seed 0 where it has none), and the folder above it the method; a file
+    asset.json beside the views may say any of method, prompt, seed, azimuths, elevation, seconds
+    and memory_mib in their place. ``method`` wins over both.
+
+    Raises:
+        EvaluateError: the run's config, its checkpoint or asset.json cannot be read.
+    """
+    if _is_run(path):
+        saved, folder = cli.find_checkpoint(path)
+        try:
+            # A checkpoint outside its run's folder says the same.
+            has_config = folder.config.is_file()
+            config = _read_json(folder.config) if has_config else checkpoint.load(saved)["config"]
+            prompt, seed = str(config["prompt"]), int(config["seed"])
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise EvaluateError(f"{path}: cannot tell its prompt and seed: {error}") from error
+        return Source(method or method_of(config), prompt, seed, path, True)
+    sidecar = path / SIDECAR
+    about = _read_json(sidecar) if sidecar.exists() else {}
+    match = _SEED.fullmatch(path.resolve().name)
+    name, seed = (match[1], int(match[2])) if match else (path.resolve().name, 0)
+    method = method or str(about.get("method", path.resolve().parent.name))
+    prompt = str(about.get("prompt", name.replace("_", " ")))
+    _check(about, sidecar)
+    return Source(method, prompt, int(about.get("seed", seed)), path, False, about)
+
+
+def _check(about: dict, path: Path) -> None:
+    """EvaluateError where a number of an asset.json is none."""
+    for key in ("seed", "elevation", "seconds", "memory_mib", "azimuths"):
+        value = about.get(key, 0)
+        numbers = value if key == "azimuths" and isinstance(value, list) else [value]
+        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+            raise EvaluateError(f"{path}: {key}: expected numbers, got {value!r}")
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluateError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise EvaluateError(f"{path}: expected a JSON object")
+    return value
+
+
+def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
+    """``NAME=GLOB [GLOB...] [NAME=GLOB...]`` as globs by name; a name may come more than once.
+
+    Raises:
+        EvaluateError: the first word names no group, or a name or glob is empty.
+    """
+    groups: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        head, equals, tail = word.partition("=")
+        # A path may hold "=" too, a name no "/".
+        if equals and "/" not in head:
+            name, word = head, tail
+        if not name or not word:
+            raise EvaluateError(f"--group {word or name}: expected NAME=GLOB")
+        groups.setdefault(name, []).append(word)
+    return groups
+
+
+def gather(paths: Iterable[Path], groups: dict[str, list[str]]) -> list[Source]:
+    """All assets by method, prompt and seed, in that order.
+
+    Raises:
+        EvaluateError: nothing is found, a glob matches nothing, or two assets have the same method,
+            prompt and seed.
+    """
+    sources = [describe(asset) for path in paths for asset in find_assets(path)]
+    for name, patterns in groups.items():
+        for pattern in patterns:
+            # A glob takes logs and the like along: other files than assets are passed over.
+            matches = [
+                path
+                for path in map(Path, sorted(glob.glob(pattern, recursive=True)))
+                if path.is_dir() or path.suffix.lower() in MESHES | {".safetensors"}
+            ]
+            if not matches:
+                raise EvaluateError(f"--group {name}={pattern}: no folder matches")
+            sources += [describe(a, name) for match in matches for a in find_assets(match)]
+    if not sources:
+        raise EvaluateError("nothing to compare: pass run folders, or --group NAME=GLOB")
+    seen: dict[tuple[str, str, int], Source] = {}
+    for source in sources:
+        key = (source.method, source.prompt, source.seed)
+        other = seen.setdefault(key, source)
+        if other is not source:
+            raise EvaluateError(
+                f"{other.path} and {source.path} are both {source.method!r}, {source.prompt!r}, "
+                f"seed {source.seed}: tell them apart with --group NAME=GLOB"
+            )
+    # Methods stay in the order in which they were named.
+    order = list(dict.fromkeys(s.method for s in sources))
+    return sorted(sources, key=lambda s: (order.index(s.method), s.prompt, s.seed))
+
+
+def load(
+    source: Source, views: int, size: int, device: torch.device, own_background: bool = False
+) -> Asset:
+    """The asset with ``views`` views, of a run rendered as squares of ``size`` pixels.
+
+    A run is laid over GREY, unless its own background is asked for: a learned one differs from seed
+    to seed, which is not the object's diversity.
+
+    Raises:
+        EvaluateError: the run or the images cannot be read, or are too few.
+    """
+    if source.is_run:
+        return _render(source, views, size, device, own_background)
+    return _read(source, views)
+
+
+def _render(
+    source: Source, views: int, size: int, device: torch.device, own_background: bool
+) -> Asset:
+    try:
+        path, folder = cli.find_checkpoint(source.path)
+        tree = checkpoint.load(path)
+        cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]
+        if not own_background:
+            cfg.background.eval_color = (GREY, GREY, GREY)
+        scene = Scene.from_checkpoint(cfg, tree["scene"]).to(device)
+    except (CheckpointError, ValueError) as error:
+        raise EvaluateError(f"{source.path}: {error}") from error
+    azimuths = np.arange(views) * (360 / views)
+    with torch.no_grad():
+        images = [
+            to_uint8(
+                scene.render(
+                    eval_camera(cfg.cameras, azimuth, size=(size, size), device=device), step
+                ).rgb[0]
+            )
+            for azimuth in azimuths.tolist()
+        ]
+    seconds, memory_mib = cost(folder.metrics)
+    elevation = float(cfg.cameras.eval_elevation_deg)
+    unfinished = (step, cfg.max_steps) if step < cfg.max_steps else None
+    return Asset(source, np.stack(images), azimuths, elevation, seconds, memory_mib, unfinished)
+
+
+def cost(metrics: Path) -> tuple[float | None, float | None]:
+    """Seconds of training and peak MiB that a run's metrics.jsonl tells; None where it does not.
+
+    `seconds` counts from the start of each session of a run that was resumed: the last value of
+    every session is added up.
+    """
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None, None
+    total, last, peak = 0.0, None, None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # a line that a crash cut short
+            continue
+        seconds, memory = record.get("seconds"), record.get("memory_mib")
+        if seconds is not None:
+            if last is not None and seconds < last:
+                total += last
+            last = seconds
+        if memory is not None:
+            peak = memory if peak is None else max(peak, memory)
+    return (None if last is None else total + last), peak
+
+
+def read_image(path: Path) -> np.ndarray:
+    """[H,W,3] uint8; transparency over grey.
+
+    Raises:
+        EvaluateError: not an image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return over_grey(np.asarray(file.convert("RGBA")))
+    except OSError as error:
+        raise EvaluateError(f"cannot read {path}: {error}") from error
+
+
+def over_grey(rgba: np.ndarray) -> np.ndarray:
+    """An image [H,W,4] uint8 of straight alpha over GREY: [H,W,3] uint8."""
+    image = rgba.astype(np.float32) / 255
+    colour, alpha = image[..., :3], image[..., 3:]
+    return ((colour * alpha + GREY * (1 - alpha)) * 255).round().astype(np.uint8)
+
+
+def _chosen(azimuths: np.ndarray, views: int) -> np.ndarray:
+    """Rows [views] of the azimuths [N] that are nearest to evenly spaced ones from 0 on."""
+    wanted = np.arange(views) * (360 / views)
+    apart = np.abs((azimuths[None] - wanted[:, None] + 180) % 360 - 180)
+    return apart.argmin(1)
+
+
+def _read(source: Source, views: int) -> Asset:
+    paths = numbered_images(source.path)
+    azimuths = np.asarray(
+        source.about.get("azimuths", np.arange(len(paths)) * (360 / len(paths))), np.float64
+    )
+    if azimuths.shape != (len(paths),):
+        raise EvaluateError(
+            f"{source.path / SIDECAR}: {azimuths.size} azimuths for {len(paths)} images"
+        )
+    rows = _chosen(azimuths, views)
+    if len(set(rows.tolist())) < views:
+        raise EvaluateError(
+            f"{source.path}: {len(paths)} images do not give {views} views evenly spaced around "
+            "the object; pass a smaller --views"
+        )
+    images = [read_image(paths[row]) for row in rows]
+    shape = images[0].shape
+    if any(image.shape != shape for image in images):
+        images = [_resized(image, shape[:2]) for image in images]
+    about = source.about
+    return Asset(
+        source,
+        np.stack(images),
+        azimuths[rows],
+        float(about.get("elevation", 0.0)),
+        about.get("seconds"),
+        about.get("memory_mib"),
+    )
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    x = F.interpolate(x, size, mode="bilinear", antialias=True)
+    return to_uint8(x[0].permute(1, 2, 0))

@@ -1,0 +1,172 @@
+"""The report as one HTML file: figures in a table, and of every prompt seeds by views."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+from dsd_fast.evaluate.assets import Asset
+from dsd_fast.evaluate.report import COLUMNS, Column
+
+# Side of a thumbnail, and the quality of its jpeg: about 2 KB a view.
+THUMBNAIL = 128
+QUALITY = 82
+
+# Colours are the reader's choice; nothing is fetched and nothing is run.
+STYLE = """
+:root { color-scheme: light dark; --line: #d5d5d5; --soft: #666; --mark: #e3f0e3; }
+@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --mark: #24402a; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 90rem; padding: 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h3 { font-size: 1rem; margin: 0 0 .3rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; }
+th { font-weight: 600; vertical-align: bottom; }
+th:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+td.best { background: var(--mark); font-weight: 600; }
+.prompt { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+.method { flex: 1 1 22rem; min-width: 0; }
+.row { align-items: center; display: grid; gap: 2px; margin-bottom: 3px;
+  grid-template-columns: 1.8rem repeat(var(--views), minmax(0, 1fr)); }
+.row span { color: var(--soft); font-size: .8rem; padding-right: .3rem; text-align: right; }
+.row img { display: block; height: auto; width: 100%; }
+@media (max-width: 40rem) { /* a phone: the views of a seed in lines of four */
+  .row { grid-template-columns: 1.8rem repeat(4, minmax(0, 1fr)); margin-bottom: .6rem; }
+  .row span { grid-row: 1 / span var(--lines); } }
+.figures, .notes, footer, dd { color: var(--soft); font-size: .88rem; }
+.figures { margin: .2rem 0 .4rem; }
+dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0; }
+"""
+
+
+def thumbnail(image: np.ndarray, size: int = THUMBNAIL) -> np.ndarray:
+    """A view [H,W,3] uint8 fitted into a square [size,size,3] uint8 of grey."""
+    from PIL import Image
+
+    tile = Image.new("RGB", (size, size), (179, 179, 179))
+    scale = size / max(image.shape[:2])
+    height, width = (max(round(side * scale), 1) for side in image.shape[:2])
+    small = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+    tile.paste(small, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(tile)
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    """Pixels [H,W,3] uint8 as a data: address."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _text(column: Column, value: float) -> str:
+    return f"{value:,.{column.decimals}f}"
+
+
+def _best(column: Column, entries: list[dict[str, float]]) -> float | None:
+    """The best of the values as they are shown, where there are several and they differ."""
+    values = [round(e[column.key], column.decimals) for e in entries if column.key in e]
+    if not column.better or len(set(values)) < 2:
+        return None
+    return max(values) if column.better > 0 else min(values)
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """Methods by metrics; columns that nobody has are left out, the best of each is marked."""
+    entries = list(figures.values())
+    columns = [c for c in COLUMNS if any(c.key in entry for entry in entries)]
+    best = {c.key: _best(c, entries) for c in columns}
+    arrows = {1: " ↑", -1: " ↓", 0: ""}
+    heads = "".join(
+        f'<th scope="col" title="{escape(c.meaning)}">{escape(c.title)}{arrows[c.better]}</th>'
+        for c in columns
+    )
+    lines = []
+    for method, entry in figures.items():
+        cells = [f'<th scope="row">{escape(method)}</th>']
+        for c in columns:
+            value = entry.get(c.key)
+            is_best = value is not None and round(value, c.decimals) == best[c.key]
+            cells.append(
+                f"<td{' class=best' if is_best else ''}>"
+                f"{'–' if value is None else _text(c, value)}</td>"
+            )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<div class="wide"><table><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _row(asset: Asset) -> str:
+    """The seed of an asset and its views."""
+    source = asset.source
+    pictures = "".join(
+        f'<img alt="{escape(f"{source.prompt}, seed {source.seed}, {azimuth:.0f}°")}" '
+        f'title="{azimuth:.0f}°" width="{THUMBNAIL}" height="{THUMBNAIL}" '
+        f'src="{_jpeg(thumbnail(image))}">'
+        for image, azimuth in zip(asset.images, asset.azimuths)
+    )
+    views = len(asset.images)
+    style = f"--views:{views};--lines:{-(-views // 4)}"
+    return f'<div class="row" style="{style}"><span>{source.seed}</span>{pictures}</div>'
+
+
+def _method_block(method: str, entry: dict, assets: Sequence[Asset]) -> str:
+    """One method's rows of one prompt: a seed a row, a view a column."""
+    told = [
+        f"{c.title} {_text(c, entry['figures'][c.key])}"
+        for c in COLUMNS
+        if c.key in entry["figures"]
+    ]
+    rows = [_row(asset) for asset in assets]
+    return (
+        f'<section class="method"><h3>{escape(method)}</h3>'
+        f'<p class="figures">{escape(" · ".join(told))}</p>{"".join(rows)}</section>'
+    )
+
+
+def page(report: dict, assets: Sequence[Asset], title: str = "Comparison of methods") -> str:
+    """The whole page of a report (see `report.evaluate`) and the assets that it is about."""
+    methods = report["methods"]
+    prompts = sorted({prompt for method in methods.values() for prompt in method["prompts"]})
+    parts = []
+    for prompt in prompts:
+        blocks = [
+            _method_block(
+                name,
+                method["prompts"][prompt],
+                [a for a in assets if (a.source.method, a.source.prompt) == (name, prompt)],
+            )
+            for name, method in methods.items()
+            if prompt in method["prompts"]
+        ]
+        parts.append(f'<h2>{escape(prompt)}</h2><div class="prompt">{"".join(blocks)}</div>')
+    shown = {key for method in methods.values() for key in method["figures"]}
+    meanings = "".join(
+        f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS if c.key in shown
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
+    figures = {name: method["figures"] for name, method in methods.items()}
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{escape(title)}</h1>
+<p class="notes">{len(methods)} methods, {len(prompts)} prompts, {len(assets)} assets,
+{report["views"]} views of each. Of a method: the mean over its prompts. Arrows point to the better
+end; the best value is marked.</p>
+{table(figures)}
+<ul class="notes">{notes}</ul>
+{"".join(parts)}
+<footer><p>Rows are seeds; columns are views from the front around the object.</p>
+<dl>{meanings}</dl></footer>
+</body></html>
+"""

