@@ -21,7 +21,7 @@ def captured(function: Callable[[], object]) -> Callable[[], None]:
     Raises:
         RuntimeError: the function does what a graph cannot hold.
     """
-    stream = torch.cuda.Stream()
+    stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP_RUNS):
@@ -29,15 +29,40 @@ def captured(function: Callable[[], object]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads, such as a process group's watchdog, may call CUDA meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
 
 
 @cache
+def side_stream(device_index: int) -> torch.cuda.Stream:
+    """The stream on which graphs are warmed up and captured, one for all.
+
+    cuBLAS keeps a workspace for every stream that it has seen, 32 MiB on a large GPU, for good.
+    """
+    return torch.cuda.Stream(device_index)
+
+
+_pool: tuple[int, int] | None = None
+
+
 def shared_pool() -> tuple[int, int]:
     """The memory pool of graphs that never run side by side, and whose results are copied out."""
-    return torch.cuda.graph_pool_handle()
+    global _pool
+    if _pool is None:
+        _pool = torch.cuda.graph_pool_handle()
+    return _pool
+
+
+def give_up_pool() -> None:
+    """Return to the device what graphs that are gone have held; later graphs get another pool.
+
+    A pool keeps its memory as long as one of its graphs is there, and only graphs can use it.
+    """
+    global _pool
+    _pool = None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 @contextmanager

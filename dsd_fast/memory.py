@@ -15,7 +15,7 @@ from dsd_fast.progress import memory_mib
 log = logging.getLogger(__name__)
 
 # What CUDA itself and the kernels' code take of a GPU beside what torch allocates.
-CONTEXT_GIB = 0.6
+CONTEXT_GIB = 0.9
 
 # (GiB of a GPU, settings): a GPU of at most so many takes them on, the smallest that it is under.
 # They change no result beyond rounding, but for the views of a step. For Stable Diffusion; the

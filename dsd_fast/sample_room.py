@@ -14,13 +14,13 @@ from dsd_fast.ops import PackedSamples
 log = logging.getLogger(__name__)
 
 # Room beyond what was needed lately: views differ, and counts come a few renderings late.
-MARGIN = 1.5
-# What was needed is forgotten at this rate a rendering. Close views, which need several times the
-# room of others, come once in some hundred.
-DECAY = 0.998
+MARGIN = 1.25
+# What was needed is forgotten at this rate a rendering, half of it in 1400. Close views, which need
+# several times the room of others, come once in some hundred.
+DECAY = 0.9995
 # The room stays as it is while what it should be lies within these factors of it: a CUDA graph
 # holds for one room only.
-SHRINK, GROW = 0.5, 1.2
+SHRINK, GROW = 0.5, 1.1
 # Renderings whose samples are counted before there is room for others'.
 LESSONS = 16
 # The least room that is learnt: 100 MB, and small pictures never outgrow it.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsd_fast.cameras import CameraBatch, RandomCameras
 from dsd_fast.config import TrainConfig
-from dsd_fast.graphs import shared_pool, tuned_convolutions
+from dsd_fast.graphs import give_up_pool, shared_pool, side_stream, tuned_convolutions
 from dsd_fast.guidance import DSDGuidance, Plan, distillation_loss
 from dsd_fast.losses import REGULARIZERS, regularizer_weights
 from dsd_fast.memory import PhaseMemory
@@ -168,6 +168,13 @@ class TrainStep:
             for numbers, d in zip(self._numbers, drawn)
         ]
 
+    def release_graphs(self) -> None:
+        """Drop the graphs of steps and UNet with their memory; the next steps make new ones."""
+        torch.cuda.synchronize(self.device)  # one of them may still run
+        self._graphs.clear()
+        self.guidance.model.engine.release_graphs()
+        give_up_pool()
+
     def _draw(self, state: TrainState, step: int) -> _Drawn:
         """In the official order: cameras, level mask, occupancy, rendering, posterior, levels."""
         scene, rng = state.scene, state.rng
@@ -247,15 +254,18 @@ class TrainStep:
         rooms = self._rooms(n_rays)
         warm = (sizes, plan.kind)
         if rooms is None or warm not in self._warm:
-            # A first step of its kind loads code and chooses kernels, which a capture cannot.
+            # A first step of its kind loads code and chooses kernels, which a capture cannot. It
+            # needs as much memory as a graph holds.
+            if self._graphs:
+                self.release_graphs()
             device_part()
             self._warm.add(warm)
             return
         levels = tuple(state.scene.field.grid.n_active_levels for state in self.states)
-        # Graphs of other sizes, levels or rooms are not asked for again, or seldom.
+        # Graphs of other sizes, levels or rooms are not asked for again, or seldom, and what they
+        # leave of a pool lies in pieces.
         if any(key[:3] != (sizes, levels, rooms) for key in self._graphs):
-            torch.cuda.synchronize(self.device)  # one of them may still run
-            self._graphs.clear()
+            self.release_graphs()
         key = (sizes, levels, rooms, tuple(weights), plan.kind)
         if key not in self._graphs:
             graph = self._captured(device_part)
@@ -280,7 +290,12 @@ class TrainStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: a background thread (image writer, viewer) may use CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=shared_pool(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph,
+                pool=shared_pool(),
+                stream=side_stream(self._numbers.device.index),
+                capture_error_mode="thread_local",
+            ):
                 function()
         except torch.OutOfMemoryError:
             raise

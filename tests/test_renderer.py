@@ -341,13 +341,13 @@ def test_room_is_learnt_kept_and_forgotten():
     for _ in range(LESSONS):
         assert room.room(1000) is None
         room.learn(20_000, 1000)
-    assert room.room(100_000) == 3_000_000 and room.room(400_000) == 12_000_000
+    assert room.room(100_000) == 2_500_000 and room.room(400_000) == 10_000_000
     room.learn(0, 1000)  # a view of nothing does not take the room away at once
-    assert room.room(100_000) == 3_000_000
-    room.learn(23_000, 1000)
-    assert room.room(100_000) == 3_000_000
+    assert room.room(100_000) == 2_500_000
+    room.learn(21_000, 1000)
+    assert room.room(100_000) == 2_500_000
     room.learn(25_000, 1000)
-    assert room.room(100_000) == 3_750_000
+    assert room.room(100_000) == 3_125_000
     for _ in range(5000):
         room.learn(0, 1000)
     assert room.room(100_000) == room.room(1) == FLOOR

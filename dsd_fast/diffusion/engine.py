@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.graphs import shared_pool, tuned_convolutions
+from dsd_fast.graphs import shared_pool, side_stream, tuned_convolutions
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class UNetEngine(Protocol):
 
     def __call__(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor: ...
 
+    def release_graphs(self) -> None:
+        """Drop what is made again when it is asked for; nothing may be running."""
+
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -49,6 +52,9 @@ class EagerEngine:
         # Half precision is chosen by the weights; an outer autocast must not change it.
         with torch.autocast(latents.device.type, enabled=False):
             return self.unet(latents, t, encoder_hidden_states=text, return_dict=False)[0]
+
+    def release_graphs(self) -> None:
+        """It has none."""
 
 
 @dataclass
@@ -123,11 +129,15 @@ class GraphEngine:
                 return self.eager(latents, t, text)
         return captured.replay(latents, t, text).clone()
 
+    def release_graphs(self) -> None:
+        """The next call of each shape captures anew."""
+        self._graphs.clear()
+
     def _capture(self, latents: Tensor, t: Tensor, text: Tensor) -> _Captured:
         # Static inputs live outside the pool: they persist between replays.
         inputs = (latents.clone(), t.clone(), text.clone())
         current = torch.cuda.current_stream(latents.device)
-        side = torch.cuda.Stream(latents.device)
+        side = side_stream(latents.device.index)
         # Warm-up lets cuDNN and cuBLAS choose kernels and make their workspaces before capture;
         # the side stream keeps those allocations off the stream the caller is using.
         side.wait_stream(current)
@@ -143,7 +153,9 @@ class GraphEngine:
         # thread_local: a background thread (image writer, viewer) may use CUDA during the capture.
         with (
             tuned_convolutions(),
-            torch.cuda.graph(graph, pool=shared_pool(), capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                graph, pool=shared_pool(), stream=side, capture_error_mode="thread_local"
+            ),
         ):
             output = self.forward(*inputs)
         captured = _Captured(graph, *inputs, output)

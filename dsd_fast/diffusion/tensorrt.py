@@ -80,6 +80,10 @@ class TensorRTEngine:
                 return self._run(latents, t, text).clone()
         return self.fallback(latents, t, text)
 
+    def release_graphs(self) -> None:
+        """Those of the fallback: the library's memory is the engine's own."""
+        self.fallback.release_graphs()
+
     def _ready(self, latents: Tensor, text: Tensor) -> bool:
         """Open the engine at the first call; False once that has failed."""
         if self._disabled:
