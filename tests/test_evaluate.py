@@ -11,9 +11,12 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from test_train import Runner, own_logging, tiny_model  # noqa: F401
 
+from dsd_fast.cameras import eval_camera
+from dsd_fast.config import CameraConfig
 from dsd_fast.evaluate import __main__ as command
-from dsd_fast.evaluate import assets, eyes, metrics, page, report
+from dsd_fast.evaluate import assets, eyes, meshes, metrics, page, report
 from dsd_fast.evaluate.assets import Asset, EvaluateError, Source
+from dsd_fast.mesh import Mesh, write_glb
 
 # Features
 
@@ -141,6 +144,142 @@ def test_clip_score_of_known_angles():
     assert got == pytest.approx(100 * (1 + 0 + 0 + 0.5**0.5) / 4)
 
 
+# Meshes by other tools
+
+
+def write_box(path: Path, size=(1.0, 1.0, 1.0), colours=None, at=(0.0, 0.0, 0.0)) -> Path:
+    """A box; with `colours` [6,3] uint8, one a face (-x, +x, -y, +y, -z, +z) of its own axes."""
+    trimesh = pytest.importorskip("trimesh")
+    box = trimesh.creation.box(size)
+    box.apply_translation(at)
+    box.unmerge_vertices()
+    if colours is not None:
+        axis = np.abs(box.face_normals).argmax(1)
+        side = 2 * axis + (box.face_normals[np.arange(len(axis)), axis] > 0)
+        box.visual = trimesh.visual.ColorVisuals(
+            box, vertex_colors=np.repeat(np.asarray(colours, np.uint8)[side], 3, axis=0)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    box.export(path)
+    return path
+
+
+def middles(path: Path, size: int = 64) -> np.ndarray:
+    """The colour [4,3] in the middle of the four sides, of a mesh seen at its own height."""
+    cfg = CameraConfig(eval_elevation_deg=0.0)
+    return meshes.render_views(path, np.arange(4) * 90.0, size, 0.7, cfg)[:, size // 2, size // 2]
+
+
+SIX = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]])
+
+
+def test_sides_of_a_mesh_are_seen_from_where_they_are(tmp_path):
+    """Of PLY +x is the front and -y on its left; of OBJ +z is the front and -x on its left."""
+    ply = middles(write_box(tmp_path / "a.ply", (1, 2, 3), SIX, at=(5, -7, 9)))
+    np.testing.assert_array_equal(ply, SIX[[1, 3, 0, 2]])
+    obj = middles(write_box(tmp_path / "a.obj", (3, 1, 2), SIX))
+    np.testing.assert_array_equal(obj, SIX[[5, 1, 4, 0]])
+
+
+def test_meshes_fill_the_same_part_of_a_view(tmp_path):
+    views = []
+    for i, side in enumerate((0.01, 100.0)):
+        path = write_box(tmp_path / f"{i}.ply", (side, side, side), SIX, at=(side, 0, 0))
+        views.append(meshes.render_views(path, np.zeros(1), 128, 0.7))
+    np.testing.assert_array_equal(*views)
+    cfg = CameraConfig(eval_elevation_deg=0.0)
+    image = meshes.render_views(path, np.zeros(1), 512, 0.7, cfg)[0]
+    # the front face of a cube of side 1, seen from 2 away under 70 degrees
+    side = 512 / (2 * np.tan(np.radians(35)) * 1.5)
+    green = (image[..., 1] > 180) & (image[..., 0] < 90)
+    np.testing.assert_allclose(green.sum(), side**2, rtol=0.01)
+
+
+def test_the_nearer_of_two_surfaces_is_seen(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    quads = []
+    for x, colour in ((0.2, (255, 0, 0)), (-0.2, (0, 0, 255))):
+        points = [[x, -0.5, -0.5], [x, 0.5, -0.5], [x, 0.5, 0.5], [x, -0.5, 0.5]]
+        colours = np.tile(np.uint8([*colour, 255]), (4, 1))
+        quads.append(trimesh.Trimesh(points, [[0, 1, 2], [0, 2, 3]], vertex_colors=colours))
+    for order in ((0, 1), (1, 0)):
+        path = tmp_path / f"{order[0]}.ply"
+        trimesh.util.concatenate([quads[i] for i in order]).export(path)
+        seen = middles(path)
+        assert (seen[0] == [255, 0, 0]).all() and (seen[2] == [0, 0, 255]).all()
+
+
+def test_texture_is_drawn_in_perspective(tmp_path):
+    """A checkered floor: where a square ends in the picture follows from the camera alone."""
+    trimesh = pytest.importorskip("trimesh")
+    n = 8
+    checks = (np.indices((n, n)).sum(0) % 2 * 255).astype(np.uint8)
+    image = Image.fromarray(np.repeat(checks[..., None], 3, -1))
+    visual = trimesh.visual.TextureVisuals(
+        uv=np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float),
+        material=trimesh.visual.material.PBRMaterial(baseColorTexture=image),
+    )
+    # y up: a floor in x and z
+    points = [[-1, 0, 1], [1, 0, 1], [1, 0, -1], [-1, 0, -1]]
+    floor = trimesh.Trimesh(points, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
+    floor.export(tmp_path / "floor.glb")
+    size, cfg = 256, CameraConfig(eval_elevation_deg=40.0)
+    got = meshes.render_views(tmp_path / "floor.glb", np.zeros(1), size, 0.7, cfg)[0]
+    camera = eval_camera(cfg, 0.0, size=(size, size))
+    origin, direction = camera.rays_o[0].numpy(), camera.rays_d[0].numpy()
+    t = -origin[..., 2] / direction[..., 2]
+    x, y = (origin + t[..., None] * direction)[..., :2].transpose(2, 0, 1)
+    inside = (abs(x) < 0.48) & (abs(y) < 0.48) & (t > 0)
+    # front (+x) is the bottom row of the texture, +y its right
+    column, row = np.floor((y + 0.5) * n), np.floor((x + 0.5) * n)
+    far = np.minimum(abs((y + 0.5) * n % 1 - 0.5), abs((x + 0.5) * n % 1 - 0.5)) < 0.3
+    want = checks[row.clip(0, n - 1).astype(int), column.clip(0, n - 1).astype(int)] > 0
+    near_edge = np.maximum(abs((y + 0.5) * n % 1 - 0.5), abs((x + 0.5) * n % 1 - 0.5)) > 0.4
+    certain = inside & far & ~near_edge
+    assert certain.sum() > 2000
+    np.testing.assert_array_equal((got[..., 0] > 100)[certain], want[certain])
+
+
+def test_colours_of_our_own_mesh_come_back(tmp_path):
+    pytest.importorskip("trimesh")
+    points = np.array([[0.5, -0.5, -0.5], [0.5, 0.5, -0.5], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5]])
+    albedo = np.tile(np.float32([0.2, 0.5, 0.8]), (4, 1))
+    mesh = Mesh(points.astype(np.float32), np.array([[0, 1, 2], [0, 2, 3]]), albedo)
+    write_glb(mesh, tmp_path / "m.glb")
+    np.testing.assert_allclose(middles(tmp_path / "m.glb")[0], 255 * albedo[0], atol=1.5)
+
+
+def test_meshes_say_what_they_are(tmp_path):
+    write_box(tmp_path / "tool" / "a_red_box-seed3.glb")
+    (tmp_path / "tool" / "b.json").write_text(json.dumps({"prompt": "a box", "elevation": 30}))
+    write_box(tmp_path / "tool" / "b.obj")
+    found = assets.gather([tmp_path], {})
+    told = [(s.method, s.prompt, s.seed) for s in found]
+    assert told == [("tool", "a box", 0), ("tool", "a_red_box".replace("_", " "), 3)]
+    asset = assets.load(found[0], 4, 32, torch.device("cpu"))
+    assert asset.images.shape == (4, 32, 32, 3) and asset.elevation == 30
+    assert asset.azimuths.tolist() == [0, 90, 180, 270]
+    # a run's own mesh, or one beside its views, is no asset of its own
+    write_views(tmp_path / "x" / "chair-seed0")
+    write_box(tmp_path / "x" / "chair-seed0" / "mesh.glb")
+    assert [s.path.name for s in assets.gather([tmp_path / "x"], {})] == ["chair-seed0"]
+
+
+def test_what_is_no_mesh_is_refused(tmp_path):
+    pytest.importorskip("trimesh")
+    (tmp_path / "torn.glb").write_bytes(b"glTF")
+    (tmp_path / "empty.obj").write_text("v 0 0 0\n")
+    (tmp_path / "flat.obj").write_text("v 1 1 1\n" * 3 + "f 1 2 3\n")
+    for name, message in (
+        ("torn.glb", "not a mesh"),
+        ("empty.obj", "no triangles|not a mesh"),
+        ("flat.obj", "one point"),
+    ):
+        source = assets.describe(tmp_path / name)
+        with pytest.raises(EvaluateError, match=message):
+            assets.load(source, 4, 32, torch.device("cpu"))
+
+
 # What is compared
 
 
@@ -179,13 +318,11 @@ def test_folders_of_views_say_what_they_are(tmp_path):
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "chair.glb").touch()
     one = write_views(tmp_path / "a" / "x-seed0")
     write_views(tmp_path / "b" / "a" / "x-seed0")
     for path, message in (
-        (tmp_path / "chair.glb", "meshes are not rendered here"),
-        (tmp_path / "empty", "no run with a checkpoint and no numbered images"),
-        (tmp_path / "nowhere", "expected a run folder or a folder of views"),
+        (tmp_path / "empty", "no run with a checkpoint, numbered images or mesh in it"),
+        (tmp_path / "nowhere", "expected a run folder, a folder of views, or a mesh"),
     ):
         with pytest.raises(EvaluateError, match=message):
             assets.gather([path], {})

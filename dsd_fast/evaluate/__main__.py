@@ -30,13 +30,14 @@ log = logging.getLogger("dsd_fast.evaluate")
 
 @dataclass
 class EvaluateCommand:
-    """Compare runs of dsd_fast, and views made by other tools, by method, prompt and seed.
+    """Compare runs of dsd_fast, and views or meshes by other tools, by method, prompt and seed.
 
-    A run is rendered from its newest checkpoint. An asset of another tool is a folder of numbered
-    images (PROMPT-seedN/000.png, ...), evenly spaced around the object from the front on.
+    A run is rendered from its newest checkpoint. An asset of another tool is a mesh
+    (METHOD/PROMPT-seedN.glb) or a folder of numbered images (METHOD/PROMPT-seedN/000.png, ...),
+    evenly spaced around the object from the front on.
     """
 
-    # Run folders, checkpoints, folders of views, or folders that hold any of these.
+    # Run folders, checkpoints, folders of views, meshes, or folders that hold any of these.
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     # NAME=GLOB [GLOB...]: these belong to the method NAME. May be given several times.
     group: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
@@ -46,7 +47,7 @@ class EvaluateCommand:
     json: Path | None = None
     # Views of each asset.
     views: int = 8
-    # Side of the renders of runs in pixels.
+    # Side of the renders of runs and meshes in pixels.
     size: int = 224
     # Show runs before their own backgrounds, not all before the same grey.
     own_background: bool = False

@@ -1,4 +1,4 @@
-"""What is compared: runs of dsd_fast and folders of views by other tools, as images by method,
+"""What is compared: runs of dsd_fast, and views and meshes by other tools, as images by method,
 prompt and seed."""
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from dsd_fast import checkpoint, cli
 from dsd_fast.cameras import eval_camera
 from dsd_fast.checkpoint import CheckpointError
-from dsd_fast.config import TrainConfig, from_dict
+from dsd_fast.config import CameraConfig, TrainConfig, from_dict
+from dsd_fast.evaluate import meshes
 from dsd_fast.outputs import RunFolder
 from dsd_fast.pictures import to_uint8
 from dsd_fast.scene import Scene
@@ -26,7 +27,6 @@ from dsd_fast.scene import Scene
 log = logging.getLogger("dsd_fast.evaluate")
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
-MESHES = {".glb", ".gltf", ".obj", ".ply", ".stl", ".fbx"}
 # Optional, beside the views of a folder by another tool.
 SIDECAR = "asset.json"
 # What previews of runs are called; a run's own pictures are rendered anew.
@@ -85,13 +85,20 @@ def numbered_images(folder: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return path.is_file() or bool(checkpoint.list_steps(RunFolder(path).checkpoints))
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return bool(checkpoint.list_steps(RunFolder(path).checkpoints))
+
+
+def _meshes_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in meshes.SUFFIXES)
 
 
 def _assets_below(path: Path, depth: int = 0) -> list[Path]:
-    """Run folders and folders of views at or below ``path``.
+    """Run folders, folders of views and meshes at or below ``path``.
 
     Runs come first: numbered images beside them are contact sheets of them, not views of one asset.
+    Views come before meshes, which they are most likely of.
     """
     if _is_run(path):
         return [path]
@@ -102,33 +109,29 @@ def _assets_below(path: Path, depth: int = 0) -> list[Path]:
     if depth < MAX_DEPTH:
         folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         below = [found for folder in folders for found in _assets_below(folder, depth + 1)]
-    if numbered_images(path) and not any(map(_is_run, below)):
+    if any(map(_is_run, below)):
+        return below
+    if numbered_images(path):
         return [path]
-    return below
+    return below + _meshes_in(path)
 
 
 def find_assets(path: Path) -> list[Path]:
-    """The run folders, checkpoint files and folders of views that ``path`` means.
+    """The run folders, checkpoint files, folders of views and meshes that ``path`` means.
 
     Raises:
-        EvaluateError: there are none, or a mesh was named.
+        EvaluateError: there are none.
     """
-    if path.suffix.lower() in MESHES:
-        raise EvaluateError(
-            f"{path}: meshes are not rendered here. Render views of it, evenly spaced around it "
-            "from the front on, as numbered images in a folder, and pass that folder"
-        )
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_file() and path.suffix.lower() in meshes.SUFFIXES | {".safetensors"}:
         return [path]
     if not path.is_dir():
-        raise EvaluateError(f"{path}: expected a run folder or a folder of views")
+        raise EvaluateError(
+            f"{path}: expected a run folder, a folder of views, or a mesh "
+            f"({', '.join(sorted(meshes.SUFFIXES))})"
+        )
     found = _assets_below(path)
     if not found:
-        meshes = [p.name for p in path.iterdir() if p.suffix.lower() in MESHES]
-        raise EvaluateError(
-            f"{path}: no run with a checkpoint and no numbered images in it"
-            + (f"; meshes ({', '.join(sorted(meshes)[:3])}) are not rendered here" * bool(meshes))
-        )
+        raise EvaluateError(f"{path}: no run with a checkpoint, numbered images or mesh in it")
     return found
 
 
@@ -143,10 +146,11 @@ def method_of(config: dict) -> str:
 def describe(path: Path, method: str | None = None) -> Source:
     """What the asset at ``path`` is called.
 
-    A run says so itself. Of a folder of views the name gives prompt and seed
-    (``an_armchair-seed3``; seed 0 where it has none), and the folder above it the method; a file
-    asset.json beside the views may say any of method, prompt, seed, azimuths, elevation, seconds
-    and memory_mib in their place. ``method`` wins over both.
+    A run says so itself. Of a folder of views, or of a mesh, the name gives prompt and seed
+    (``an_armchair-seed3``; seed 0 where it has none), and the folder above it the method. A file
+    asset.json beside views may say any of method, prompt, seed, azimuths, elevation, seconds and
+    memory_mib in their place, and so may one beside a mesh that is called as it is
+    (``an_armchair-seed3.json``). ``method`` wins over both.
 
     Raises:
         EvaluateError: the run's config, its checkpoint or asset.json cannot be read.
@@ -161,10 +165,12 @@ def describe(path: Path, method: str | None = None) -> Source:
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise EvaluateError(f"{path}: cannot tell its prompt and seed: {error}") from error
         return Source(method or method_of(config), prompt, seed, path, True)
-    sidecar = path / SIDECAR
+    is_mesh = path.is_file()
+    sidecar = path.with_suffix(".json") if is_mesh else path / SIDECAR
     about = _read_json(sidecar) if sidecar.exists() else {}
-    match = _SEED.fullmatch(path.resolve().name)
-    name, seed = (match[1], int(match[2])) if match else (path.resolve().name, 0)
+    name = path.stem if is_mesh else path.resolve().name
+    match = _SEED.fullmatch(name)
+    name, seed = (match[1], int(match[2])) if match else (name, 0)
     method = method or str(about.get("method", path.resolve().parent.name))
     prompt = str(about.get("prompt", name.replace("_", " ")))
     _check(about, sidecar)
@@ -223,7 +229,7 @@ def gather(paths: Iterable[Path], groups: dict[str, list[str]]) -> list[Source]:
             matches = [
                 path
                 for path in map(Path, sorted(glob.glob(pattern, recursive=True)))
-                if path.is_dir() or path.suffix.lower() in MESHES | {".safetensors"}
+                if path.is_dir() or path.suffix.lower() in meshes.SUFFIXES | {".safetensors"}
             ]
             if not matches:
                 raise EvaluateError(f"--group {name}={pattern}: no folder matches")
@@ -247,7 +253,7 @@ def gather(paths: Iterable[Path], groups: dict[str, list[str]]) -> list[Source]:
 def load(
     source: Source, views: int, size: int, device: torch.device, own_background: bool = False
 ) -> Asset:
-    """The asset with ``views`` views, of a run rendered as squares of ``size`` pixels.
+    """The asset with ``views`` views, of a run or a mesh rendered as squares of ``size`` pixels.
 
     A run is laid over GREY, unless its own background is asked for: a learned one differs from seed
     to seed, which is not the object's diversity.
@@ -257,6 +263,8 @@ def load(
     """
     if source.is_run:
         return _render(source, views, size, device, own_background)
+    if source.path.is_file():
+        return _render_mesh(source, views, size)
     return _read(source, views)
 
 
@@ -286,6 +294,20 @@ def _render(
     elevation = float(cfg.cameras.eval_elevation_deg)
     unfinished = (step, cfg.max_steps) if step < cfg.max_steps else None
     return Asset(source, np.stack(images), azimuths, elevation, seconds, memory_mib, unfinished)
+
+
+def _render_mesh(source: Source, views: int, size: int) -> Asset:
+    cfg = CameraConfig()
+    if "elevation" in source.about:
+        cfg.eval_elevation_deg = float(source.about["elevation"])
+    azimuths = np.arange(views) * (360 / views)
+    try:
+        images = meshes.render_views(source.path, azimuths, size, GREY, cfg)
+    except (ValueError, ImportError) as error:
+        raise EvaluateError(f"{source.path}: {error}") from error
+    about = source.about
+    cost = about.get("seconds"), about.get("memory_mib")
+    return Asset(source, images, azimuths, float(cfg.eval_elevation_deg), *cost)
 
 
 def cost(metrics: Path) -> tuple[float | None, float | None]:
