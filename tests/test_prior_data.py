@@ -514,3 +514,34 @@ def test_views_have_the_order_of_the_embeddings():
     from dsd_fast.diffusion.text import VIEWS
 
     assert captions.VIEWS == VIEWS
+
+
+def test_turntables_of_real_models(entries, tmp_path, renderer, monkeypatch):
+    from dsd_fast.evaluate import assets
+    from dsd_fast.prior import turntables
+
+    pack = tmp_path / "models.pack"
+    mesh.write_pack(entries, pack, workers=1)
+    table = {e.noun.id: replace(e.noun, noun="armchair", group="chair") for e in entries}
+    monkeypatch.setattr(turntables, "noun_by_id", lambda: table)
+    cfg = turntables.TurntableConfig(
+        pack=pack, out=tmp_path / "real", prompts=("an armchair", "a red armchair"),
+        models=5, views=4, size=64,
+    )
+    turntables.write_turntables(cfg)
+    found = assets.gather([tmp_path / "real"], {})
+    assert [(s.method, s.prompt, s.seed) for s in found] == [
+        ("real", prompt, seed) for prompt in ("a red armchair", "an armchair")
+        for seed in range(len(entries))
+    ]
+    looks = [assets.load(source, 4, 0, torch.device("cpu")) for source in found]
+    assert looks[0].azimuths.tolist() == [0, 90, 180, 270] and looks[0].elevation == 15
+    # the object is there, and as a red one it is redder
+    red, plain = (
+        np.stack([a.images for a in looks if a.source.prompt == p]).astype(float)
+        for p in ("a red armchair", "an armchair")
+    )
+    assert (plain != round(255 * assets.GREY)).any(-1).mean() > 0.01
+    assert (red[..., 0] - red[..., 2]).mean() > (plain[..., 0] - plain[..., 2]).mean()
+    with pytest.raises(ValueError, match="'a dream' names none of the nouns"):
+        turntables.write_turntables(replace(cfg, prompts=("a dream",)))

@@ -9,6 +9,7 @@
         --vae dsd_fast/assets/prior --resume dsd_fast/assets/prior --out state   # another piece
     python -m dsd_fast.prior evaluate --views views --out report
     python -m dsd_fast.prior sheet --out report
+    python -m dsd_fast.prior turntables --pack models.pack --out real --prompts "an armchair"
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def main() -> None:
     """Run the command named by the first argument, with the rest as its flags."""
     import tyro
 
-    from dsd_fast.prior import evaluate, train
+    from dsd_fast.prior import evaluate, train, turntables
 
     commands = {
         "pack": (PackConfig, pack),
@@ -142,6 +143,7 @@ def main() -> None:
         "export": (ExportConfig, export),
         "evaluate": (evaluate.EvaluateConfig, evaluate.evaluate),
         "sheet": (evaluate.SampleConfig, evaluate.sample_sheet),
+        "turntables": (turntables.TurntableConfig, turntables.write_turntables),
     }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__)

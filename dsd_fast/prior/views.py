@@ -140,3 +140,9 @@ def is_recolourable(group: str, parts: tuple[Part, ...], main: MainPart) -> bool
     """Whether painting the main part makes a colour word true of the whole object."""
     return (group not in captions.NATURAL and main.share >= RECOLOUR_VISIBLE
             and parts[main.part].opacity >= 1.0)
+
+
+def mean_paint(colour: int) -> tuple[float, float, float]:
+    """The sRGB value in the middle of what captions.COLOURS[colour] is painted with."""
+    hue, saturation, value = (sum(limits) / 2 for limits in PAINTS[colour])
+    return colorsys.hsv_to_rgb(hue % 360.0 / 360.0, saturation, value)
