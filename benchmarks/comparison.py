@@ -1,0 +1,260 @@
+"""The tables of docs/comparison.md, each from one command: train, evaluate, write.
+
+python -m benchmarks.comparison text --out runs/text --real real --judge judge.safetensors
+python -m benchmarks.comparison image --out runs/image --real real --judge judge.safetensors
+
+Every prompt and method is a job of its own, all its seeds side by side; jobs run on all GPUs,
+several at once on each, and those that an earlier call has finished are not done again. Every
+method has its paper's settings, the same steps and the same engine. `--real` are the turntables of
+real models (`python -m dsd_fast.prior turntables`), which the diversity is held against; `--judge`
+is what `python -m dsd_fast.prior evaluate` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+PROMPTS = (
+    "an armchair",
+    "a red car",
+    "a potted plant",
+    "a table lamp",
+    "a wooden table",
+    "a vase",
+)
+# Task -> methods, the one that all are compared with last.
+METHODS = {
+    "text": ("dsd", "sdi", "asd", "vsd", "csd", "sds"),
+    "image": ("ddim", "dsd", "sdi", "asd", "vsd", "csd", "sds"),
+}
+RIVAL = "sds"
+REAL = "real"
+# Flags of every run of a task.
+FLAGS = {
+    "text": ("--pictures.no-turntable", "--pictures.no-mesh"),
+    "image": ("--task", "image"),
+}
+# Columns of the table: key, heading, decimals.
+COLUMNS = (
+    ("cosine", "distance of seeds", 3),
+    ("ratio", "over SDS", 2),
+    ("share", "of real", 2),
+    ("vendi", "Vendi score", 2),
+    ("noun", "prompt accuracy", 3),
+    ("frechet", "Fréchet distance", 1),
+    ("view", "view accuracy", 3),
+    ("janus", "false fronts", 2),
+    ("seconds", "seconds", 0),
+)
+
+log = logging.getLogger("benchmarks.comparison")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method and prompt: the arguments of `dsd_fast.train`."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+def jobs_of(arguments: argparse.Namespace) -> list[Job]:
+    """The runs of a comparison, the methods of a prompt one after the other."""
+    jobs = []
+    for prompt in arguments.prompts:
+        for method in arguments.methods:
+            argv = [
+                *FLAGS[arguments.task],
+                *("--prompt", prompt, "--num-seeds", str(arguments.seeds)),
+                *("--guidance.method", method, "--output", str(arguments.out / method)),
+                *("--device", arguments.device, "--resume", "auto"),
+                *("--trainer.preview-every", "0", "--trainer.no-progress"),
+                *arguments.flags,
+            ]
+            if arguments.steps is not None:
+                argv += ["--max-steps", str(arguments.steps)]
+            jobs.append(Job(f"{method}, {prompt}", tuple(argv)))
+    return jobs
+
+
+def work(gpu: int | None, log_file: Path, jobs: Any, done: Any) -> None:
+    """Do jobs from a queue until there is none left; a process's main function."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    with (
+        open(log_file, "a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        # After the device is chosen, which torch looks at once.
+        from dsd_fast import train
+
+        while True:
+            try:
+                job = jobs.get(timeout=1.0)
+            except Empty:
+                return
+            began = time.monotonic()
+            try:
+                code = train.main(job.argv)
+            except SystemExit as error:  # wrong flags
+                code = error.code
+            except Exception:
+                logging.exception("%s", job.name)
+                code = 1
+            file.flush()
+            done.put((job, code, time.monotonic() - began))
+
+
+def run_all(jobs: Sequence[Job], gpus: Sequence[int | None], each: int, logs: Path) -> list[str]:
+    """Do all jobs, `each` at once on every GPU; the names of those that failed."""
+    logs.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    queue, done = context.Queue(), context.Queue()
+    for job in jobs:
+        queue.put(job)
+    workers = [
+        context.Process(target=work, args=(gpu, logs / f"worker-{i}.log", queue, done))
+        for i, gpu in enumerate(gpu for _ in range(each) for gpu in gpus)
+    ]
+    for worker in workers:
+        worker.start()
+    failed, left = [], len(jobs)
+    while left:
+        try:
+            job, code, seconds = done.get(timeout=5.0)
+        except Empty:
+            if not any(worker.is_alive() for worker in workers):
+                failed.append(f"{left} jobs whose process died: see {logs}")
+                break
+            continue
+        left -= 1
+        if code:
+            failed.append(f"{job.name} (exit code {code}): see {logs}")
+        log.info("%d left: %s took %.0f s%s", left, job.name, seconds, " and failed" * bool(code))
+    for worker in workers:
+        worker.join()
+    return failed
+
+
+def table(result: dict) -> str:
+    """The figures of a report as Markdown, each method's diversity over its rival's and real's."""
+    methods = {name: dict(entry["figures"]) for name, entry in result["methods"].items()}
+
+    def distance(name: str) -> float | None:
+        entry = methods.get(name)
+        return None if entry is None else entry.get("cosine")
+
+    for figures in methods.values():
+        for key, other in (("ratio", distance(RIVAL)), ("share", distance(REAL))):
+            if other and "cosine" in figures:
+                figures[key] = figures["cosine"] / other
+    columns = [c for c in COLUMNS if any(c[0] in figures for figures in methods.values())]
+    lines = [
+        "| method | " + " | ".join(title for _, title, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, figures in methods.items():
+        cells = [
+            f"{figures[key]:.{decimals}f}" if key in figures else ""
+            for key, _, decimals in columns
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def evaluate(arguments: argparse.Namespace) -> dict:
+    """Figures and page of what the runs have made."""
+    from dsd_fast.evaluate.__main__ import EvaluateCommand, compare
+
+    groups = [(f"{method}={arguments.out / method}",) for method in arguments.methods]
+    if arguments.real is not None:
+        groups.append((f"{REAL}={arguments.real}",))
+    return compare(
+        EvaluateCommand(
+            group=tuple(groups),
+            html=arguments.out / "report.html",
+            json=arguments.out / "report.json",
+            views=arguments.views,
+            judge=arguments.judge,
+            reference=arguments.reference,
+            nearest=arguments.nearest,
+            device=arguments.device,
+            title=f"Formulations compared: {arguments.task}",
+        )
+    )
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    description, details = __doc__.split("\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.comparison",
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", choices=METHODS)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
+    parser.add_argument("--methods", nargs="+", help="default: all that the task compares")
+    parser.add_argument("--seeds", type=int, default=8, help="seeds of every prompt, side by side")
+    parser.add_argument("--steps", type=int, help="steps of every run (default: the preset's)")
+    parser.add_argument("--views", type=int, default=8, help="views of each object")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--processes", type=int, default=3, help="jobs at once on every GPU")
+    parser.add_argument("--real", type=Path, help="turntables of real models")
+    parser.add_argument("--judge", type=Path, help="judge.safetensors")
+    parser.add_argument("--reference", type=Path, help="as of dsd_fast.evaluate")
+    parser.add_argument("--nearest", type=Path, help="as of dsd_fast.evaluate")
+    parser.add_argument("--only-evaluate", action="store_true", help="train nothing")
+    parser.add_argument("flags", nargs="*", help="more flags of dsd_fast.train, after --")
+    arguments = parser.parse_args(argv)
+    for name in ("seeds", "processes", "views"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    arguments.methods = arguments.methods or list(METHODS[arguments.task])
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code: 0 done, 1 where a run failed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = parse(argv)
+    import torch
+
+    on_cpu = arguments.device == "cpu" or not torch.cuda.is_available()
+    gpus = [None] if on_cpu else list(range(torch.cuda.device_count()))
+    arguments.device = "cpu" if on_cpu else "cuda"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    if not arguments.only_evaluate:
+        each = 1 if on_cpu else arguments.processes
+        failed = run_all(jobs_of(arguments), gpus, each, arguments.out / "logs")
+    if failed:
+        log.error("failed, left out: %s", "; ".join(failed))
+        arguments.methods = [m for m in arguments.methods if (arguments.out / m).is_dir()]
+    result = evaluate(arguments)
+    text = table(result)
+    (arguments.out / "table.md").write_text(text, encoding="utf-8")
+    (arguments.out / "arguments.json").write_text(
+        json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1), encoding="utf-8"
+    )
+    print(text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The driver of the comparison: which runs it makes, and the table that comes of their report."""
+
+import pytest
+
+from benchmarks import comparison
+
+
+def _arguments(tmp_path, *more):
+    return comparison.parse(["text", "--out", str(tmp_path), *more])
+
+
+def test_every_method_gets_the_same_work(tmp_path):
+    arguments = _arguments(tmp_path, "--prompts", "a cup", "a bed", "--seeds", "3", "--steps", "9")
+    jobs = comparison.jobs_of(arguments)
+    assert [job.name for job in jobs[:2]] == ["dsd, a cup", "sdi, a cup"]
+    assert len(jobs) == 2 * len(comparison.METHODS["text"])
+    stripped = {
+        tuple(w for w in job.argv if w != method and not w.endswith(f"/{method}"))
+        for job in jobs
+        for method in [job.name.split(",")[0]]
+        if job.name.endswith("a bed")
+    }
+    assert len(stripped) == 1
+    flags = stripped.pop()
+    assert flags[-2:] == ("--max-steps", "9") and "--resume" in flags
+
+
+def test_wrong_counts_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        _arguments(tmp_path, "--seeds", "0")
+    assert "--seeds: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_jobs_run_in_processes_and_failures_are_named(tmp_path):
+    jobs = [
+        comparison.Job("help", ("--help",)),
+        comparison.Job("nonsense", ("--no-such-flag",)),
+        comparison.Job("no prompt", ("--device", "cpu", "--output", str(tmp_path))),
+    ]
+    failed = comparison.run_all(jobs, [None], 2, tmp_path / "logs")
+    assert sorted(line.split(" (")[0] for line in failed) == ["no prompt", "nonsense"]
+    logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+    assert "no-such-flag" in logs and "--prompt" in logs
+
+
+def test_table_of_a_report():
+    figures = {"dsd": 0.3, "sds": 0.2, "real": 0.4}
+    report = {
+        "methods": {
+            name: {"figures": {"cosine": value, "noun": 0.5}} for name, value in figures.items()
+        }
+    }
+    report["methods"]["dsd"]["figures"]["seconds"] = 12.4
+    lines = comparison.table(report).splitlines()
+    assert lines[0] == (
+        "| method | distance of seeds | over SDS | of real | prompt accuracy | seconds |"
+    )
+    assert lines[2] == "| dsd | 0.300 | 1.50 | 0.75 | 0.500 | 12 |"
+    assert lines[3] == "| sds | 0.200 | 1.00 | 0.50 | 0.500 |  |"
+    assert lines[4] == "| real | 0.400 | 2.00 | 1.00 | 0.500 |  |"
