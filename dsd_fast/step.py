@@ -13,6 +13,7 @@ batches.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -262,10 +263,14 @@ class TrainStep:
             self._warm.add(warm)
             return
         levels = tuple(state.scene.field.grid.n_active_levels for state in self.states)
-        # Graphs of other sizes, levels or rooms are not asked for again, or seldom, and what they
-        # leave of a pool lies in pieces.
-        if any(key[:3] != (sizes, levels, rooms) for key in self._graphs):
+        # Graphs of other sizes, levels or rooms are not asked for again, or seldom.
+        others = [key for key in self._graphs if key[:3] != (sizes, levels, rooms)]
+        if any(key[0] != sizes or any(map(operator.lt, key[2], rooms)) for key in others):
+            # What they leave of the pool is too small for this one's tensors, and stays there.
             self.release_graphs()
+        elif others:
+            torch.cuda.synchronize(self.device)  # one of them may still run
+            self._graphs.clear()
         key = (sizes, levels, rooms, tuple(weights), plan.kind)
         if key not in self._graphs:
             graph = self._captured(device_part)
