@@ -101,8 +101,7 @@ class Loop:
 
     def without_graphs(self) -> Loop:
         """The same iterations in plain calls, which can be looked into; the graphs go."""
-        if self.device.type == "cuda":
-            self._step.release_graphs()
+        self._step.release_graphs()
         other = copy.copy(self)
         other._step = TrainStep(
             self.cfg, [self.state], self.guidance, self.cameras, self.device, capture=False

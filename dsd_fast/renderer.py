@@ -184,7 +184,9 @@ class Renderer(nn.Module):
         if training:
             draws = self.draw(background, cameras, step, generator)
             return self.render(field, background, cameras, draws, training)
-        draws = Draws(None, choose_shading(self.material, step, training), None)
+        shading = choose_shading(self.material, step, training)
+        # By numbers, which one kernel takes, where an image's samples fill much of the memory.
+        draws = Draws(None, upload(shading.numbers(), cameras.c2w.device), None)
         return self.render(field, background, cameras, draws, training)
 
     def draw(

@@ -171,6 +171,8 @@ class TrainStep:
 
     def release_graphs(self) -> None:
         """Drop the graphs of steps and UNet with their memory; the next steps make new ones."""
+        if self.device.type != "cuda":
+            return
         torch.cuda.synchronize(self.device)  # one of them may still run
         self._graphs.clear()
         self.guidance.model.engine.release_graphs()

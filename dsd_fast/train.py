@@ -119,7 +119,14 @@ def train(jobs: Sequence[Job]) -> None:
     scenes = [state.scene for state in states]
     del states, guidance, model  # The diffusion model's memory is of more use to the pictures.
     for job, scene in zip(jobs, scenes):
-        finish(scene, job.config, step, job.folder)
+        try:
+            finish(scene, job.config, step, job.folder)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"training is done and saved, but the GPU's memory is too small for the pictures "
+                f"({_first_line(error)}): the same command with --resume auto and smaller "
+                "--cameras.eval-height and --cameras.eval-width makes them"
+            ) from error
 
 
 def fit(
@@ -186,6 +193,7 @@ def fit(
 
     if done > first_step:
         save()
+    train_step.release_graphs()
     if stop.requested:
         folders = ", ".join(str(job.folder.checkpoints) for job in jobs)
         raise Interrupted(
