@@ -44,7 +44,7 @@ from dsd_fast import versions
 from dsd_fast._backend import extension, keep_freed_memory, use_reference
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.diffusion.engine import ENGINES
-from dsd_fast.guidance.dsd import TRAJECTORIES
+from dsd_fast.guidance.base import TRAJECTORIES
 from dsd_fast.memory import cap_allocations
 from dsd_fast.pipes import reader_may_leave
 

@@ -30,13 +30,15 @@ from dsd_fast.config import (
     resolve_device,
     to_dict,
 )
+from dsd_fast.guidance import METHODS
+from dsd_fast.guidance import settings as method_settings
 from dsd_fast.outputs import RunFolder
 from dsd_fast.pipes import reader_may_leave
 
 log = logging.getLogger(__name__)
 
 # A resumed run is the same run: what names it cannot change.
-_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag")
+_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag", "guidance.method")
 
 
 @dataclass
@@ -179,12 +181,13 @@ def _early_flags(flags: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("preset", "config", "device", "resume", "vram"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--guidance.method", dest="method")
     parser.add_argument("--max-steps", "--max_steps")
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
         early = argparse.Namespace(
-            preset=None, config=None, device=None, resume=None, vram=None, max_steps=""
+            preset=None, config=None, device=None, resume=None, vram=None, max_steps="", method=None
         )
     early.device = early.device or "auto"
     return early
@@ -219,7 +222,12 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
 
 
 def _fitting(starting_values: TrainConfig, early: argparse.Namespace) -> TrainConfig:
-    """The same values with what --vram chooses; flags still win over it."""
+    """The same values with what --guidance.method and --vram bring along; flags still win."""
+    guidance = starting_values.guidance
+    # A configuration of this method has its settings already.
+    if early.method in METHODS and early.method != guidance.method:
+        brought = method_settings(early.method, starting_values.max_steps)
+        starting_values.guidance = dataclasses.replace(guidance, method=early.method, **brought)
     with contextlib.suppress(ValueError):  # not a number, which the full parse says
         if early.vram:
             memory.choose_settings(starting_values, float(early.vram))

@@ -46,6 +46,11 @@ class ConfigError(ValueError):
 class PromptConfig:
     # The negative prompt, for every view.
     negative: str = ""
+    # What a picture should not be: the prompt that `nfsd` takes for noise.
+    poor: str = (
+        "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
+        "low-resolution, gloomy"
+    )
     # "front view of ..." instead of "..., front view".
     prefix: bool = False
     # Tell the model which side is seen; False uses the bare prompt for every view.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,6 +27,8 @@ class TrainState:
     # Unchanged; a checkpoint tells which one it was.
     model: DiffusionModel
     step: int = 0
+    # What the run's guidance has learned, where it learns (`Guidance.learned_state`).
+    learned: Callable[[], dict] = dict
 
     def to_tree(self, cfg: TrainConfig) -> dict:
         """The checkpoint of this moment, with the configuration that explains it."""
@@ -35,7 +38,7 @@ class TrainState:
             "model_hash": self.model.model_hash,
             "scene": self.scene.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "guidance": {"noise": self.noise},
+            "guidance": {"noise": self.noise, **self.learned()},
             "rng": self.rng.state_dict(),
         }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from dsd_fast.cameras import CameraBatch, RandomCameras
 from dsd_fast.config import TrainConfig
 from dsd_fast.graphs import give_up_pool, shared_pool, side_stream, tuned_convolutions
-from dsd_fast.guidance import DSDGuidance, Plan, distillation_loss
+from dsd_fast.guidance import Guidance, Plan, distillation_loss
 from dsd_fast.losses import REGULARIZERS, regularizer_weights
 from dsd_fast.memory import PhaseMemory
 from dsd_fast.renderer import Draws
@@ -77,6 +77,7 @@ class _Drawn:
     noise: Tensor | None  # of the posterior
     t: Tensor
     t_delta: Tensor
+    chance: dict[str, Tensor]  # of the guidance, beside its levels
 
     def tensors(self) -> dict[str, Tensor]:
         """What the device needs of it, by name."""
@@ -104,7 +105,7 @@ class _Drawn:
             width=self.views.width,
         )
         draws = Draws(tensors.get("jitter"), tensors["shading"], tensors.get("paint"))
-        return _Drawn(views, draws, tensors.get("noise"), self.t, self.t_delta)
+        return _Drawn(views, draws, tensors.get("noise"), self.t, self.t_delta, self.chance)
 
 
 class TrainStep:
@@ -121,7 +122,7 @@ class TrainStep:
         self,
         cfg: TrainConfig,
         states: Sequence[TrainState],
-        guidance: DSDGuidance,
+        guidance: Guidance,
         cameras: RandomCameras,
         device: torch.device,
         capture: bool = True,
@@ -149,7 +150,8 @@ class TrainStep:
         step = self.states[0].step
         drawn = [self._draw(state, step) for state in self.states]
         plan = self.guidance.plan_levels(
-            *(torch.cat(column) for column in zip(*(_of_guidance(d) for d in drawn)))
+            *(torch.cat(column) for column in zip(*(_of_guidance(d) for d in drawn))),
+            {name: torch.cat([d.chance[name] for d in drawn]) for name in drawn[0].chance},
         )
         weights = {"dsd": self._dsd_weight(step), **regularizer_weights(self.cfg.loss, step)}
         if self.device.type == "cuda":
@@ -179,7 +181,8 @@ class TrainStep:
         give_up_pool()
 
     def _draw(self, state: TrainState, step: int) -> _Drawn:
-        """In the official order: cameras, level mask, occupancy, rendering, posterior, levels."""
+        """In the official order: cameras, level mask, occupancy, rendering, posterior, levels; then
+        what else the guidance draws."""
         scene, rng = state.scene, state.rng
         views = self.cameras.sample(step, rng.cameras)
         scene.field.set_step(step)
@@ -189,7 +192,8 @@ class TrainStep:
         if self.cfg.guidance.sample_posterior:
             noise = self.guidance.model.draw_posterior(len(views), rng.guidance)
         t, t_delta = self.guidance.levels(len(views), step, rng.guidance)
-        return _Drawn(views, draws, noise, t, t_delta)
+        chance = self.guidance.draw_noise(len(views), rng.guidance)
+        return _Drawn(views, draws, noise, t, t_delta, chance)
 
     def _run(
         self,

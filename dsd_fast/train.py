@@ -23,7 +23,7 @@ from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.cli import Job
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
 from dsd_fast.diffusion import embed_views, load_model
-from dsd_fast.guidance import DSDGuidance, seed_noise
+from dsd_fast.guidance import Guidance, make_guidance, seed_noise
 from dsd_fast.interruption import Interruption
 from dsd_fast.mesh import MeshError, make_mesh, write_glb
 from dsd_fast.optimizer import Optimizer
@@ -110,6 +110,10 @@ def train(jobs: Sequence[Job]) -> None:
             versions.collect(device) | {"model": str(model.path), "model_sha256": model.model_hash}
         )
     guidance.load_state_dict({"noise": torch.cat([state.noise for state in states])})
+    for job in jobs:
+        if job.state is not None:
+            with _errors_of_settings():
+                guidance.load_learned_state(job.state["guidance"])
 
     fit(jobs, states, guidance, cameras, device)
     step = states[0].step
@@ -132,7 +136,7 @@ def train(jobs: Sequence[Job]) -> None:
 def fit(
     jobs: Sequence[Job],
     states: Sequence[TrainState],
-    guidance: DSDGuidance,
+    guidance: Guidance,
     cameras: RandomCameras,
     device: torch.device,
 ) -> None:
@@ -236,7 +240,7 @@ def write_mesh(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> Non
     log.info("wrote %s, %d faces", run.mesh, len(mesh.faces))
 
 
-def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState], DSDGuidance]:
+def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState], Guidance]:
     """The states at step 0, and proof that the run folders can take what the runs will write.
 
     The guidance is that of all runs: item i of its batches is of run i.
@@ -260,6 +264,7 @@ def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState],
         prefix=cfg.text.prefix,
         view_dependent=cfg.text.view_dependent,
         overrides=cfg.text.overrides(),
+        poor=cfg.text.poor if cfg.guidance.method == "nfsd" else None,
     )
     latent_shape = (1, model.latent_channels, model.latent_size, model.latent_size)
     states = []
@@ -267,7 +272,10 @@ def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState],
         optimizer = Optimizer(scene.to(device), cfg.optimizer, device)
         states.append(TrainState(scene, optimizer, seed_noise(rng.noise, latent_shape), rng, model))
     noise = torch.cat([state.noise for state in states])
-    return states, DSDGuidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
+    guidance = make_guidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
+    for state in states:
+        state.learned = guidance.learned_state
+    return states, guidance
 
 
 @contextmanager

@@ -37,10 +37,12 @@ _PREFIXES = {
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """Embeddings of the four views: `text_vd` and `uncond_vd`, both [4,L,D] float32."""
+    """Embeddings of the four views: `text_vd` and `uncond_vd`, both [4,L,D] float32; `poor`
+    [1,L,D], where it was asked for, is of what a picture should not be."""
 
     text_vd: Tensor
     uncond_vd: Tensor
+    poor: Tensor | None = None
 
 
 def view_prompts(
@@ -84,11 +86,13 @@ def embed_views(
     prefix: bool = False,
     view_dependent: bool = True,
     overrides: Mapping[str, str] | None = None,
+    poor: str | None = None,
     release: bool = True,
 ) -> PromptEmbeddings:
     """Embed the views of a prompt and its negative, the same one for every view.
 
     Args:
+        poor: a prompt of what a picture should not be, or None.
         release: drop the text encoder afterwards; nothing else in a run needs it.
     Raises:
         ValueError: an empty prompt, or one longer than the model reads (with both counts).
@@ -96,11 +100,16 @@ def embed_views(
     prompts = view_prompts(
         prompt, prefix=prefix, view_dependent=view_dependent, overrides=overrides
     )
-    embeddings = model.encode_prompt([*prompts, negative])
+    others = [negative] if poor is None else [negative, poor]
+    embeddings = model.encode_prompt([*prompts, *others])
     if release:
         model.release_text_encoder()
-    text, uncond = embeddings[:4], embeddings[4:]
-    return PromptEmbeddings(text, uncond.expand(4, -1, -1).contiguous())
+    text, uncond = embeddings[:4], embeddings[4:5]
+    return PromptEmbeddings(
+        text,
+        uncond.expand(4, -1, -1).contiguous(),
+        None if poor is None else embeddings[5:],
+    )
 
 
 class ClipText:

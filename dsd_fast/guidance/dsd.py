@@ -13,124 +13,34 @@ latents and plan to the loss without a look at the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS, noise_of_velocity
+from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import fused
+from dsd_fast.guidance.base import (
+    Guidance,
+    GuidanceConfig,
+    GuidanceOutput,
+    angles,
+    distillation_loss,
+    levels_of,
+)
 from dsd_fast.guidance.fused import WEIGHTINGS, Batch, Guide
 from dsd_fast.guidance.plan import Plan, PlanKind
 from dsd_fast.guidance.prompt import TextMix, expand_rows, text_mix, wrapped
-from dsd_fast.guidance.schedule import ode_grid, random_timesteps, shifted_level, timestep
+from dsd_fast.guidance.schedule import ode_grid
 from dsd_fast.guidance.tables import TrajectoryTables
 from dsd_fast.guidance.trajectory import Predictor, ViewBins, signal_and_noise, simulate
-from dsd_fast.schedules import Schedule, ScheduleValue
 from dsd_fast.upload import upload
-
-TRAJECTORIES = ("exact", "cached")
 
 # The rendering's own noise prediction is taken at this scale, the target's at guidance_scale.
 _RENDERING_SCALE = 1.0
-
-
-@dataclass
-class GuidanceConfig:
-    """Settings of Diverse Score Distillation; the defaults are the official values but for
-    `trajectory`, of which the official one is "exact"."""
-
-    # Classifier-free guidance scale of the trajectory and of the target prediction.
-    guidance_scale: float = 7.5
-    # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
-    use_perp_neg: bool = True
-    # Lowest noise level, as a share of 1000: a number or a schedule.
-    min_step_percent: ScheduleValue = 0.32
-    # Highest noise level, as a share of 1000: a number or a schedule.
-    max_step_percent: ScheduleValue = 0.98
-    # Let t fall from the highest to the lowest level over the run; otherwise t is random per view.
-    t_anneal: bool = True
-    # Anneal by the square root of the progress, fast at first.
-    sqrt_anneal: bool = True
-    # Lower bound of t_delta.
-    delta_min: int = 1
-    # Intervals of the full trajectory from 999 to 0.
-    n_ddim_steps: int = 10
-    # "cached" keeps the trajectories of azimuth_bins azimuths and trains on views from those alone;
-    # "exact" (official) simulates one at every step, for views from anywhere.
-    trajectory: Literal["exact", "cached"] = "cached"
-    # Bins of |azimuth| in [0, 180] degrees that share a cached trajectory, that of their centre.
-    azimuth_bins: int = 48
-    # Levels between the entries of a table of the cached trajectories' noise, which is interpolated
-    # between them; 0 asks the UNet for it at every step.
-    noise_table_step: int = 20
-    # Views from azimuth < 0 follow the mirror image of the trajectory of those from azimuth > 0.
-    # Officially both follow the same picture, so that a thing seen from the side faces the same way
-    # from both sides and grows two backs; mirrored, they agree on a mirror-symmetric object.
-    mirror_trajectory: bool = False
-    # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
-    # that the trajectory itself takes.
-    weighting: Literal["sds", "ddim"] = "sds"
-    # Draw the rendering's latents from the VAE's posterior; False takes its mean.
-    sample_posterior: bool = True
-    # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
-    standard_cfg: bool = False
-    # At scale 1 use the conditional prediction alone, without negatives or extrapolation.
-    pure_conditional: bool = False
-
-    def validate(self) -> None:
-        """Raise ValueError for a value outside its choices."""
-        for name, value, choices in (
-            ("trajectory", self.trajectory, TRAJECTORIES),
-            ("weighting", self.weighting, WEIGHTINGS),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"guidance.{name}: expected one of {', '.join(choices)}, got {value!r}"
-                )
-        if not 0 <= self.delta_min < NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"guidance.delta_min: expected 0 to 999, got {self.delta_min}")
-        if self.noise_table_step < 0:
-            raise ValueError(
-                f"guidance.noise_table_step: expected 0 or more, got {self.noise_table_step}"
-            )
-
-    @property
-    def lattice(self) -> int | None:
-        """Bins of |azimuth| on whose centres training cameras are to be, or None for anywhere.
-
-        There a cached trajectory is that of the camera's own text; elsewhere it is the nearest
-        centre's. Without Perp-Neg the text has four views, and nothing is to be gained.
-        """
-        on_lattice = self.trajectory == "cached" and self.use_perp_neg
-        return self.azimuth_bins if on_lattice else None
-
-
-class GuidanceOutput(NamedTuple):
-    """Result of one guidance call for B views; everything but `loss` is detached."""
-
-    # 0.5 sum (x - target)^2 / B; its gradient with respect to the latents is exactly grad / B.
-    loss: Tensor
-    # Norm of `grad` over all elements, 0-dim.
-    grad_norm: Tensor
-    # Levels, int64 [B] on the CPU.
-    t: Tensor
-    t_delta: Tensor
-    # x, target = x - grad, grad, and x at level t_delta: [B,C,h,w] float32.
-    latents: Tensor
-    target: Tensor
-    grad: Tensor
-    latents_noisy: Tensor
-    # 0-dim bool on the device: whether grad is free of NaN and infinity. Not read here, so that a
-    # step need not wait for the device; a loop that finds it false skips the step.
-    finite: Tensor
 
 
 @torch.no_grad()
@@ -171,7 +81,7 @@ def dsd_gradient(
     """
     noise = _per_item(noise, latents)
     n_items = latents.shape[0]
-    t, t_delta = _levels("t", t, n_items), _levels("t_delta", t_delta, n_items)
+    t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
     abar = alphas_cumprod.cpu()
     t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
@@ -186,20 +96,8 @@ def dsd_gradient(
     return _linked_gradient(latents, eps_o, t, t_delta, pair, abar, weighting)
 
 
-class DSDGuidance:
-    """Guidance of a training loop: an image in, a scalar loss with the DSD gradient out.
-
-    The seed noise is the only state that must survive a resume (`state_dict`); cached
-    trajectories follow from it and are rebuilt as needed.
-
-    Args:
-        cfg: settings.
-        model: frozen diffusion model.
-        prompts: embeddings of the four views.
-        noise: seed noise [1,C,h,w] of `seed_noise`, the size of the model's latents; or [S,C,h,w]
-            for as many seeds at once, item i of a batch of S then belonging to seed i.
-        max_steps: horizon of the annealing, the length of the run (Q25).
-    """
+class DSDGuidance(Guidance):
+    """Diverse Score Distillation (arXiv 2412.06780); cached trajectories are rebuilt as needed."""
 
     def __init__(
         self,
@@ -209,109 +107,10 @@ class DSDGuidance:
         noise: Tensor,
         max_steps: int,
     ):
-        cfg.validate()
-        self.cfg = cfg
-        self.model = model
-        self.max_steps = max_steps
-        self.min_percent = Schedule.parse(cfg.min_step_percent)
-        self.max_percent = Schedule.parse(cfg.max_step_percent)
-        # What text rows are mixed from.
-        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(model.device)
         self._bins = ViewBins(cfg.azimuth_bins, cfg.use_perp_neg)
         self._grid = ode_grid(cfg.n_ddim_steps)
-        self._abar = model.alphas_cumprod.to(model.device, torch.float32)
         self._done = torch.zeros((), dtype=torch.int32, device=model.device)
-        self._n_seeds = noise.shape[0]
-        self.load_state_dict({"noise": noise})
-
-    def __call__(
-        self,
-        rgb: Tensor,
-        elevation_deg: Tensor,
-        azimuth_deg: Tensor,
-        step: int,
-        generator: torch.Generator,
-    ) -> GuidanceOutput:
-        """Encode renderings and compute the loss.
-
-        Args:
-            rgb: [B,H,W,3] float32 in [0,1], any size, on the model's device.
-            elevation_deg, azimuth_deg: [B] nominal camera angles; on the CPU they cost no
-                synchronisation.
-            step: optimizer steps completed.
-            generator: CPU generator of the posterior noise and of t_delta.
-        """
-        noise = None
-        if self.cfg.sample_posterior:
-            noise = self.model.draw_posterior(len(rgb), generator)
-        latents = self.encode(rgb, noise)
-        return self.from_latents(latents, elevation_deg, azimuth_deg, step, generator)
-
-    def encode(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
-        """Latents [B,C,h,w] of renderings [B,H,W,3] in [0,1], with gradient to them.
-
-        `noise` is that of the posterior, see `DiffusionModel.draw_posterior`.
-        """
-        if rgb.ndim != 4 or rgb.shape[-1] != 3 or rgb.shape[0] == 0:
-            raise ValueError(f"guidance: expected rgb [B,H,W,3] with B > 0, got {tuple(rgb.shape)}")
-        image = _resize(rgb.permute(0, 3, 1, 2).float(), self.model.image_size)
-        return self.model.encode_with_noise(image, noise)
-
-    def from_latents(
-        self,
-        latents: Tensor,
-        elevation_deg: Tensor,
-        azimuth_deg: Tensor,
-        step: int,
-        generator: torch.Generator,
-    ) -> GuidanceOutput:
-        """The same for latents [B,C,h,w] of any size: a 2D image optimised in latent space."""
-        if latents.ndim != 4 or latents.shape[1] != self.model.latent_channels:
-            raise ValueError(
-                f"guidance: expected latents [B,{self.model.latent_channels},h,w], "
-                f"got {tuple(latents.shape)}"
-            )
-        latents = _resize(latents.float(), self.model.latent_size)
-        self._check_views(elevation_deg, azimuth_deg, latents.shape[0])
-        return self.at_plan(latents, self.plan(elevation_deg, azimuth_deg, step, generator))
-
-    def levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """t and t_delta of a step, int64 [B] on the CPU."""
-        low, high = self.min_percent(step), self.max_percent(step)
-        if self.cfg.t_anneal:
-            level = timestep(step, self.max_steps, low, high, self.cfg.sqrt_anneal)
-            t = torch.full((n_items,), level)
-        else:
-            t = random_timesteps(n_items, low, high, generator)
-        u = torch.rand(n_items, generator=generator)
-        return t, shifted_level(t, u, low, self.cfg.delta_min)
-
-    def at_levels(
-        self,
-        latents: Tensor,
-        elevation_deg: Tensor,
-        azimuth_deg: Tensor,
-        t: Tensor,
-        t_delta: Tensor,
-    ) -> GuidanceOutput:
-        """Loss for latents [B,C,h,w] of the model's size at given levels [B]; draws nothing."""
-        self._check_views(elevation_deg, azimuth_deg, latents.shape[0])
-        return self.at_plan(latents, self.plan_levels(elevation_deg, azimuth_deg, t, t_delta))
-
-    def plan(
-        self,
-        elevation_deg: Tensor | float,
-        azimuth_deg: Tensor | float,
-        step: int,
-        generator: torch.Generator,
-    ) -> Plan:
-        """The host's part of a step: levels drawn, trajectories found, and made where they lack.
-
-        Args: as for a call; `generator` draws t where it is random, then t_delta.
-        """
-        elevation, azimuth = _views(elevation_deg, azimuth_deg)
-        t, t_delta = self.levels(elevation.numel(), step, generator)
-        return self.plan_levels(elevation, azimuth, t, t_delta)
+        super().__init__(cfg, model, prompts, noise, max_steps)
 
     @torch.no_grad()
     def plan_levels(
@@ -320,15 +119,13 @@ class DSDGuidance:
         azimuth_deg: Tensor | float,
         t: Tensor | int,
         t_delta: Tensor | int,
+        chance: Mapping[str, Tensor] | None = None,
     ) -> Plan:
-        """The same at given levels, one or [B]; draws nothing."""
-        elevation, azimuth = _views(elevation_deg, azimuth_deg)
+        """Trajectories found, and made where they lack; else as `Guidance.plan_levels`."""
+        elevation, azimuth = angles(elevation_deg, azimuth_deg)
         n_items = elevation.numel()
-        if self._n_seeds not in (1, n_items):
-            raise ValueError(
-                f"guidance: expected a view for each of the {self._n_seeds} seeds, got {n_items}"
-            )
-        t, t_delta = _levels("t", t, n_items), _levels("t_delta", t_delta, n_items)
+        self._check_seeds(n_items)
+        t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
         shared = torch.equal(t, t_delta)
         views = text_mix(elevation, azimuth, self.cfg.use_perp_neg)
         tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(azimuth) < 0}
@@ -362,19 +159,14 @@ class DSDGuidance:
         return Plan(kind, t, t_delta, tensors, self.model.device)
 
     def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
-        """The device's part of a step: the loss for latents [B,C,h,w] of the model's size.
+        """As `Guidance.at_plan`.
 
         With cached trajectories it asks the host for nothing but `plan.kind`, so that a CUDA graph
         can hold it; `Plan.copy_` gives the graph another plan of that kind, and levels are then
         that plan's, not the output's. An exact trajectory takes as many UNet calls as t_delta asks
         for.
         """
-        size = self.model.latent_size
-        expected = (plan.kind.n_items, self.model.latent_channels, size, size)
-        if latents.shape != expected:
-            raise ValueError(
-                f"guidance: expected latents {list(expected)}, got {list(latents.shape)}"
-            )
+        self._check_latents(latents, plan.kind.n_items)
         x = latents.detach().float().contiguous()
         tensors, cfg = plan.tensors, self.cfg
         guide = self._guide(tensors["weights"] if cfg.use_perp_neg else None)
@@ -402,24 +194,13 @@ class DSDGuidance:
 
     @property
     def can_capture(self) -> bool:
-        """Whether a CUDA graph can hold `at_plan`: its course does not depend on the levels."""
+        """As `Guidance.can_capture`."""
         return self.cfg.trajectory == "cached"
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The seed noise, on the CPU (Q12)."""
-        return {"noise": self.noise.cpu()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a seed noise; trajectories cached for another one are dropped."""
-        model, cfg, noise = self.model, self.cfg, state["noise"]
-        size = model.latent_size
-        expected = (self._n_seeds, model.latent_channels, size, size)
-        if noise.shape != expected:
-            raise ValueError(
-                f"guidance: expected seed noise {list(expected)}, the size of the model's latents, "
-                f"got {list(noise.shape)}"
-            )
-        self.noise = noise.to(model.device, torch.float32)
+        super().load_state_dict(state)
+        cfg, model = self.cfg, self.model
         if cfg.trajectory == "cached":
             percents = [knot[1] for knot in (*self.min_percent.knots, *self.max_percent.knots)]
             lowest = int(NUM_TRAIN_TIMESTEPS * min(percents))
@@ -494,13 +275,6 @@ class DSDGuidance:
             )
         return at_z
 
-    def _predict(self, batch: Batch, text: Tensor) -> Tensor:
-        """The UNet's noise for a batch of rows, in its own dtype."""
-        eps = self.model.engine(batch.rows, batch.levels, text)
-        if self.model.prediction_type == "epsilon":
-            return eps
-        return noise_of_velocity(eps.float(), batch.rows.float(), self._abar[batch.levels])
-
     def _predict_bin(self, batch: Batch, view: int) -> Tensor:
         """Guided noise of one item on the trajectory of a bin, [1,C,h,w]."""
         device = self.model.device
@@ -516,45 +290,6 @@ class DSDGuidance:
 
     def _guide(self, weights: Tensor | None) -> Guide:
         return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)
-
-    def _check_views(
-        self, elevation_deg: Tensor | float, azimuth_deg: Tensor | float, n_items: int
-    ) -> None:
-        elevation, azimuth = _views(elevation_deg, azimuth_deg)
-        if not elevation.numel() == azimuth.numel() == n_items:
-            raise ValueError(
-                f"guidance: expected {n_items} elevations and azimuths, one an item, "
-                f"got {elevation.numel()} and {azimuth.numel()}"
-            )
-
-
-def distillation_loss(latents: Tensor, grad: Tensor, value: Tensor | None = None) -> Tensor:
-    """0.5 sum grad^2 / B (or `value`, if it is known) with grad / B for its gradient to latents.
-
-    The quadratic 0.5 |x - sg(x - grad)|^2 would give grad only up to the rounding of
-    x - (x - grad). latents, grad [B,...]; the result is 0-dim.
-    """
-    if value is None:
-        value = 0.5 * grad.square().sum() / grad.shape[0]
-    return _Loss.apply(latents, value, grad)
-
-
-class _Loss(torch.autograd.Function):
-    """See `distillation_loss`."""
-
-    @staticmethod
-    def forward(ctx, latents: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
-        ctx.dtype = latents.dtype
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        n_items = grad.shape[0]
-        share = upstream if n_items == 1 else upstream / n_items
-        return (share * grad).to(ctx.dtype), None, None
 
 
 def _linked_gradient(
@@ -595,32 +330,3 @@ def _per_item(noise: Tensor, latents: Tensor) -> Tensor:
             f"got {list(noise.shape)}"
         )
     return noise.to(latents.device).expand_as(latents)
-
-
-def _views(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Angles as float32 [B] on the CPU."""
-    elevation, azimuth = (
-        torch.as_tensor(angle, dtype=torch.float32).reshape(-1).cpu()
-        for angle in (elevation_deg, azimuth_deg)
-    )
-    return elevation, azimuth
-
-
-def _levels(name: str, value: Tensor | int, n_items: int) -> Tensor:
-    """One level an item, int64 [B] on the CPU."""
-    levels = torch.as_tensor(value).reshape(-1).cpu()
-    if levels.is_floating_point() or levels.numel() not in (1, n_items):
-        raise ValueError(
-            f"{name}: expected one integer or {n_items} of them, "
-            f"got {levels.dtype} {tuple(levels.shape)}"
-        )
-    if bool(((levels < 0) | (levels >= NUM_TRAIN_TIMESTEPS)).any()):
-        raise ValueError(f"{name}: expected levels from 0 to 999, got {levels.tolist()}")
-    return levels.long().expand(n_items)
-
-
-def _resize(image: Tensor, size: int) -> Tensor:
-    """Bilinear to size x size, without antialiasing, as the original does (Q28)."""
-    if image.shape[-2:] == (size, size):
-        return image
-    return F.interpolate(image, (size, size), mode="bilinear", align_corners=False)

@@ -12,7 +12,8 @@ from dsd_fast.upload import Pack
 
 # Where the trajectory's noise eps_o comes from: the whole trajectory simulated, one UNet call from
 # a cached state, or a table of earlier such calls.
-Noise = Literal["simulated", "predicted", "tabulated"]
+# Other formulations take noise that was drawn, or find it by inversion of the rendering.
+Noise = Literal["simulated", "predicted", "tabulated", "drawn", "inverted"]
 
 
 class PlanKind(NamedTuple):
@@ -25,7 +26,7 @@ class PlanKind(NamedTuple):
 
 
 class Plan:
-    """The host's part of a guidance step, made by `DSDGuidance.plan`.
+    """The host's part of a guidance step, made by `Guidance.plan`.
 
     Attributes: `kind`; `t`, `t_delta`: int64 [B] on the CPU; `tensors`: a `Pack` on the device with
     - t, t_delta: int64 [B]; mirrored: bool [B], views that see the trajectory's mirror image;
@@ -33,7 +34,8 @@ class Plan:
       one call after the other (`prompt.TextMix`);
     - weights: float32 [B,2], of the views' negatives, where there are any;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
-    - tabulated: prediction, below: int64 [B], mix: float32 [B].
+    - tabulated: prediction, below: int64 [B], mix: float32 [B];
+    - of other formulations than DSD what they drew (`Guidance.draw_noise`), by name.
     """
 
     def __init__(

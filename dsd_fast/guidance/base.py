@@ -1,0 +1,392 @@
+"""What every formulation of score distillation shares: settings, levels, encoding, and the loss.
+
+A guidance takes renderings to a scalar loss whose gradient is the formulation's. A step has two
+parts. `plan`, the host's, draws levels and noise and finds the text rows of the views; `at_plan`,
+the device's, takes latents and plan to the loss without a look at the host, where the formulation
+allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS, noise_of_velocity
+from dsd_fast.diffusion.text import PromptEmbeddings
+from dsd_fast.guidance.fused import WEIGHTINGS, Batch
+from dsd_fast.guidance.plan import Plan
+from dsd_fast.guidance.schedule import random_timesteps, shifted_level, timestep
+from dsd_fast.schedules import Schedule, ScheduleValue
+
+METHODS = ("dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
+TRAJECTORIES = ("exact", "cached")
+
+
+@dataclass
+class GuidanceConfig:
+    """Settings of the guidance; the defaults are the official ones of Diverse Score Distillation,
+    but for `trajectory`, of which the official one is "exact"."""
+
+    # The formulation. Any but "dsd" brings its paper's scale, noise levels and weight along, which
+    # flags change as ever (docs/usage.md has the table).
+    method: Literal["dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd"] = "dsd"
+    # Classifier-free guidance scale: of the trajectory and of the target prediction.
+    guidance_scale: float = 7.5
+    # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
+    use_perp_neg: bool = True
+    # Lowest noise level, as a share of 1000: a number or a schedule.
+    min_step_percent: ScheduleValue = 0.32
+    # Highest noise level, as a share of 1000: a number or a schedule.
+    max_step_percent: ScheduleValue = 0.98
+    # Let t fall from the highest to the lowest level over the run; otherwise t is random per view.
+    t_anneal: bool = True
+    # Anneal by the square root of the progress, fast at first.
+    sqrt_anneal: bool = True
+    # Lower bound of t_delta.
+    delta_min: int = 1
+    # Intervals of the full trajectory from 999 to 0.
+    n_ddim_steps: int = 10
+    # "cached" keeps the trajectories of azimuth_bins azimuths and trains on views from those alone;
+    # "exact" (official) simulates one at every step, for views from anywhere.
+    trajectory: Literal["exact", "cached"] = "cached"
+    # Bins of |azimuth| in [0, 180] degrees that share a cached trajectory, that of their centre.
+    azimuth_bins: int = 48
+    # Levels between the entries of a table of the cached trajectories' noise, which is interpolated
+    # between them; 0 asks the UNet for it at every step.
+    noise_table_step: int = 20
+    # Views from azimuth < 0 follow the mirror image of the trajectory of those from azimuth > 0.
+    # Officially both follow the same picture, so that a thing seen from the side faces the same way
+    # from both sides and grows two backs; mirrored, they agree on a mirror-symmetric object.
+    mirror_trajectory: bool = False
+    # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
+    # that the trajectory itself takes.
+    weighting: Literal["sds", "ddim"] = "sds"
+    # Draw the rendering's latents from the VAE's posterior; False takes its mean.
+    sample_posterior: bool = True
+    # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
+    standard_cfg: bool = False
+    # At scale 1 use the conditional prediction alone, without negatives or extrapolation.
+    pure_conditional: bool = False
+
+    def validate(self) -> None:
+        """Raise ValueError for a value outside its choices."""
+        for name, value, choices in (
+            ("method", self.method, METHODS),
+            ("trajectory", self.trajectory, TRAJECTORIES),
+            ("weighting", self.weighting, WEIGHTINGS),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"guidance.{name}: expected one of {', '.join(choices)}, got {value!r}"
+                )
+        if not 0 <= self.delta_min < NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"guidance.delta_min: expected 0 to 999, got {self.delta_min}")
+        if self.noise_table_step < 0:
+            raise ValueError(
+                f"guidance.noise_table_step: expected 0 or more, got {self.noise_table_step}"
+            )
+
+    @property
+    def lattice(self) -> int | None:
+        """Bins of |azimuth| on whose centres training cameras are to be, or None for anywhere.
+
+        There a cached trajectory is that of the camera's own text; elsewhere it is the nearest
+        centre's. Without Perp-Neg the text has four views, and nothing is to be gained. Other
+        methods have no trajectories.
+        """
+        on_lattice = self.method == "dsd" and self.trajectory == "cached" and self.use_perp_neg
+        return self.azimuth_bins if on_lattice else None
+
+
+class GuidanceOutput(NamedTuple):
+    """Result of one guidance call for B views; everything but `loss` is detached."""
+
+    # 0.5 sum (x - target)^2 / B; its gradient with respect to the latents is exactly grad / B.
+    loss: Tensor
+    # Norm of `grad` over all elements, 0-dim.
+    grad_norm: Tensor
+    # Levels, int64 [B] on the CPU.
+    t: Tensor
+    t_delta: Tensor
+    # x, target = x - grad, grad, and x at level t_delta: [B,C,h,w] float32.
+    latents: Tensor
+    target: Tensor
+    grad: Tensor
+    latents_noisy: Tensor
+    # 0-dim bool on the device: whether grad is free of NaN and infinity. Not read here, so that a
+    # step need not wait for the device; a loop that finds it false skips the step.
+    finite: Tensor
+
+
+class Guidance:
+    """Guidance of a training loop: an image in, a scalar loss with the gradient out.
+
+    Formulations implement `plan_levels` and `at_plan`. The seed noise is the state that must
+    survive a resume, and, of formulations that learn, `learned_state`.
+
+    Args:
+        cfg: settings.
+        model: frozen diffusion model.
+        prompts: embeddings of the four views.
+        noise: seed noise [1,C,h,w] of `seed_noise`, the size of the model's latents; or [S,C,h,w]
+            for as many seeds at once, item i of a batch of S then belonging to seed i.
+        max_steps: horizon of the annealing, the length of the run (Q25).
+    """
+
+    def __init__(
+        self,
+        cfg: GuidanceConfig,
+        model: DiffusionModel,
+        prompts: PromptEmbeddings,
+        noise: Tensor,
+        max_steps: int,
+    ):
+        cfg.validate()
+        self.cfg = cfg
+        self.model = model
+        self.max_steps = max_steps
+        self.min_percent = Schedule.parse(cfg.min_step_percent)
+        self.max_percent = Schedule.parse(cfg.max_step_percent)
+        # What text rows are mixed from.
+        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(model.device)
+        self._abar = model.alphas_cumprod.to(model.device, torch.float32)
+        self._n_seeds = noise.shape[0]
+        self.load_state_dict({"noise": noise})
+
+    def __call__(
+        self,
+        rgb: Tensor,
+        elevation_deg: Tensor,
+        azimuth_deg: Tensor,
+        step: int,
+        generator: torch.Generator,
+    ) -> GuidanceOutput:
+        """Encode renderings and compute the loss.
+
+        Args:
+            rgb: [B,H,W,3] float32 in [0,1], any size, on the model's device.
+            elevation_deg, azimuth_deg: [B] nominal camera angles; on the CPU they cost no
+                synchronisation.
+            step: optimizer steps completed.
+            generator: CPU generator of the posterior noise, the levels and the noise.
+        """
+        noise = None
+        if self.cfg.sample_posterior:
+            noise = self.model.draw_posterior(len(rgb), generator)
+        latents = self.encode(rgb, noise)
+        return self.from_latents(latents, elevation_deg, azimuth_deg, step, generator)
+
+    def encode(self, rgb: Tensor, noise: Tensor | None) -> Tensor:
+        """Latents [B,C,h,w] of renderings [B,H,W,3] in [0,1], with gradient to them.
+
+        `noise` is that of the posterior, see `DiffusionModel.draw_posterior`.
+        """
+        if rgb.ndim != 4 or rgb.shape[-1] != 3 or rgb.shape[0] == 0:
+            raise ValueError(f"guidance: expected rgb [B,H,W,3] with B > 0, got {tuple(rgb.shape)}")
+        image = resized(rgb.permute(0, 3, 1, 2).float(), self.model.image_size)
+        return self.model.encode_with_noise(image, noise)
+
+    def from_latents(
+        self,
+        latents: Tensor,
+        elevation_deg: Tensor,
+        azimuth_deg: Tensor,
+        step: int,
+        generator: torch.Generator,
+    ) -> GuidanceOutput:
+        """The same for latents [B,C,h,w] of any size: a 2D image optimised in latent space."""
+        if latents.ndim != 4 or latents.shape[1] != self.model.latent_channels:
+            raise ValueError(
+                f"guidance: expected latents [B,{self.model.latent_channels},h,w], "
+                f"got {tuple(latents.shape)}"
+            )
+        latents = resized(latents.float(), self.model.latent_size)
+        self._check_views(elevation_deg, azimuth_deg, latents.shape[0])
+        return self.at_plan(latents, self.plan(elevation_deg, azimuth_deg, step, generator))
+
+    def levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """t and t_delta of a step, int64 [B] on the CPU."""
+        low, high = self.min_percent(step), self.max_percent(step)
+        if self.cfg.t_anneal:
+            level = timestep(step, self.max_steps, low, high, self.cfg.sqrt_anneal)
+            t = torch.full((n_items,), level)
+        else:
+            t = random_timesteps(n_items, low, high, generator)
+        u = torch.rand(n_items, generator=generator)
+        return t, shifted_level(t, u, low, self.cfg.delta_min)
+
+    def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What a step draws beside its levels, by name: tensors [B,...] on the CPU."""
+        return {}
+
+    def at_levels(
+        self,
+        latents: Tensor,
+        elevation_deg: Tensor,
+        azimuth_deg: Tensor,
+        t: Tensor,
+        t_delta: Tensor,
+        chance: Mapping[str, Tensor] | None = None,
+    ) -> GuidanceOutput:
+        """Loss for latents [B,C,h,w] of the model's size at given levels [B]; draws nothing.
+
+        `chance` is that of `draw_noise`.
+        """
+        self._check_views(elevation_deg, azimuth_deg, latents.shape[0])
+        plan = self.plan_levels(elevation_deg, azimuth_deg, t, t_delta, chance)
+        return self.at_plan(latents, plan)
+
+    def plan(
+        self,
+        elevation_deg: Tensor | float,
+        azimuth_deg: Tensor | float,
+        step: int,
+        generator: torch.Generator,
+    ) -> Plan:
+        """The host's part of a step: all that is drawn, and all that is known before.
+
+        Args: as for a call; `generator` draws t where it is random, then t_delta, then noise.
+        """
+        elevation, azimuth = angles(elevation_deg, azimuth_deg)
+        t, t_delta = self.levels(elevation.numel(), step, generator)
+        chance = self.draw_noise(elevation.numel(), generator)
+        return self.plan_levels(elevation, azimuth, t, t_delta, chance)
+
+    def plan_levels(
+        self,
+        elevation_deg: Tensor | float,
+        azimuth_deg: Tensor | float,
+        t: Tensor | int,
+        t_delta: Tensor | int,
+        chance: Mapping[str, Tensor] | None = None,
+    ) -> Plan:
+        """The same at given levels, one or [B], with what `draw_noise` drew; draws nothing."""
+        raise NotImplementedError
+
+    def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
+        """The device's part of a step: the loss for latents [B,C,h,w] of the model's size."""
+        raise NotImplementedError
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether a CUDA graph can hold `at_plan`: its course does not depend on the levels."""
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The seed noise, on the CPU (Q12)."""
+        return {"noise": self.noise.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a seed noise."""
+        model, noise = self.model, state["noise"]
+        size = model.latent_size
+        expected = (self._n_seeds, model.latent_channels, size, size)
+        if noise.shape != expected:
+            raise ValueError(
+                f"guidance: expected seed noise {list(expected)}, the size of the model's latents, "
+                f"got {list(noise.shape)}"
+            )
+        self.noise = noise.to(model.device, torch.float32)
+
+    def learned_state(self) -> dict[str, object]:
+        """What a formulation has learned so far, for the checkpoint of its one run."""
+        return {}
+
+    def load_learned_state(self, state: Mapping[str, object]) -> None:
+        """Take over a `learned_state`."""
+
+    def _predict(self, batch: Batch, text: Tensor) -> Tensor:
+        """The UNet's noise for a batch of rows, in its own dtype."""
+        eps = self.model.engine(batch.rows, batch.levels, text)
+        if self.model.prediction_type == "epsilon":
+            return eps
+        return noise_of_velocity(eps.float(), batch.rows.float(), self._abar[batch.levels])
+
+    def _check_seeds(self, n_items: int) -> None:
+        if self._n_seeds not in (1, n_items):
+            raise ValueError(
+                f"guidance: expected a view for each of the {self._n_seeds} seeds, got {n_items}"
+            )
+
+    def _check_latents(self, latents: Tensor, n_items: int) -> None:
+        size = self.model.latent_size
+        expected = (n_items, self.model.latent_channels, size, size)
+        if latents.shape != expected:
+            raise ValueError(
+                f"guidance: expected latents {list(expected)}, got {list(latents.shape)}"
+            )
+
+    def _check_views(
+        self, elevation_deg: Tensor | float, azimuth_deg: Tensor | float, n_items: int
+    ) -> None:
+        elevation, azimuth = angles(elevation_deg, azimuth_deg)
+        if not elevation.numel() == azimuth.numel() == n_items:
+            raise ValueError(
+                f"guidance: expected {n_items} elevations and azimuths, one an item, "
+                f"got {elevation.numel()} and {azimuth.numel()}"
+            )
+
+
+def distillation_loss(latents: Tensor, grad: Tensor, value: Tensor | None = None) -> Tensor:
+    """0.5 sum grad^2 / B (or `value`, if it is known) with grad / B for its gradient to latents.
+
+    The quadratic 0.5 |x - sg(x - grad)|^2 would give grad only up to the rounding of
+    x - (x - grad). latents, grad [B,...]; the result is 0-dim.
+    """
+    if value is None:
+        value = 0.5 * grad.square().sum() / grad.shape[0]
+    return _Loss.apply(latents, value, grad)
+
+
+class _Loss(torch.autograd.Function):
+    """See `distillation_loss`."""
+
+    @staticmethod
+    def forward(ctx, latents: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.dtype = latents.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        n_items = grad.shape[0]
+        share = upstream if n_items == 1 else upstream / n_items
+        return (share * grad).to(ctx.dtype), None, None
+
+
+def angles(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Angles as float32 [B] on the CPU."""
+    elevation, azimuth = (
+        torch.as_tensor(angle, dtype=torch.float32).reshape(-1).cpu()
+        for angle in (elevation_deg, azimuth_deg)
+    )
+    return elevation, azimuth
+
+
+def levels_of(name: str, value: Tensor | int, n_items: int) -> Tensor:
+    """One level an item, int64 [B] on the CPU."""
+    levels = torch.as_tensor(value).reshape(-1).cpu()
+    if levels.is_floating_point() or levels.numel() not in (1, n_items):
+        raise ValueError(
+            f"{name}: expected one integer or {n_items} of them, "
+            f"got {levels.dtype} {tuple(levels.shape)}"
+        )
+    if bool(((levels < 0) | (levels >= NUM_TRAIN_TIMESTEPS)).any()):
+        raise ValueError(f"{name}: expected levels from 0 to 999, got {levels.tolist()}")
+    return levels.long().expand(n_items)
+
+
+def resized(image: Tensor, size: int) -> Tensor:
+    """Bilinear to size x size, without antialiasing, as the original does (Q28)."""
+    if image.shape[-2:] == (size, size):
+        return image
+    return F.interpolate(image, (size, size), mode="bilinear", align_corners=False)

@@ -1,0 +1,182 @@
+"""Variational Score Distillation: w (e^s(x_t) - e_LoRA(x_t; camera)), with fresh noise, s = 7.5
+(ProlificDreamer, Wang et al. 2023).
+
+e_LoRA is the same UNet with low-rank adapters, trained along with the object to predict the noise
+of its noisy renderings: what they look like now, where e^s is what they should. It is told
+the camera, by an embedding beside that of the level, in nine steps of ten. The frozen weights are
+there once; only adapters and camera embedding are new, and are learned by AdamW.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.noise_schedule import noise_of_velocity
+from dsd_fast.diffusion.text import PromptEmbeddings
+from dsd_fast.guidance.base import GuidanceConfig
+from dsd_fast.guidance.plan import Plan
+from dsd_fast.guidance.rivals import Rival
+
+# Of the authors' code.
+RANK, LEARNING_RATE = 4, 1e-4
+CAMERA_DROPOUT = 0.1
+# Sine and cosine of azimuth and elevation.
+_CAMERA_NUMBERS = 4
+
+
+class VSD(Rival):
+    """See the module. For one run at a time: its adapters are that run's.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: several seeds, or a model without a UNet of diffusers.
+    """
+
+    def __init__(
+        self,
+        cfg: GuidanceConfig,
+        model: DiffusionModel,
+        prompts: PromptEmbeddings,
+        noise: Tensor,
+        max_steps: int,
+    ):
+        super().__init__(cfg, model, prompts, noise, max_steps)
+        if self._n_seeds != 1:
+            raise ValueError(
+                "--guidance.method vsd trains adapters for one run: drop --num-seeds"
+            )
+        self._lora = _with_adapters(model.unet)
+        self._learned = {
+            name: p for name, p in self._lora.named_parameters() if p.requires_grad
+        }
+        self._optimizer = torch.optim.AdamW(self._learned.values(), lr=LEARNING_RATE)
+
+    @property
+    def can_capture(self) -> bool:
+        """No: a step trains the adapters."""
+        return False
+
+    def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noise of the gradient and of the adapters' own step, that one's levels (as a share of
+        all), and whether the camera is told."""
+        drawn = super().draw_noise(n_items, generator)
+        return drawn | {
+            "own_eps": torch.randn(drawn["eps"].shape, generator=generator),
+            "own_level": torch.rand(n_items, generator=generator),
+            "told": torch.rand(n_items, generator=generator) >= CAMERA_DROPOUT,
+        }
+
+    def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        tensors, n_items = plan.tensors, len(x)
+        t, text = tensors["t"], self._text(plan)
+        noisy = self._noisy(x, tensors["eps"], t)
+        parts = self._parts(noisy, t, text, plan)
+        positive = text[:n_items]
+        camera = self._camera(plan)
+        with torch.no_grad():
+            own = self._own(noisy, t, positive, camera)
+        difference = parts.at(self.cfg.guidance_scale) - own
+        levels = (tensors["own_level"] * len(self._abar)).long()
+        self._learn(x, levels, positive, camera * tensors["told"].view(-1, 1), tensors["own_eps"])
+        return difference, noisy
+
+    def _camera(self, plan: Plan) -> Tensor:
+        """[B,4] of the plan's angles; zeros are an untold camera."""
+        azimuth, elevation = (
+            torch.deg2rad(plan.tensors[name]) for name in ("azimuth", "elevation")
+        )
+        return torch.stack(
+            [azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()], 1
+        )
+
+    def _own(self, noisy: Tensor, t: Tensor, text: Tensor, camera: Tensor) -> Tensor:
+        """e_LoRA [B,C,h,w] float32."""
+        dtype = self.model.dtype
+        with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
+            eps = self._lora(
+                noisy.to(dtype), t, encoder_hidden_states=text, class_labels=camera,
+                return_dict=False,
+            )[0].float()  # fmt: skip
+        if self.model.prediction_type == "epsilon":
+            return eps
+        return noise_of_velocity(eps, noisy, self._abar[t])
+
+    @torch.enable_grad()
+    def _learn(self, x: Tensor, t: Tensor, text: Tensor, camera: Tensor, eps: Tensor) -> None:
+        """One step of the adapters on the noise of x at levels t."""
+        loss = F.mse_loss(self._own(self._noisy(x, eps, t), t, text, camera), eps)
+        self._optimizer.zero_grad()
+        loss.backward()
+        if loss.isfinite():
+            self._optimizer.step()
+
+    def learned_state(self) -> dict[str, object]:
+        """Adapters and camera embedding, and their optimizer's moments."""
+        return {
+            "adapters": {name: p.detach().cpu() for name, p in self._learned.items()},
+            "moments": {
+                name: {k: torch.as_tensor(v).cpu() for k, v in self._optimizer.state[p].items()}
+                for name, p in self._learned.items()
+                if p in self._optimizer.state
+            },
+        }
+
+    def load_learned_state(self, state: Mapping[str, object]) -> None:
+        """Take over a `learned_state`.
+
+        Raises:
+            ValueError: it is of other adapters.
+        """
+        adapters = state.get("adapters", {})
+        if adapters.keys() != self._learned.keys():
+            raise ValueError("the checkpoint's adapters are not those of this model")
+        moments = state.get("moments", {})
+        with torch.no_grad():
+            for name, p in self._learned.items():
+                p.copy_(adapters[name])
+                if name in moments:
+                    # The count of steps stays where AdamW keeps it, on the CPU.
+                    self._optimizer.state[p] = {
+                        k: v.clone() if k == "step" else v.to(p.device)
+                        for k, v in moments[name].items()
+                    }
+
+
+def _with_adapters(unet: nn.Module) -> nn.Module:
+    """A UNet with the same frozen weights, adapters in its attention, and a camera embedding."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("--guidance.method vsd needs peft: pip install peft") from error
+    from diffusers.models.embeddings import TimestepEmbedding
+
+    if getattr(unet, "time_embedding", None) is None or unet.class_embedding is not None:
+        raise ValueError(
+            "--guidance.method vsd needs a UNet2DConditionModel without class embedding"
+        )
+    own = copy.deepcopy(unet)
+    # The weights of a copy that shall not take memory.
+    for mine, theirs in zip(own.parameters(), unet.parameters()):
+        mine.data = theirs.data
+    own.requires_grad_(False)
+    width = own.time_embedding.linear_2.out_features
+    device = next(own.parameters()).device
+    # Adapters start from chance: the same chance whatever ran before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"]
+        own = inject_adapter_in_model(
+            LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets), own
+        )
+        own.class_embedding = TimestepEmbedding(_CAMERA_NUMBERS, width).to(device)
+    for name, p in own.named_parameters():
+        p.requires_grad_("lora_" in name or name.startswith("class_embedding"))
+        if p.requires_grad:
+            p.data = p.data.float()
+    return own
