@@ -3,7 +3,7 @@
 python -m benchmarks.comparison text --out runs/text --real real --judge judge.safetensors
 python -m benchmarks.comparison image --out runs/image --real real --judge judge.safetensors
 
-Every prompt and method is a job of its own, all its seeds side by side; jobs run on all GPUs,
+Every prompt and method is a job of its own, its seeds side by side; jobs run on all GPUs,
 several at once on each, and those that an earlier call has finished are not done again. Every
 method has its paper's settings, the same steps and the same engine. `--real` are the turntables of
 real models (`python -m dsd_fast.prior turntables`), which the diversity is held against; `--judge`
@@ -40,6 +40,8 @@ METHODS = {
     "image": ("ddim", "dsd", "sdi", "asd", "vsd", "csd", "sds"),
 }
 RIVAL = "sds"
+# Of these a process makes one seed at a time.
+ALONE = {"vsd"}
 REAL = "real"
 # Flags of every run of a task.
 FLAGS = {
@@ -77,7 +79,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
         for method in arguments.methods:
             argv = [
                 *FLAGS[arguments.task],
-                *("--prompt", prompt, "--num-seeds", str(arguments.seeds)),
+                *("--prompt", prompt),
                 *("--guidance.method", method, "--output", str(arguments.out / method)),
                 *("--device", arguments.device, "--resume", "auto"),
                 *("--trainer.preview-every", "0", "--trainer.no-progress"),
@@ -85,7 +87,14 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
             ]
             if arguments.steps is not None:
                 argv += ["--max-steps", str(arguments.steps)]
-            jobs.append(Job(f"{method}, {prompt}", tuple(argv)))
+            name = f"{method}, {prompt}"
+            if method in ALONE:
+                jobs += [
+                    Job(f"{name}, seed {seed}", (*argv, "--seed", str(seed)))
+                    for seed in range(arguments.seeds)
+                ]
+            else:
+                jobs.append(Job(name, (*argv, "--num-seeds", str(arguments.seeds))))
     return jobs
 
 

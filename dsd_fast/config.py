@@ -236,6 +236,8 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
         model="embedded",
         preset="embedded",
         max_steps=steps,
+        # Its captions have no words for what is poor.
+        text=PromptConfig(poor=""),
         # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
         guidance=GuidanceConfig(
             guidance_scale=4.0,

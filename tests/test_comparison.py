@@ -13,7 +13,10 @@ def test_every_method_gets_the_same_work(tmp_path):
     arguments = _arguments(tmp_path, "--prompts", "a cup", "a bed", "--seeds", "3", "--steps", "9")
     jobs = comparison.jobs_of(arguments)
     assert [job.name for job in jobs[:2]] == ["dsd, a cup", "sdi, a cup"]
-    assert len(jobs) == 2 * len(comparison.METHODS["text"])
+    # adapters learn for one run
+    alone = [job.name for job in jobs if "vsd" in job.name]
+    assert alone[:3] == [f"vsd, a cup, seed {i}" for i in range(3)]
+    assert len(jobs) == 2 * (len(comparison.METHODS["text"]) - 1 + 3)
     stripped = {
         tuple(w for w in job.argv if w != method and not w.endswith(f"/{method}"))
         for job in jobs
@@ -22,7 +25,7 @@ def test_every_method_gets_the_same_work(tmp_path):
     }
     assert len(stripped) == 1
     flags = stripped.pop()
-    assert flags[-2:] == ("--max-steps", "9") and "--resume" in flags
+    assert flags[-4:] == ("--max-steps", "9", "--num-seeds", "3") and "--resume" in flags
 
 
 def test_wrong_counts_are_refused(tmp_path, capsys):

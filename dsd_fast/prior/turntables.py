@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsd_fast.config import CameraConfig
+from dsd_fast.config import preset
 from dsd_fast.prior import views as training
 from dsd_fast.prior.captions import COLOURS
 from dsd_fast.prior.catalogue import noun_by_id
@@ -76,7 +76,7 @@ def write_turntables(cfg: TurntableConfig) -> None:
                 "method": "real",
                 "prompt": prompt,
                 "seed": seed,
-                "elevation": CameraConfig().eval_elevation_deg,
+                "elevation": preset("embedded").cameras.eval_elevation_deg,
             }
             (folder / "asset.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -102,7 +102,7 @@ def _models_of(prompt: str, pack: Pack, cfg: TurntableConfig) -> list[int]:
 
 def _views(prompt: str, pack: Pack, number: int, n: int) -> Views:
     """Evaluation cameras under one mild light from the viewer."""
-    cfg = CameraConfig()
+    cfg = preset("embedded").cameras
     azimuth = np.arange(n) * (360.0 / n)
     elevation = np.full(n, cfg.eval_elevation_deg)
     toward = training.direction(azimuth, elevation)
