@@ -140,7 +140,6 @@ def fsd(r):
 
 
 def ism(r):
-    z = []
     differences = []
     for i in range(B):
         one = Reference.__new__(Reference)
@@ -153,7 +152,8 @@ def ism(r):
             level = following
         at_s = one.e(z, [s], EMPTY)
         differences.append(one.cfg(one.ddim(z, at_s, [s], [t]), [t], 7.5) - at_s)
-    return r.weighted(torch.cat(differences))
+    _, alpha, sigma = r.signal(r.t)
+    return sigma / alpha * torch.cat(differences)
 
 
 def sdi(r):

@@ -254,11 +254,11 @@ class FSD(Rival):
 
 
 class ISM(Rival):
-    """w (e^s(x_t) - e_0(x_s)), s = t - 50: Interval Score Matching (LucidDreamer, Liang et al.
-    2023).
+    """(sigma / alpha) (e^s(x_t) - e_0(x_s)), s = t - 50: Interval Score Matching (LucidDreamer,
+    Liang et al. 2023).
 
     x_s is x inverted without prompt (DDIM inversion: Song et al. 2021) in strides of 200 from level
-    0; x_t is one stride more.
+    0; x_t is 50 levels more.
     """
 
     noise = "inverted"
@@ -299,8 +299,8 @@ class ISM(Rival):
 
 
 class SDI(Rival):
-    """(sigma / alpha) (e^s(x_t) - kappa) = x - x0(x_t): Score Distillation via Inversion (Lukoianov
-    et al. 2024).
+    """(sigma / alpha) (e^s(x_t) - kappa) = x - x0(x_t): Score Distillation via Inversion
+    (Lukoianov et al. 2024).
 
     kappa is the noise that x has when it is inverted with the prompt at a scale of -7.5 to a level
     up to a stride above t, in strides of 100, each with a little fresh noise (eta = 0.3), as the
@@ -380,7 +380,7 @@ def settings(method: str, max_steps: int) -> dict[str, Any]:
         "csd": {"guidance_scale": 1.0, **_ANY_LEVEL},
         "nfsd": {"guidance_scale": 7.5, **_ANY_LEVEL},
         "asd": {"guidance_scale": 7.5, **_ANY_LEVEL},
-        "ism": {"guidance_scale": 7.5, **_ANY_LEVEL},
+        "ism": {"guidance_scale": 7.5, "weighting": "ddim", **_ANY_LEVEL},
         "vsd": {
             "guidance_scale": 7.5,
             **_ANY_LEVEL,
