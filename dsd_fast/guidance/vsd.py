@@ -38,6 +38,8 @@ class VSD(Rival):
         ValueError: several seeds, or a model without a UNet of diffusers.
     """
 
+    draws = ("eps", "own_eps", "own_level", "told")
+
     def __init__(
         self,
         cfg: GuidanceConfig,
