@@ -36,12 +36,12 @@ from dsd_fast.pipes import reader_may_leave
 log = logging.getLogger(__name__)
 
 # A resumed run is the same run: what names it cannot change.
-_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag")
+_FIXED_ON_RESUME = ("prompt", "task", "seed", "model", "output", "name", "tag", "image.exact")
 
 
 @dataclass
 class Command:
-    """Make a 3D object from a prompt and a seed."""
+    """Make a 3D object, or an image, from a prompt and a seed."""
 
     # Every setting of the run.
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -177,14 +177,22 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _early_flags(flags: list[str]) -> argparse.Namespace:
     """The flags that decide the starting values. Wrong values are left for the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "resume", "vram"):
+    for name in ("preset", "config", "device", "resume", "vram", "task"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--max-steps", "--max_steps")
+    parser.add_argument("--image.exact", dest="exact", action="store_true")
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
         early = argparse.Namespace(
-            preset=None, config=None, device=None, resume=None, vram=None, max_steps=""
+            preset=None,
+            config=None,
+            device=None,
+            resume=None,
+            vram=None,
+            task=None,
+            max_steps="",
+            exact=False,
         )
     early.device = early.device or "auto"
     return early
@@ -204,6 +212,8 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
             early.preset if early.preset in PRESETS else "embedded",
             int(steps) if steps.isdigit() and int(steps) > 0 else None,
             resolve_device(early.device).type == "cpu",
+            early.task or "text",
+            early.exact,
         )
     path = Path(early.config)
     if path.suffix != ".json":
