@@ -38,12 +38,15 @@ from dsd_fast.pipes import reader_may_leave
 log = logging.getLogger(__name__)
 
 # A resumed run is the same run: what names it cannot change.
-_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag", "guidance.method")
+_FIXED_ON_RESUME = (
+    *("prompt", "task", "seed", "model", "output", "name", "tag"),
+    *("guidance.method", "image.exact"),
+)
 
 
 @dataclass
 class Command:
-    """Make a 3D object from a prompt and a seed."""
+    """Make a 3D object, or an image, from a prompt and a seed."""
 
     # Every setting of the run.
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -179,15 +182,24 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _early_flags(flags: list[str]) -> argparse.Namespace:
     """The flags that decide the starting values. Wrong values are left for the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "resume", "vram"):
+    for name in ("preset", "config", "device", "resume", "vram", "task"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--guidance.method", dest="method")
     parser.add_argument("--max-steps", "--max_steps")
+    parser.add_argument("--image.exact", dest="exact", action="store_true")
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
         early = argparse.Namespace(
-            preset=None, config=None, device=None, resume=None, vram=None, max_steps="", method=None
+            preset=None,
+            config=None,
+            device=None,
+            resume=None,
+            vram=None,
+            task=None,
+            method=None,
+            max_steps="",
+            exact=False,
         )
     early.device = early.device or "auto"
     return early
@@ -207,6 +219,8 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
             early.preset if early.preset in PRESETS else "embedded",
             int(steps) if steps.isdigit() and int(steps) > 0 else None,
             resolve_device(early.device).type == "cpu",
+            early.task or "text",
+            early.exact,
         )
     path = Path(early.config)
     if path.suffix != ".json":

@@ -22,6 +22,7 @@ from dsd_fast.cameras import CameraConfig
 from dsd_fast.diffusion.text import VIEWS
 from dsd_fast.field import FieldConfig, GridConfig
 from dsd_fast.guidance import GuidanceConfig
+from dsd_fast.image import ImageConfig
 from dsd_fast.losses import LossConfig
 from dsd_fast.material import MaterialConfig
 from dsd_fast.mesh import MeshConfig
@@ -36,6 +37,13 @@ STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 # Steps of the embedded preset where --max-steps does not say.
 EMBEDDED_STEPS_GPU = 1500
 EMBEDDED_STEPS_CPU = 600
+# Steps of a 2D run, and of one in the exact form.
+IMAGE_STEPS = 100
+EXACT_STEPS = 50
+# Their guidance scales. Every step of the practical form adds its share of guidance: with these
+# steps and this rate, a scale of 1.5 comes to as much as 4 in a sampler.
+IMAGE_SCALE = 1.5
+IMAGE_SCALE_EXACT = 4.0
 
 
 class ConfigError(ValueError):
@@ -137,6 +145,8 @@ class TrainConfig:
 
     # What to make, for example "an armchair".
     prompt: str = ""
+    # What is optimised: a 3D object ("text"), or a single "image".
+    task: Literal["text", "image"] = "text"
     # Random seed: other seeds give other objects.
     seed: int = 0
     # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, or a hub id.
@@ -161,6 +171,7 @@ class TrainConfig:
     text: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
+    image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     cameras: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
@@ -198,25 +209,92 @@ class TrainConfig:
                 Schedule.parse(value)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"{name}: {error}") from error
+        if self.task == "image":
+            self._validate_image()
         if self.field.radius != self.renderer.radius:
             raise ConfigError(
                 f"field.radius is {self.field.radius} and renderer.radius is "
                 f"{self.renderer.radius}: pass both, they describe one box"
             )
 
+    def _validate_image(self) -> None:
+        try:
+            self.image.validate()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.image.exact and self.loss.lambda_dsd != 1:
+            raise ConfigError(
+                "--image.exact takes steps of unit length: loss.lambda_dsd must be 1, got "
+                f"{self.loss.lambda_dsd}"
+            )
+        if self.image.azimuth is not None:
+            if not self.text.view_dependent:
+                raise ConfigError(
+                    "--image.azimuth asks for a view and --text.no-view-dependent for none: "
+                    "drop one of them"
+                )
+            return
+        if self.guidance.use_perp_neg:
+            raise ConfigError(
+                "Perp-Neg pushes away from other views, and this image asks for no view: pass "
+                "--guidance.no-use-perp-neg, or a view, as --image.azimuth 0"
+            )
+        for view in self.text.overrides():
+            raise ConfigError(
+                f"--text.{view} is the prompt of one view, and this image asks for none: pass "
+                "--prompt, or a view, as --image.azimuth 0"
+            )
 
-def preset(name: str, max_steps: int | None = None, on_cpu: bool = False) -> TrainConfig:
-    """The configuration of a preset, for a run of ``max_steps`` (None: the preset's own length)."""
+
+def preset(
+    name: str,
+    max_steps: int | None = None,
+    on_cpu: bool = False,
+    task: str = "text",
+    exact: bool = False,
+) -> TrainConfig:
+    """The configuration of a preset, for a run of ``max_steps`` (None: the preset's own length).
+
+    ``exact`` is the exact form of the task "image", whose own length is another.
+    """
+    if task == "image" and max_steps is None:
+        max_steps = EXACT_STEPS if exact else IMAGE_STEPS
     if name == "embedded":
-        return _embedded(max_steps, on_cpu)
-    if name not in PRESETS:
+        cfg = _embedded(max_steps, on_cpu)
+    elif name in PRESETS:
+        cfg = TrainConfig(model=STABLE_DIFFUSION, preset=name)
+        if name == "dsd-low-res":
+            cfg.max_steps = 5000
+            cfg.cameras.width = cfg.cameras.height = (128, 128)
+        cfg.max_steps = max_steps or cfg.max_steps
+    else:
         raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-    cfg = TrainConfig(model=STABLE_DIFFUSION, preset=name)
-    if name == "dsd-low-res":
-        cfg.max_steps = 5000
-        cfg.cameras.width = cfg.cameras.height = (128, 128)
-    cfg.max_steps = max_steps or cfg.max_steps
+    if task == "image":
+        _for_images(cfg, exact)
     return cfg
+
+
+def _for_images(cfg: TrainConfig, exact: bool) -> None:
+    """Turn a preset into that of the task "image": of its settings those of the model stay."""
+    cfg.task, cfg.name = "image", f"{cfg.name}-2d"
+    cfg.image.exact = exact
+    # No view is asked for, and scales are those of samplers. Levels fall evenly, as a sampler's do,
+    # and to the end: no camera moves the details. Steps have DDIM's weight, for what is left of
+    # official steps at the highest levels is too short to settle colours and layout.
+    cfg.guidance = GuidanceConfig(
+        guidance_scale=IMAGE_SCALE_EXACT if exact else IMAGE_SCALE,
+        use_perp_neg=False,
+        standard_cfg=True,
+        min_step_percent=0.02,
+        max_step_percent=0.999,
+        sqrt_anneal=False,
+        weighting="ddim",
+        noise_table_step=cfg.guidance.noise_table_step,
+    )
+    steps = cfg.max_steps
+    cfg.trainer.log_every = min(10, max(steps // 20, 1))
+    cfg.trainer.preview_every = max(steps // 8, 1)
+    cfg.trainer.checkpoint_every = max(steps // 4, 1)
 
 
 def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:

@@ -70,16 +70,21 @@ def savings(cfg: TrainConfig) -> list[str]:
     ways = []
     if cfg.diffusion.dtype == "float32":
         ways.append("--diffusion.dtype float16 (half the diffusion model)")
-    if largest(cfg.cameras.batch_size) > 1:
+    in_3d = cfg.task == "text"
+    if in_3d and largest(cfg.cameras.batch_size) > 1:
         ways.append("--cameras.batch-size 1 (one view a step)")
     if cfg.diffusion.engine != "eager":
         ways.append("--diffusion.engine eager (no CUDA graphs, which keep their memory)")
-    height, width = largest(cfg.cameras.height), largest(cfg.cameras.width)
-    ways.append(f"smaller --cameras.height and --cameras.width (now up to {height} and {width})")
+    if in_3d:
+        height, width = largest(cfg.cameras.height), largest(cfg.cameras.width)
+        ways.append(
+            f"smaller --cameras.height and --cameras.width (now up to {height} and {width})"
+        )
     if cfg.guidance.use_perp_neg:
         ways.append("--guidance.no-use-perp-neg (half the rows of the UNet)")
-    rays = cfg.renderer.num_samples_per_ray
-    ways.append(f"fewer --renderer.num-samples-per-ray (now {rays})")
+    if in_3d:
+        rays = cfg.renderer.num_samples_per_ray
+        ways.append(f"fewer --renderer.num-samples-per-ray (now {rays})")
     return ways
 
 

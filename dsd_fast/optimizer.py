@@ -15,29 +15,28 @@ INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
 
 
-class Optimizer:
-    """Adam over the field and the background of a scene.
+class Adam:
+    """Adam over named parameters, each with a learning rate of its own.
 
     On CUDA the VAE's backward pass runs in float16, so the loss is scaled: the scale starts at
     2^16, doubles after 2000 good steps in a row and halves at a step whose gradients are not
     finite. Such a step changes no parameter, with or without a scale. The decision is taken on the
     device: nothing here waits for it.
 
-    The field's float16 copy of its table gets the new values in the same pass.
-
     `skipped` and `bad_run` are 0-dim int64 tensors on the device: steps left out so far, and how
     many of them at the end were in a row.
     """
 
-    def __init__(self, scene: Scene, cfg: OptimizerConfig, device: torch.device) -> None:
-        self._parameters = dict(scene.named_parameters())
-        self._field = scene.field
-        of_field = set(scene.field.parameters())
-        self._rates = {
-            name: cfg.geometry_lr if parameter in of_field else cfg.background_lr
-            for name, parameter in self._parameters.items()
-        }
-        self._betas, self._eps = cfg.betas, cfg.eps
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        rates: dict[str, float],
+        betas: tuple[float, float],
+        eps: float,
+        device: torch.device,
+    ) -> None:
+        self._parameters, self._rates = parameters, rates
+        self._betas, self._eps = betas, eps
         # By parameter name, each from its first gradient on: step, exp_avg and exp_avg_sq.
         self._moments: dict[str, dict[str, Tensor]] = {}
         self._scaling = device.type == "cuda"
@@ -46,11 +45,12 @@ class Optimizer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_run = torch.zeros((), dtype=torch.int64, device=device)
 
-    def step(self, loss: Tensor, ok: Tensor) -> Tensor:
+    def step(self, loss: Tensor, ok: Tensor, share: Tensor | float | None = None) -> Tensor:
         """Back-propagate ``loss`` and update the parameters if every gradient is finite.
 
-        ``ok`` (0-dim bool on the device) vetoes the update when False. Returns the norm of all
-        gradients, 0-dim.
+        ``ok`` (0-dim bool on the device) vetoes the update when False. ``share`` of the learning
+        rates is taken, all of them without; on the device a CUDA graph can hold its schedule.
+        Returns the norm of all gradients, 0-dim.
         """
         for parameter in self._parameters.values():
             parameter.grad = None
@@ -61,7 +61,11 @@ class Optimizer:
         found_inf = (~finite).float()
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
+                # Adam's step is proportional to its rate, which the operator wants as a number.
+                before = None if share is None else parameter.detach().clone()
                 self._move(name, parameter, found_inf)
+                if before is not None:
+                    parameter.detach().sub_(before).mul_(share).add_(before)
         norm = norm / self.scale
         self._count(finite)
         return norm
@@ -74,8 +78,7 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
         moments = self._moments[name]
-        is_table = parameter is self._field.grid.table
-        half = self._field.half_table() if is_table and self._field.reads_half_table() else None
+        half = self._half_copy(parameter)
         ops.adam_step(
             parameter.detach().view(-1),
             parameter.grad.reshape(-1),
@@ -90,7 +93,14 @@ class Optimizer:
             half_copy=half,
         )
         if half is not None:
-            self._field.accept_half_table()
+            self._accept_half_copy()
+
+    def _half_copy(self, parameter: nn.Parameter) -> Tensor | None:
+        """A float16 copy of a parameter that gets the new values in the same pass."""
+        return None
+
+    def _accept_half_copy(self) -> None:
+        """The copy has the new values."""
 
     def _count(self, finite: Tensor) -> None:
         bad = ~finite
@@ -134,3 +144,27 @@ class Optimizer:
         self._good_steps = counters["good_steps"].to(device, copy=True)
         self.skipped = counters["skipped"].to(device, copy=True)
         self.bad_run = counters["bad_run"].to(device, copy=True)
+
+
+class Optimizer(Adam):
+    """Adam over the field and the background of a scene.
+
+    The field's float16 copy of its table gets the new values in the same pass.
+    """
+
+    def __init__(self, scene: Scene, cfg: OptimizerConfig, device: torch.device) -> None:
+        parameters = dict(scene.named_parameters())
+        of_field = set(scene.field.parameters())
+        rates = {
+            name: cfg.geometry_lr if parameter in of_field else cfg.background_lr
+            for name, parameter in parameters.items()
+        }
+        super().__init__(parameters, rates, cfg.betas, cfg.eps, device)
+        self._field = scene.field
+
+    def _half_copy(self, parameter: nn.Parameter) -> Tensor | None:
+        is_table = parameter is self._field.grid.table
+        return self._field.half_table() if is_table and self._field.reads_half_table() else None
+
+    def _accept_half_copy(self) -> None:
+        self._field.accept_half_table()

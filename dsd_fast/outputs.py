@@ -9,6 +9,9 @@
     turntable.mp4     rgb | normal | opacity, once around
     mesh.glb          the mesh with vertex colours
     preview.png       the final contact sheet
+
+Of a 2D run previews/ has images, image.png is the one of the newest checkpoint, and preview.png a
+strip of the way there; there is neither mesh nor video.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class RunFolder:
         self.turntable = path / "turntable.mp4"
         self.mesh = path / "mesh.glb"
         self.preview = path / "preview.png"
+        self.image = path / "image.png"
         self._metrics_failed = False
 
     @classmethod
@@ -76,7 +80,8 @@ class RunFolder:
     def refuse_if_used(self, max_steps: int) -> None:
         """Raise OutputError when the folder holds a run: nothing is ever overwritten silently."""
         step = self.last_step()
-        if step is None and not (self.mesh.exists() or self.turntable.exists()):
+        results = (self.mesh, self.turntable, self.image)
+        if step is None and not any(path.exists() for path in results):
             return
         if step is None or step >= max_steps:
             state = "a finished run"
@@ -114,7 +119,8 @@ class RunFolder:
         for folder, pattern in ((self.previews, "step-*.png"), (self.checkpoints, "step-*")):
             for path in folder.glob(pattern):
                 path.unlink()
-        for path in (self.versions, self.metrics, self.turntable, self.mesh, self.preview):
+        results = (self.turntable, self.mesh, self.image, self.preview)
+        for path in (self.versions, self.metrics, *results):
             path.unlink(missing_ok=True)
 
     def write_config(self, config: dict) -> None:

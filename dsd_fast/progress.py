@@ -92,10 +92,11 @@ class Reporter:
         if not self.enabled:
             return
         rate = self.rate(step)
+        opacity = f"opacity {values['opacity']:.3f}  " if "opacity" in values else ""
         text = (
             f"{rate:.2f} step/s  ETA {_clock((self.total - step) / max(rate, 1e-9))}  "
             f"t {values['t']:.0f}  loss {values['loss']:.3f}  dsd {values['dsd']:.3f}  "
-            f"opacity {values['opacity']:.3f}  {values['memory_mib'] / 1024:.1f} GiB"
+            f"{opacity}{values['memory_mib'] / 1024:.1f} GiB"
         )
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)

@@ -10,7 +10,8 @@ from torch import Tensor
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import TrainConfig, to_dict
 from dsd_fast.diffusion import DiffusionModel
-from dsd_fast.optimizer import Optimizer
+from dsd_fast.image import Image
+from dsd_fast.optimizer import Adam
 from dsd_fast.rng import RngStreams
 from dsd_fast.scene import Scene
 
@@ -19,8 +20,8 @@ from dsd_fast.scene import Scene
 class TrainState:
     """The parts of a run that change or that chance made; `step` counts finished steps."""
 
-    scene: Scene
-    optimizer: Optimizer
+    scene: Scene | Image
+    optimizer: Adam
     # The seed noise [1,C,h,w] on the CPU (Q12).
     noise: Tensor
     rng: RngStreams

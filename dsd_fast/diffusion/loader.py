@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -93,6 +94,22 @@ def load_model(
     if device.type == "cuda":
         model.release_decoder()
     return model
+
+
+class PictureShape(NamedTuple):
+    """Sizes of a model's latents [B,channels,latent_size,latent_size] and square images."""
+
+    channels: int
+    latent_size: int
+    image_size: int
+
+
+def picture_shape(path_or_id: str | Path) -> PictureShape:
+    """What `load_model` would say of a model's pictures, without its weights. Errors: as there."""
+    folder = inspect_folder(resolve(path_or_id))
+    side = latent_size(folder.configs["unet"])
+    channels = int(folder.configs["vae"].get("latent_channels", 4))
+    return PictureShape(channels, side, side * _vae_factor(folder))
 
 
 def resolve(path_or_id: str | Path) -> Path:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dsd_fast.diffusion.sampling import sample
 from dsd_fast.guidance.prompt import direction, wrapped
 from dsd_fast.prior.captions import VIEWS, frequent_nouns, has_front, with_article
 from dsd_fast.prior.dataset import Views
@@ -53,9 +54,6 @@ MARGIN_DEG = 10.0
 CONTRAST = 2.0
 # Images that go through the autoencoder together.
 AUTOENCODER_BATCH = 128
-
-# Latent pixels that are sampled together: small launches leave a GPU idle.
-SAMPLE_PIXELS = 1536 * 32**2
 
 
 @dataclass(kw_only=True)
@@ -427,42 +425,6 @@ def reconstruction_psnr(model: DiffusionModel, views: Views, limit: int = 2000) 
         mse = (through_autoencoder(model, images, generator) - images).square().mean((1, 2, 3))
         values.append(-10 * torch.log10(mse))
     return float(torch.cat(values).mean())
-
-
-@torch.no_grad()
-def sample(
-    model: DiffusionModel, prompts: list[str], noise: torch.Tensor, steps: int, scale: float
-) -> torch.Tensor:
-    """DDIM samples (eta 0) with plain classifier-free guidance.
-
-    Args:
-        prompts: B of them.
-        noise: [B,C,h,w] float32 on the model's device.
-    Returns:
-        [B,3,H,W] float32 in [0,1].
-    Raises:
-        ValueError: a prompt has more tokens than the model reads.
-    """
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_pretrained(
-        model.path, subfolder="scheduler", prediction_type="epsilon"
-    )
-    scheduler.set_timesteps(steps)
-    unique = sorted(set(prompts))
-    index = torch.tensor([unique.index(p) for p in prompts])
-    text = model.encode_prompt(unique)[index].to(noise.device)
-    empty = model.encode_prompt([""]).to(noise.device)
-    images = []
-    together = max(SAMPLE_PIXELS // noise[0, 0].numel(), 1)
-    for z, rows in zip(noise.split(together), text.split(together), strict=True):
-        both = torch.cat([rows, empty.expand(len(rows), -1, -1)])
-        for t in scheduler.timesteps:
-            times = torch.full((2 * len(z),), int(t), device=z.device)
-            cond, uncond = model.predict_noise(torch.cat([z, z]), times, both).chunk(2)
-            z = scheduler.step(uncond + scale * (cond - uncond), int(t), z, return_dict=False)[0]
-        images += [model.decode_latents(part) for part in z.split(64)]
-    return torch.cat(images)
 
 
 def seed_noise(model: DiffusionModel, seeds: list[int]) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""A 2D image that is optimised in place of a scene: a latent, or the pixels themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.diffusion.loader import PictureShape
+from dsd_fast.diffusion.model import DiffusionModel
+
+
+@dataclass
+class ImageConfig:
+    # What is optimised: the "latent", or the "rgb" pixels, which the VAE encodes at every step.
+    parameter: Literal["latent", "rgb"] = "latent"
+    # Where it begins: "prediction" is the clean image that the model sees in the seed's noise,
+    # "noise" is normal noise for a latent, uniform noise for pixels.
+    start: Literal["prediction", "noise"] = "prediction"
+    # Height and width of an rgb parameter; none is the model's own.
+    size: int | None = None
+    # Ask for the view from this azimuth in degrees, 0 the front; none asks for no view.
+    azimuth: float | None = None
+    # Elevation in degrees of that view; above 60 it is the overhead view.
+    elevation: float = 0.0
+    # The exact form: one step a DDIM step, of unit length, so that the image is DDIM's sample. The
+    # length of the run is then the number of DDIM steps, and the optimizer is not used.
+    exact: bool = False
+    # Learning rate of Adam at its highest.
+    lr: float = 0.5
+    # Share of the run in which the learning rate rises to that.
+    warm_up: float = 0.0
+    # The rate falls as a cosine that would reach zero after so many lengths of the run.
+    cosine_length: float = 1.5
+    # Adam's decay rates.
+    betas: tuple[float, float] = (0.9, 0.99)
+    # Adam's epsilon. Well above the gradients it makes Adam gradient descent with momentum, which
+    # leaves alone what the gradient leaves alone.
+    eps: float = 1.0
+
+    def validate(self) -> None:
+        """Raise ValueError for a value that cannot work."""
+        if self.size is not None and (self.size < 8 or self.parameter == "latent"):
+            raise ValueError(
+                "image.size: expected at least 8, for --image.parameter rgb alone (a latent has "
+                f"the model's size), got {self.size} for {self.parameter}"
+            )
+        if self.exact and self.parameter != "latent":
+            raise ValueError(
+                "image.exact: DDIM leaves a latent; drop --image.exact or --image.parameter rgb"
+            )
+        for name, good, expected in (
+            ("lr", self.lr > 0, "more than 0"),
+            ("warm_up", 0 <= self.warm_up < 1, "0 or more and less than 1"),
+            ("cosine_length", self.cosine_length >= 1, "1 or more"),
+            ("eps", self.eps > 0, "more than 0"),
+            ("azimuth", self.azimuth is None or math.isfinite(self.azimuth), "degrees"),
+        ):
+            if not good:
+                raise ValueError(f"image.{name}: expected {expected}, got {getattr(self, name)}")
+
+    def share_of_lr(self, step: int, max_steps: int) -> float:
+        """The share of `lr` that the step after `step` finished ones takes: linear, then cosine."""
+        rise = self.warm_up * max_steps
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        through = (step - rise) / (self.cosine_length * max_steps - rise)
+        return 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))
+
+
+class Image(nn.Module):
+    """One parameter, `latent` [1,C,h,w] or `rgb` [1,H,W,3], float32; zero for the exact form.
+
+    The latent is as the UNet reads it; colours are in [0,1], beyond which nothing keeps them.
+
+    Args:
+        shape: of the model's latents and images.
+        generator: CPU generator of the noise that it starts as (DSD_SPEC 11.1).
+    """
+
+    def __init__(
+        self, cfg: ImageConfig, shape: PictureShape, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.kind = cfg.parameter
+        if self.kind == "latent":
+            start = torch.randn(
+                1, shape.channels, shape.latent_size, shape.latent_size, generator=generator
+            )
+        else:
+            size = cfg.size or shape.image_size
+            start = torch.rand(1, size, size, 3, generator=generator)
+        if cfg.exact:
+            start.zero_()
+        self.register_parameter(self.kind, nn.Parameter(start))
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter."""
+        return getattr(self, self.kind)
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+    @torch.no_grad()
+    def set_latent(self, latent: Tensor, model: DiffusionModel) -> None:
+        """Become a latent [1,C,h,w], or its decoded image in the parameter's size."""
+        if self.kind == "latent":
+            self.value.copy_(latent)
+            return
+        rgb = model.decode_latents(latent)
+        rgb = F.interpolate(rgb, self.value.shape[1:3], mode="bilinear", antialias=True)
+        self.value.copy_(rgb.permute(0, 2, 3, 1))
+
+    @torch.no_grad()
+    def picture(self, model: DiffusionModel) -> Tensor:
+        """The image [H,W,3] float32 in [0,1]; a latent is decoded."""
+        if self.kind == "rgb":
+            return self.value[0].detach().clamp(0, 1)
+        return model.decode_latents(self.value.detach())[0].permute(1, 2, 0)
+
+    def load_checkpoint(self, state: dict[str, Tensor]) -> None:
+        """Take over a checkpoint's ``scene`` entry. CheckpointError when it does not fit."""
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this configuration: {error}. A resumed run keeps its "
+                "--image.parameter, size and model; start a new run (another --output) to change "
+                "them."
+            ) from error
