@@ -95,9 +95,11 @@ class Image(nn.Module):
         else:
             size = cfg.size or shape.image_size
             start = torch.rand(1, size, size, 3, generator=generator)
+        self.register_parameter(self.kind, nn.Parameter(start))
         if cfg.exact:
             start.zero_()
-        self.register_parameter(self.kind, nn.Parameter(start))
+            # The prediction of the last step, by which the next one is linked.
+            self.register_buffer("link", torch.zeros_like(start))
 
     @property
     def value(self) -> nn.Parameter:

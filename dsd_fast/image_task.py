@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsd_fast import pictures
 from dsd_fast.config import ConfigError, TrainConfig
-from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
+from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, view_prompts
 from dsd_fast.diffusion.loader import picture_shape
 from dsd_fast.guidance import (
     Guidance,
@@ -26,7 +26,7 @@ from dsd_fast.guidance import (
     view_embeddings,
 )
 from dsd_fast.guidance.exact_form import ExactForm
-from dsd_fast.guidance.prompt import expand_rows
+from dsd_fast.guidance.prompt import direction, expand_rows
 from dsd_fast.guidance.schedule import LAST_LEVEL
 from dsd_fast.guidance.trajectory import signal_and_noise
 from dsd_fast.image import Image, ImageConfig
@@ -208,6 +208,11 @@ class ImageTask(Task):
         device: torch.device,
         phase: PhaseMemory,
     ) -> ImageStep:
+        if cfg.image.exact:
+            # From here on one memory: what the guidance writes is what a checkpoint saves.
+            for state, link in zip(states, guidance.link.split(1)):
+                link.copy_(state.scene.link)
+                state.scene.link = link
         return ImageStep(
             cfg, states, guidance, None, device, capture=cfg.trainer.graphs, phase=phase
         )
@@ -231,6 +236,15 @@ class ImageTask(Task):
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
         return run.image.exists() and run.preview.exists()
+
+
+def text_of(cfg: TrainConfig) -> str:
+    """The prompt that a 2D run asks with: the bare one, or that of the view its camera is in."""
+    if cfg.image.azimuth is None:
+        return cfg.prompt
+    view = _view(cfg.image, 0)
+    prompts = view_prompts(cfg.prompt, prefix=cfg.text.prefix, overrides=cfg.text.overrides())
+    return prompts[int(direction(view.elevation_deg, view.azimuth_deg))]
 
 
 def first_prediction(

@@ -45,8 +45,8 @@ class EvaluateCommand:
     html: Path | None = None
     # The figures to write.
     json: Path | None = None
-    # Views of each asset.
-    views: int = 8
+    # Views of each asset: 8, or the one that images of 2D runs and samples are.
+    views: int | None = None
     # Side of the renders of runs and meshes in pixels.
     size: int = 224
     # Show runs before their own backgrounds, not all before the same grey.
@@ -102,7 +102,8 @@ def compare(command: EvaluateCommand) -> dict:
     if not any(outputs):
         raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
     for name, least in (("views", 1), ("size", 16), ("reference_images", metrics.MIN_FRECHET)):
-        if getattr(command, name) < least:
+        value = getattr(command, name)
+        if value is not None and value < least:
             flag = name.replace("_", "-")
             raise EvaluateError(f"--{flag}: expected at least {least}")
     device = resolve_device(command.device)
@@ -110,6 +111,7 @@ def compare(command: EvaluateCommand) -> dict:
     sources = assets.gather(
         command.runs, assets.parse_groups([word for words in command.group for word in words])
     )
+    views = assets.views_of(sources, command.views)
     # All that may be missing is opened before any work.
     encoder = eyes.load_encoder(device)
     judge = eyes.open_judge(command.judge, device) if command.judge else None
@@ -132,7 +134,7 @@ def compare(command: EvaluateCommand) -> dict:
             source.seed,
         )
         loaded.append(
-            assets.load(source, command.views, command.size, device, command.own_background)
+            assets.load(source, views, command.size, device, command.own_background)
         )
     features = [encoder(asset.images) for asset in loaded]
     result = report.evaluate(

@@ -35,6 +35,8 @@ _NUMBERED = re.compile(r"(?:.*\D)?(\d+)")
 _SEED = re.compile(r"(.+?)[-_ ]?seed[-_ ]?(\d+)", re.IGNORECASE)
 # How deep below a folder that was named assets are looked for.
 MAX_DEPTH = 4
+# Views of an object where the command does not say.
+DEFAULT_VIEWS = 8
 # Behind views with an alpha channel: what the embedded preset shows its objects before.
 GREY = 0.7
 
@@ -52,6 +54,8 @@ class Source:
     seed: int
     path: Path
     is_run: bool
+    # One image of its own (a 2D run, a sample), not views around an object.
+    is_picture: bool = False
     # Of the sidecar: azimuths, elevation, seconds, memory_mib.
     about: dict = field(default_factory=dict)
 
@@ -60,8 +64,8 @@ class Source:
 class Asset:
     """Views of one object.
 
-    images: [V,H,W,3] uint8; azimuths: [V] degrees, 0 the front; elevation in degrees. seconds and
-    memory_mib are None where nothing tells them.
+    images: [V,H,W,3] uint8; azimuths: [V] degrees, 0 the front; elevation in degrees. A picture has
+    one image, whose azimuth says nothing. seconds and memory_mib are None where nothing tells them.
     """
 
     source: Source
@@ -136,11 +140,18 @@ def find_assets(path: Path) -> list[Path]:
 
 
 def method_of(config: dict) -> str:
-    """A name for the way a run was guided, from its config: the method and its trajectory."""
+    """A name for the way a run was guided, from its config: the method and its trajectory.
+
+    Of 2D runs it begins with "2D"; the exact form is "dsd*", as on the paper's page.
+    """
     guidance = config.get("guidance", {})
     method = str(guidance.get("method", "dsd"))
+    in_2d = config.get("task") == "image"
+    if in_2d and config.get("image", {}).get("exact"):
+        return "2D dsd*"
     # Only DSD follows a trajectory.
-    return f"{method} {guidance.get('trajectory', '')}".strip() if "dsd" in method else method
+    name = f"{method} {guidance.get('trajectory', '')}".strip() if "dsd" in method else method
+    return f"2D {name}" if in_2d else name
 
 
 def describe(path: Path, method: str | None = None) -> Source:
@@ -150,7 +161,8 @@ def describe(path: Path, method: str | None = None) -> Source:
     (``an_armchair-seed3``; seed 0 where it has none), and the folder above it the method. A file
     asset.json beside views may say any of method, prompt, seed, azimuths, elevation, seconds and
     memory_mib in their place, and so may one beside a mesh that is called as it is
-    (``an_armchair-seed3.json``). ``method`` wins over both.
+    (``an_armchair-seed3.json``); azimuths of null make a folder a picture. ``method`` wins over
+    both.
 
     Raises:
         EvaluateError: the run's config, its checkpoint or asset.json cannot be read.
@@ -164,7 +176,8 @@ def describe(path: Path, method: str | None = None) -> Source:
             prompt, seed = str(config["prompt"]), int(config["seed"])
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise EvaluateError(f"{path}: cannot tell its prompt and seed: {error}") from error
-        return Source(method or method_of(config), prompt, seed, path, True)
+        is_picture = config.get("task") == "image"
+        return Source(method or method_of(config), prompt, seed, path, True, is_picture)
     is_mesh = path.is_file()
     sidecar = path.with_suffix(".json") if is_mesh else path / SIDECAR
     about = _read_json(sidecar) if sidecar.exists() else {}
@@ -173,8 +186,11 @@ def describe(path: Path, method: str | None = None) -> Source:
     name, seed = (match[1], int(match[2])) if match else (name, 0)
     method = method or str(about.get("method", path.resolve().parent.name))
     prompt = str(about.get("prompt", name.replace("_", " ")))
+    is_picture = about.get("azimuths", 0) is None
+    if is_picture:
+        del about["azimuths"]
     _check(about, sidecar)
-    return Source(method, prompt, int(about.get("seed", seed)), path, False, about)
+    return Source(method, prompt, int(about.get("seed", seed)), path, False, is_picture, about)
 
 
 def _check(about: dict, path: Path) -> None:
@@ -261,6 +277,8 @@ def load(
     Raises:
         EvaluateError: the run or the images cannot be read, or are too few.
     """
+    if source.is_picture:
+        return _picture(source)
     if source.is_run:
         return _render(source, views, size, device, own_background)
     if source.path.is_file():
@@ -308,6 +326,55 @@ def _render_mesh(source: Source, views: int, size: int) -> Asset:
     about = source.about
     cost = about.get("seconds"), about.get("memory_mib")
     return Asset(source, images, azimuths, float(cfg.eval_elevation_deg), *cost)
+
+
+def _picture(source: Source) -> Asset:
+    """The image of a 2D run, as of its newest checkpoint, or the one that a folder holds."""
+    seconds, memory_mib = source.about.get("seconds"), source.about.get("memory_mib")
+    unfinished = None
+    if source.is_run:
+        try:
+            path, folder = cli.find_checkpoint(source.path)
+            tree = checkpoint.load(path)
+            step, last = tree["step"], tree["config"]["max_steps"]
+        except (CheckpointError, KeyError) as error:
+            raise EvaluateError(f"{source.path}: {error}") from error
+        unfinished = (step, last) if step < last else None
+        seconds, memory_mib = cost(folder.metrics)
+        images = [folder.image]
+        if step != folder.last_step() or not folder.image.is_file():
+            raise EvaluateError(
+                f"{source.path}: a 2D run shows the image.png of its newest checkpoint, and there "
+                "is none of this one: pass a run folder that has it, or resume the run"
+            )
+    else:
+        images = numbered_images(source.path)
+        if len(images) != 1:
+            raise EvaluateError(
+                f"{source.path}: {SIDECAR} says that it is one picture (azimuths null), but it has "
+                f"{len(images)} images"
+            )
+    image = read_image(images[0])
+    return Asset(source, image[None], np.zeros(1), 0.0, seconds, memory_mib, unfinished)
+
+
+def views_of(sources: Sequence[Source], wanted: int | None) -> int:
+    """How many views assets are compared by: one where any of them is a picture, which has no more.
+
+    Raises:
+        EvaluateError: pictures and objects together where no or several views were asked for.
+    """
+    are_pictures = {source.is_picture for source in sources}
+    if are_pictures == {True} and wanted in (None, 1):
+        return 1
+    if True in are_pictures and wanted != 1:
+        picture = next(source for source in sources if source.is_picture)
+        raise EvaluateError(
+            f"{picture.path} is a single image, and "
+            + (f"{wanted} views were asked for" if wanted else "others are objects of many views")
+            + ": pass --views 1, which takes objects from the front alone, or compare them apart"
+        )
+    return DEFAULT_VIEWS if wanted is None else wanted
 
 
 def cost(metrics: Path) -> tuple[float | None, float | None]:

@@ -80,7 +80,8 @@ def noun_of(prompt: str) -> int | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of one asset, [V] each; the view only of nouns that have a front."""
+    """What the judge says of one asset, [V] each; the view only of nouns that have a front, and
+    not of pictures, which no camera has seen from a side."""
 
     noun: int
     said_noun: np.ndarray
@@ -99,9 +100,8 @@ def judge_asset(judge: Judge, asset: Asset, features: np.ndarray) -> Verdict | N
     said_noun, said_view = (column.cpu().numpy() for column in said)
     azimuths = torch.from_numpy(asset.azimuths).float()
     view = direction(torch.full_like(azimuths, asset.elevation), azimuths).numpy()
-    return Verdict(
-        noun, said_noun, view, said_view if has_front(COUNTED_NOUNS[noun]) else None
-    )
+    seen_from_sides = has_front(COUNTED_NOUNS[noun]) and not asset.source.is_picture
+    return Verdict(noun, said_noun, view, said_view if seen_from_sides else None)
 
 
 def open_judge(path: Path, device: torch.device) -> Judge:

@@ -39,6 +39,9 @@ td.best { background: var(--mark); font-weight: 600; }
 @media (max-width: 40rem) { /* a phone: the views of a seed in lines of four */
   .row { grid-template-columns: 1.8rem repeat(4, minmax(0, 1fr)); margin-bottom: .6rem; }
   .row span { grid-row: 1 / span var(--lines); } }
+.seeds { display: grid; gap: 4px; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); }
+.seeds figure { margin: 0; } .seeds img { display: block; height: auto; width: 100%; }
+.seeds figcaption { color: var(--soft); font-size: .8rem; text-align: center; }
 .figures, .notes, footer, dd { color: var(--soft); font-size: .88rem; }
 .figures { margin: .2rem 0 .4rem; }
 dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0; }
@@ -105,13 +108,18 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     )
 
 
+def _img(image: np.ndarray, alt: str, title: str) -> str:
+    return (
+        f'<img alt="{escape(alt)}" title="{escape(title)}" width="{THUMBNAIL}" '
+        f'height="{THUMBNAIL}" src="{_jpeg(thumbnail(image))}">'
+    )
+
+
 def _row(asset: Asset) -> str:
     """The seed of an asset and its views."""
     source = asset.source
     pictures = "".join(
-        f'<img alt="{escape(f"{source.prompt}, seed {source.seed}, {azimuth:.0f}°")}" '
-        f'title="{azimuth:.0f}°" width="{THUMBNAIL}" height="{THUMBNAIL}" '
-        f'src="{_jpeg(thumbnail(image))}">'
+        _img(image, f"{source.prompt}, seed {source.seed}, {azimuth:.0f}°", f"{azimuth:.0f}°")
         for image, azimuth in zip(asset.images, asset.azimuths)
     )
     views = len(asset.images)
@@ -119,14 +127,26 @@ def _row(asset: Asset) -> str:
     return f'<div class="row" style="{style}"><span>{source.seed}</span>{pictures}</div>'
 
 
+def _seeds(assets: Sequence[Asset]) -> str:
+    """Single images, seed beside seed."""
+    figures = []
+    for asset in assets:
+        source = asset.source
+        img = _img(asset.images[0], f"{source.prompt}, seed {source.seed}", f"seed {source.seed}")
+        figures.append(f"<figure>{img}<figcaption>{source.seed}</figcaption></figure>")
+    return f'<div class="seeds">{"".join(figures)}</div>'
+
+
 def _method_block(method: str, entry: dict, assets: Sequence[Asset]) -> str:
-    """One method's rows of one prompt: a seed a row, a view a column."""
+    """One method's pictures of one prompt: a seed a row, a view a column; of single images a row of
+    seeds."""
     told = [
         f"{c.title} {_text(c, entry['figures'][c.key])}"
         for c in COLUMNS
         if c.key in entry["figures"]
     ]
-    rows = [_row(asset) for asset in assets]
+    single = all(len(asset.images) == 1 for asset in assets)
+    rows = [_seeds(assets)] if single else [_row(asset) for asset in assets]
     return (
         f'<section class="method"><h3>{escape(method)}</h3>'
         f'<p class="figures">{escape(" · ".join(told))}</p>{"".join(rows)}</section>'
@@ -155,18 +175,21 @@ def page(report: dict, assets: Sequence[Asset], title: str = "Comparison of meth
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
     figures = {name: method["figures"] for name, method in methods.items()}
+    single = report["views"] == 1
+    views = "one image" if single else f"{report['views']} views"
+    layout = "Rows are seeds; columns are views from the front around the object."
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 <p class="notes">{len(methods)} methods, {len(prompts)} prompts, {len(assets)} assets,
-{report["views"]} views of each. Of a method: the mean over its prompts. Arrows point to the better
+{views} of each. Of a method: the mean over its prompts. Arrows point to the better
 end; the best value is marked.</p>
 {table(figures)}
 <ul class="notes">{notes}</ul>
 {"".join(parts)}
-<footer><p>Rows are seeds; columns are views from the front around the object.</p>
+<footer><p>{"Numbers are seeds." if single else layout}</p>
 <dl>{meanings}</dl></footer>
 </body></html>
 """

@@ -263,8 +263,9 @@ def _figures(
     if judged:
         said = np.stack([v.said_noun for v in judged])
         figures["noun"] = metrics.share_right(said, np.full_like(said, judged[0].noun))
-    if judged and judged[0].said_view is not None:
-        said, asked = (np.stack([getattr(v, n) for v in judged]) for n in ("said_view", "view"))
+    seen = [v for v in judged if v.said_view is not None]
+    if seen:
+        said, asked = (np.stack([getattr(v, n) for v in seen]) for n in ("said_view", "view"))
         figures["view"] = metrics.share_right(said, asked)
         figures["janus"] = metrics.janus(said == FRONT, asked == FRONT)
     for key, over in (("seconds", np.mean), ("memory_mib", np.max)):
@@ -350,7 +351,7 @@ def _asset_entry(
         "prompt": asset.source.prompt,
         "seed": asset.source.seed,
         "path": str(asset.source.path),
-        "azimuths": asset.azimuths.tolist(),
+        "azimuths": None if asset.source.is_picture else asset.azimuths.tolist(),
         "seconds": asset.seconds,
         "memory_mib": asset.memory_mib,
         "clip": score,
