@@ -283,10 +283,12 @@ def find_checkpoint(path: Path) -> tuple[Path, RunFolder]:
 def _compare(saved: TrainConfig, cfg: TrainConfig) -> None:
     """Refuse flags that make a resumed run another one; mention the others that change it."""
     before, now = leaves(saved), leaves(cfg)
+    # In the exact form the number of steps decides the levels of all of them.
+    fixed = (*_FIXED_ON_RESUME, "max_steps") if cfg.image.exact else _FIXED_ON_RESUME
     for name, value in now.items():
         if before[name] == value:
             continue
-        if name in _FIXED_ON_RESUME:
+        if name in fixed:
             raise ConfigError(
                 f"a resumed run keeps its {name} ({before[name]!r}), got {value!r}: "
                 "start a new run instead"

@@ -276,7 +276,7 @@ def preset(
 
 def _for_images(cfg: TrainConfig, exact: bool) -> None:
     """Turn a preset into that of the task "image": of its settings those of the model stay."""
-    cfg.task, cfg.name = "image", f"{cfg.name}-2d"
+    cfg.task, cfg.name = "image", f"{cfg.name}-2d{'-exact' * exact}"
     cfg.image.exact = exact
     # No view is asked for, and scales are those of samplers. Levels fall evenly, as a sampler's do,
     # and to the end: no camera moves the details. Steps have DDIM's weight, for what is left of

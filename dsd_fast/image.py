@@ -32,15 +32,15 @@ class ImageConfig:
     # length of the run is then the number of DDIM steps, and the optimizer is not used.
     exact: bool = False
     # Learning rate of Adam at its highest.
-    lr: float = 0.5
+    lr: float = 0.3
     # Share of the run in which the learning rate rises to that.
     warm_up: float = 0.0
-    # The rate falls as a cosine that would reach zero after so many lengths of the run.
-    cosine_length: float = 1.5
+    # The rate falls as a cosine that would reach zero after so many lengths of the run; 0 keeps it.
+    cosine_length: float = 0.0
     # Adam's decay rates.
-    betas: tuple[float, float] = (0.9, 0.99)
-    # Adam's epsilon. Well above the gradients it makes Adam gradient descent with momentum, which
-    # leaves alone what the gradient leaves alone.
+    betas: tuple[float, float] = (0.0, 0.99)
+    # Adam's epsilon. Above the gradients it makes Adam gradient descent, which leaves alone what
+    # the gradient leaves alone.
     eps: float = 1.0
 
     def validate(self) -> None:
@@ -57,7 +57,7 @@ class ImageConfig:
         for name, good, expected in (
             ("lr", self.lr > 0, "more than 0"),
             ("warm_up", 0 <= self.warm_up < 1, "0 or more and less than 1"),
-            ("cosine_length", self.cosine_length >= 1, "1 or more"),
+            ("cosine_length", self.cosine_length == 0 or self.cosine_length >= 1, "0, or 1 or more"),
             ("eps", self.eps > 0, "more than 0"),
             ("azimuth", self.azimuth is None or math.isfinite(self.azimuth), "degrees"),
         ):
@@ -69,6 +69,8 @@ class ImageConfig:
         rise = self.warm_up * max_steps
         if step < rise:
             return (step + 1) / (rise + 1)
+        if not self.cosine_length:
+            return 1.0
         through = (step - rise) / (self.cosine_length * max_steps - rise)
         return 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast import pictures
-from dsd_fast.config import ConfigError, TrainConfig
+from dsd_fast.config import TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, view_prompts
 from dsd_fast.diffusion.loader import picture_shape
 from dsd_fast.guidance import (
@@ -155,14 +155,6 @@ class ImageTask(Task):
     """One image a run, told from other tasks by `--task image`."""
 
     lr_flag = "--image.lr"
-
-    def check_resumed(self, cfg: TrainConfig, saved: TrainConfig) -> None:
-        """ConfigError where a run cannot go on with these settings."""
-        if cfg.image.exact and cfg.max_steps != saved.max_steps:
-            raise ConfigError(
-                f"--image.exact: a run of {saved.max_steps} DDIM steps cannot become one of "
-                f"{cfg.max_steps}, which has other levels; start a new run (another --output)"
-            )
 
     def view_dependent(self, cfg: TrainConfig) -> bool:
         """Whether prompts name the view: only where one is asked for."""

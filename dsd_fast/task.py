@@ -27,9 +27,6 @@ class Task:
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
 
-    def check_resumed(self, cfg: TrainConfig, saved: TrainConfig) -> None:
-        """ConfigError for settings with which a saved run cannot go on."""
-
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
         """Whether a run that did all of its steps has written its pictures too."""
         raise NotImplementedError

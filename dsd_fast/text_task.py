@@ -33,8 +33,7 @@ class TextTask(Task):
             raise ConfigError(
                 "--num-seeds needs --cameras.batch-size 1: each seed has its own view"
             )
-        # Sizes and milestones that do not belong together are found here, not at the first step.
-        RandomCameras(cfg.cameras, cfg.guidance.lattice)
+        _cameras(cfg)  # ValueError for what they cannot do
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
         """The contact sheet is the last of a run's files."""
@@ -54,9 +53,8 @@ class TextTask(Task):
         device: torch.device,
         phase: PhaseMemory,
     ) -> TrainStep:
-        cameras = RandomCameras(cfg.cameras, cfg.guidance.lattice)
         return TrainStep(
-            cfg, states, guidance, cameras, device, capture=cfg.trainer.graphs, phase=phase
+            cfg, states, guidance, _cameras(cfg), device, capture=cfg.trainer.graphs, phase=phase
         )
 
     def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
@@ -91,6 +89,10 @@ class TextTask(Task):
         sheet = pictures.contact_sheet(result, cfg.cameras, step, cfg.pictures.sheet_views, size)
         pictures.write_png(sheet, run.preview)
         log.info("wrote %s", run.preview)
+
+
+def _cameras(cfg: TrainConfig) -> RandomCameras:
+    return RandomCameras(cfg.cameras, cfg.guidance.lattice)
 
 
 def write_mesh(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
