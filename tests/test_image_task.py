@@ -25,6 +25,7 @@ from dsd_fast.guidance.exact_form import ExactForm
 from dsd_fast.image import ImageConfig
 from dsd_fast.rng import RngStreams
 from dsd_fast.step import TrainStep
+from dsd_fast.task import Task
 
 CPU = torch.device("cpu")
 NAME = "diverse-score-distillation-2d"
@@ -382,31 +383,32 @@ def test_the_view_decides_the_text(tmp_path, tiny_model, monkeypatch):  # noqa: 
 
 
 class Constant:
-    """A guidance of another kind with the calls that a step needs: it pulls towards a colour."""
+    """A guidance of another kind, with the calls of one: it pulls towards a colour."""
 
-    can_capture = True
+    def __init__(self, inner: DSDGuidance) -> None:
+        self.inner = inner
 
-    def __init__(self, cfg, model, prompts, noise, max_steps):
-        self.inner = DSDGuidance(cfg, model, prompts, noise, max_steps)
-        self.model, self.encode = model, self.inner.encode
-        self.levels, self.plan_levels = self.inner.levels, self.inner.plan_levels
-        self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
 
     def at_plan(self, latents, plan):
         grad = latents - 0.25
-        zero = torch.zeros(())
         return GuidanceOutput(
-            zero, grad.norm(), plan.t, plan.t_delta, latents, latents - grad, grad, latents,
-            grad.isfinite().all(),
+            loss=torch.zeros(()),
+            grad_norm=grad.norm(),
+            t=plan.t,
+            t_delta=plan.t_delta,
+            latents=latents,
+            target=latents - grad,
+            grad=grad,
+            latents_noisy=latents,
+            finite=grad.isfinite().all(),
         )
 
 
 def test_any_guidance_with_these_calls_will_do(runner, monkeypatch):
-    monkeypatch.setattr(
-        image_task.Task,
-        "guidance",
-        lambda self, cfg, *rest: Constant(cfg.guidance, *rest, cfg.max_steps),
-    )
+    make = Task.guidance
+    monkeypatch.setattr(Task, "guidance", lambda self, *rest: Constant(make(self, *rest)))
     flags = ["--image.lr", "0.5", "--image.betas", "0", "0", "--image.eps", "1e-8"]
     assert runner(*flags, "--image.start", "noise", "--image.cosine-length", "1", steps=40) == 0
     assert (runner.tensors(40)["scene/latent"] - 0.25).abs().max() < 0.1
