@@ -14,6 +14,9 @@ from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.diffusion.loader import PictureShape
 from dsd_fast.diffusion.model import DiffusionModel
 
+# Learning rates for the embedded model.
+RATES = {"latent": 0.3, "rgb": 1.0}
+
 
 @dataclass
 class ImageConfig:
@@ -31,8 +34,8 @@ class ImageConfig:
     # The exact form: one step a DDIM step, of unit length, so that the image is DDIM's sample. The
     # length of the run is then the number of DDIM steps, and the optimizer is not used.
     exact: bool = False
-    # Learning rate of Adam at its highest.
-    lr: float = 0.3
+    # Learning rate of Adam at its highest; none is 0.3 for a latent, 1 for pixels.
+    lr: float | None = None
     # Share of the run in which the learning rate rises to that.
     warm_up: float = 0.0
     # The rate falls as a cosine that would reach zero after so many lengths of the run; 0 keeps it.
@@ -55,14 +58,23 @@ class ImageConfig:
                 "image.exact: DDIM leaves a latent; drop --image.exact or --image.parameter rgb"
             )
         for name, good, expected in (
-            ("lr", self.lr > 0, "more than 0"),
+            ("lr", self.rate > 0, "more than 0"),
             ("warm_up", 0 <= self.warm_up < 1, "0 or more and less than 1"),
-            ("cosine_length", self.cosine_length == 0 or self.cosine_length >= 1, "0, or 1 or more"),
+            (
+                "cosine_length",
+                self.cosine_length == 0 or self.cosine_length >= 1,
+                "0, or 1 or more",
+            ),
             ("eps", self.eps > 0, "more than 0"),
             ("azimuth", self.azimuth is None or math.isfinite(self.azimuth), "degrees"),
         ):
             if not good:
                 raise ValueError(f"image.{name}: expected {expected}, got {getattr(self, name)}")
+
+    @property
+    def rate(self) -> float:
+        """`lr`, or what none means: a step in pixels moves the latent by a third of it."""
+        return RATES[self.parameter] if self.lr is None else self.lr
 
     def share_of_lr(self, step: int, max_steps: int) -> float:
         """The share of `lr` that the step after `step` finished ones takes: linear, then cosine."""

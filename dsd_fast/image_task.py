@@ -134,7 +134,7 @@ class ImageStep(TrainStep):
             with self._phase("backward and update"):
                 # One run's bad gradient leaves the others' steps alone.
                 norm = optimizer.step(weighted, gradient.isfinite().all(), weights["share"])
-            lr = torch.as_tensor(weights["share"]) * self.cfg.image.lr
+            lr = torch.as_tensor(weights["share"]) * self.cfg.image.rate
             values = [loss, weighted, gradient.norm(), norm, lr.to(loss.device), optimizer.scale]
             values += [optimizer.skipped, optimizer.bad_run]
             rows.append(torch.stack([value.detach().reshape(()).float() for value in values]))
@@ -167,7 +167,7 @@ class ImageTask(Task):
     def optimizer(self, scene: Image, cfg: TrainConfig, device: torch.device) -> Adam:
         image = cfg.image
         kind = UnitStep if image.exact else Adam
-        rates = {scene.kind: image.lr}
+        rates = {scene.kind: image.rate}
         return kind({scene.kind: scene.value}, rates, image.betas, image.eps, device)
 
     def guidance(

@@ -33,8 +33,9 @@ def ddim_scheduler(model: DiffusionModel, n_steps: int) -> DDIMScheduler:
     # With diffusers' offset of 1, as many steps as levels would begin above the last level.
     if not 1 <= n_steps < NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"DDIM: expected 1 to {NUM_TRAIN_TIMESTEPS - 1} steps, got {n_steps}")
+    # Latents have no bounds to be clipped to; diffusers' pipeline sees to that as well.
     scheduler = DDIMScheduler.from_pretrained(
-        model.path, subfolder="scheduler", prediction_type="epsilon"
+        model.path, subfolder="scheduler", prediction_type="epsilon", clip_sample=False
     )
     scheduler.set_timesteps(n_steps)
     return scheduler
