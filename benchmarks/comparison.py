@@ -5,7 +5,8 @@ python -m benchmarks.comparison image --out runs/image --real real --judge judge
 
 Every prompt and method is a job of its own, its seeds side by side; jobs run on all GPUs,
 several at once on each, and those that an earlier call has finished are not done again. Every
-method has its paper's settings, the same steps and the same engine. `--real` are the turntables of
+method has its paper's settings, the same steps and the same engine; `sds@7.5` is SDS at DSD's
+official scale, since at its paper's 100 the small model's pictures burst. `--real` are the turntables of
 real models (`python -m dsd_fast.prior turntables`), which the diversity is held against; `--judge`
 is what `python -m dsd_fast.prior evaluate` writes.
 """
@@ -36,10 +37,10 @@ PROMPTS = (
 )
 # Task -> methods, the one that all are compared with last.
 METHODS = {
-    "text": ("dsd", "sdi", "asd", "vsd", "csd", "sds"),
-    "image": ("ddim", "dsd", "sdi", "asd", "vsd", "csd", "sds"),
+    "text": ("dsd", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
+    "image": ("ddim", "dsd", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
 }
-RIVAL = "sds"
+RIVAL = "sds@7.5"
 # Of these a process makes one seed at a time.
 ALONE = {"vsd"}
 REAL = "real"
@@ -54,7 +55,7 @@ SAMPLED = "ddim"
 # Columns of the table: key, heading, decimals.
 COLUMNS = (
     ("cosine", "distance of seeds", 3),
-    ("ratio", "over SDS", 2),
+    ("ratio", "over SDS@7.5", 2),
     ("share", "of real", 2),
     ("vendi", "Vendi score", 2),
     ("noun", "prompt accuracy", 3),
@@ -75,6 +76,13 @@ class Job:
     argv: tuple[str, ...]
 
 
+def method_flags(method: str) -> list[str]:
+    """Flags of a method's name: "sds" has its paper's scale, "sds@7.5" one of its own."""
+    name, _, scale = method.partition("@")
+    flags = ["--guidance.method", name]
+    return [*flags, "--guidance.guidance-scale", scale] if scale else flags
+
+
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     """The runs of a comparison, the methods of a prompt one after the other."""
     jobs = []
@@ -85,7 +93,8 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
             argv = [
                 *FLAGS[arguments.task],
                 *("--prompt", prompt),
-                *("--guidance.method", method, "--output", str(arguments.out / method)),
+                *method_flags(method),
+                *("--output", str(arguments.out / method)),
                 *("--device", arguments.device, "--resume", "auto"),
                 *("--trainer.preview-every", "0", "--trainer.no-progress"),
                 *arguments.flags,
@@ -93,7 +102,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
             if arguments.steps is not None:
                 argv += ["--max-steps", str(arguments.steps)]
             name = f"{method}, {prompt}"
-            if method in ALONE:
+            if method.partition("@")[0] in ALONE:
                 jobs += [
                     Job(f"{name}, seed {seed}", (*argv, "--seed", str(seed)))
                     for seed in range(arguments.seeds)
@@ -237,7 +246,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("task", choices=METHODS)
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
-    parser.add_argument("--methods", nargs="+", help="default: all that the task compares")
+    parser.add_argument(
+        "--methods", nargs="+", help="such as dsd sds@7.5; default: all that the task compares"
+    )
     parser.add_argument("--seeds", type=int, default=8, help="seeds of every prompt, side by side")
     parser.add_argument("--steps", type=int, help="steps of every run (default: the preset's)")
     parser.add_argument("--views", type=int, default=8, help="views of each object")

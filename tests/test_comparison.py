@@ -21,11 +21,18 @@ def test_every_method_gets_the_same_work(tmp_path):
         tuple(w for w in job.argv if w != method and not w.endswith(f"/{method}"))
         for job in jobs
         for method in [job.name.split(",")[0]]
-        if job.name.endswith("a bed")
+        if job.name.endswith("a bed") and "@" not in method
     }
     assert len(stripped) == 1
     flags = stripped.pop()
     assert flags[-4:] == ("--max-steps", "9", "--num-seeds", "3") and "--resume" in flags
+
+
+def test_a_method_may_have_a_scale_of_its_own():
+    assert comparison.method_flags("sds") == ["--guidance.method", "sds"]
+    assert comparison.method_flags("sds@7.5") == [
+        "--guidance.method", "sds", "--guidance.guidance-scale", "7.5"
+    ]  # fmt: skip
 
 
 def test_wrong_counts_are_refused(tmp_path, capsys):
@@ -47,7 +54,7 @@ def test_jobs_run_in_processes_and_failures_are_named(tmp_path):
 
 
 def test_table_of_a_report():
-    figures = {"dsd": 0.3, "sds": 0.2, "real": 0.4}
+    figures = {"dsd": 0.3, "sds@7.5": 0.2, "real": 0.4}
     report = {
         "methods": {
             name: {"figures": {"cosine": value, "noun": 0.5}} for name, value in figures.items()
@@ -56,8 +63,8 @@ def test_table_of_a_report():
     report["methods"]["dsd"]["figures"]["seconds"] = 12.4
     lines = comparison.table(report).splitlines()
     assert lines[0] == (
-        "| method | distance of seeds | over SDS | of real | prompt accuracy | seconds |"
+        "| method | distance of seeds | over SDS@7.5 | of real | prompt accuracy | seconds |"
     )
     assert lines[2] == "| dsd | 0.300 | 1.50 | 0.75 | 0.500 | 12 |"
-    assert lines[3] == "| sds | 0.200 | 1.00 | 0.50 | 0.500 |  |"
+    assert lines[3] == "| sds@7.5 | 0.200 | 1.00 | 0.50 | 0.500 |  |"
     assert lines[4] == "| real | 0.400 | 2.00 | 1.00 | 0.500 |  |"
