@@ -3,12 +3,12 @@
 python -m benchmarks.comparison text --out runs/text --real real --judge judge.safetensors
 python -m benchmarks.comparison image --out runs/image --real real --judge judge.safetensors
 
-Every prompt and method is a job of its own, its seeds side by side; jobs run on all GPUs,
-several at once on each, and those that an earlier call has finished are not done again. Every
-method has its paper's settings, the same steps and the same engine; `sds@7.5` is SDS at DSD's
-official scale, since at its paper's 100 the small model's pictures burst. `--real` are the turntables of
-real models (`python -m dsd_fast.prior turntables`), which the diversity is held against; `--judge`
-is what `python -m dsd_fast.prior evaluate` writes.
+Every prompt and method is a job of its own, its seeds side by side; jobs run on all GPUs, several
+at once on each, and those that an earlier call has finished are not done again. Every method has
+its paper's settings, the same steps and the same engine; `sds@7.5` is SDS at DSD's official scale,
+since at its paper's 100 the small model's pictures burst. `--real` are the turntables of real
+models (`python -m dsd_fast.prior turntables`), which the diversity is held against; `--judge` is
+what `python -m dsd_fast.prior evaluate` writes.
 """
 
 from __future__ import annotations
