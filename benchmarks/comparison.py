@@ -217,7 +217,10 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 
     groups = [(f"{method}={arguments.out / method}",) for method in arguments.methods]
     if arguments.real is not None:
-        groups.append((f"{REAL}={arguments.real}",))
+        from dsd_fast.prior.turntables import slug
+
+        globs = [str(arguments.real / f"{slug(prompt)}-seed*") for prompt in arguments.prompts]
+        groups.append((f"{REAL}={globs[0]}", *globs[1:]))
     return compare(
         EvaluateCommand(
             group=tuple(groups),

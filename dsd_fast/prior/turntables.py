@@ -68,7 +68,7 @@ def write_turntables(cfg: TurntableConfig) -> None:
     for prompt, numbers in chosen.items():
         for seed, number in enumerate(numbers):
             images = renderer.render(pack.load(number), _views(prompt, pack, number, cfg.views))
-            folder = cfg.out / f"{re.sub(r'[^a-z0-9]+', '_', prompt.lower())}-seed{seed}"
+            folder = cfg.out / f"{slug(prompt)}-seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(images):
                 Image.fromarray(image).save(folder / f"{i:03d}.png")
@@ -79,6 +79,11 @@ def write_turntables(cfg: TurntableConfig) -> None:
                 "elevation": preset("embedded").cameras.eval_elevation_deg,
             }
             (folder / "asset.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def slug(prompt: str) -> str:
+    """A prompt in the name of its models' folders."""
+    return re.sub(r"[^a-z0-9]+", "_", prompt.lower())
 
 
 def _models_of(prompt: str, pack: Pack, cfg: TurntableConfig) -> list[int]:
