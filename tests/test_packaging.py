@@ -195,10 +195,11 @@ LAYERS = [
     | {"occupancy", "renderer", "sample_room"},
     {"diffusion"},
     {"guidance"},
-    {"checkpoint", "config", "interruption", "memory", "official", "optimizer", "outputs"}
-    | {"pictures", "progress", "scene", "state"},
+    {"checkpoint", "config", "image", "interruption", "memory", "official", "optimizer"}
+    | {"outputs", "pictures", "progress", "scene", "state"},
     {"step"},
-    {"build_engine", "cli", "evaluate", "export", "info", "prior", "train"},
+    {"image_task", "task", "text_task"},
+    {"build_engine", "cli", "evaluate", "export", "info", "prior", "sample", "train"},
 ]
 
 
