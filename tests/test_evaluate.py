@@ -215,7 +215,7 @@ def test_views_are_taken_evenly_around(tmp_path):
 
 def test_azimuths_of_another_tool(tmp_path):
     about = {"azimuths": [180, 90, 1, -90], "seconds": 5.0}
-    source = Source("m", "p", 0, write_views(tmp_path / "x"), False, about)
+    source = Source("m", "p", 0, write_views(tmp_path / "x"), False, about=about)
     asset = assets.load(source, 4, 0, torch.device("cpu"))
     assert asset.images[:, 0, 0, 0].tolist() == [20, 10, 0, 30]
     assert (asset.azimuths.tolist(), asset.seconds) == ([1, 90, 180, -90], 5.0)

@@ -565,7 +565,7 @@ def test_samples_like_runs_are_compared_with_them(runner, tmp_path, monkeypatch,
 
 
 def source(path, is_picture: bool) -> assets.Source:
-    return assets.Source("m", "p", 0, path, False, is_picture=is_picture)
+    return assets.Source("m", "p", 0, path, False, is_picture)
 
 
 def test_pictures_and_objects_are_compared_by_one_view(tmp_path):
@@ -612,7 +612,7 @@ def test_the_judge_says_no_side_of_a_picture(tmp_path):
             return noun, torch.ones(len(x), dtype=torch.long)
 
     def asset(is_picture: bool, seed: int) -> assets.Asset:
-        what = assets.Source("m", "an armchair", seed, tmp_path, False, {}, is_picture)
+        what = assets.Source("m", "an armchair", seed, tmp_path, False, is_picture)
         pixels = np.full((1, 4, 4, 3), 40 * seed, np.uint8)
         return assets.Asset(what, pixels, np.zeros(1), 0.0)
 

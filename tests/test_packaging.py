@@ -198,7 +198,8 @@ LAYERS = [
     {"checkpoint", "config", "image", "interruption", "memory", "official", "optimizer"}
     | {"outputs", "pictures", "progress", "scene", "state"},
     {"step"},
-    {"image_task", "task", "text_task"},
+    {"task"},
+    {"image_task", "text_task"},
     {"build_engine", "cli", "evaluate", "export", "info", "prior", "sample", "train"},
 ]
 

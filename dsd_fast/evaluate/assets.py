@@ -54,10 +54,10 @@ class Source:
     seed: int
     path: Path
     is_run: bool
-    # Of the sidecar: azimuths, elevation, seconds, memory_mib.
-    about: dict = field(default_factory=dict)
     # One image of its own (a 2D run, a sample), not views around an object.
     is_picture: bool = False
+    # Of the sidecar: azimuths, elevation, seconds, memory_mib.
+    about: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def describe(path: Path, method: str | None = None) -> Source:
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise EvaluateError(f"{path}: cannot tell its prompt and seed: {error}") from error
         is_picture = config.get("task") == "image"
-        return Source(method or method_of(config), prompt, seed, path, True, is_picture=is_picture)
+        return Source(method or method_of(config), prompt, seed, path, True, is_picture)
     sidecar = path / SIDECAR
     about = _read_json(sidecar) if sidecar.exists() else {}
     match = _SEED.fullmatch(path.resolve().name)
@@ -183,7 +183,7 @@ def describe(path: Path, method: str | None = None) -> Source:
     if is_picture:
         del about["azimuths"]
     _check(about, sidecar)
-    return Source(method, prompt, int(about.get("seed", seed)), path, False, about, is_picture)
+    return Source(method, prompt, int(about.get("seed", seed)), path, False, is_picture, about)
 
 
 def _check(about: dict, path: Path) -> None:
