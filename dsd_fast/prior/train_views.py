@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dsd_fast.diffusion import noise_schedule
+from dsd_fast.diffusion.components import quiet
 from dsd_fast.diffusion.loader import EMBEDDED, resolve
 from dsd_fast.diffusion.reference import CameraProjection, latent_feature_width, latent_features
 from dsd_fast.prior import models
@@ -100,7 +102,9 @@ def train_views(cfg: ViewTrainConfig) -> None:
     orbits.encode(vae)
     del vae
     if world.rank == 0:
-        print(f"{len(orbits)} orbits of {orbits.rows.shape[1]} views a process", flush=True)
+        seconds = time.monotonic() - trainer.start
+        views = orbits.rows.shape[1]
+        print(f"{len(orbits)} orbits of {views} views a process, {seconds:.1f} s", flush=True)
 
     alphas = noise_schedule.alphas_cumprod(models.SCHEDULER).to(device)
     weights = level_weights(alphas, cfg.max_weight)
@@ -137,7 +141,8 @@ def export_views(cfg: ViewExportConfig) -> None:
         ValueError: weights of other networks.
         OSError: the folder cannot be written.
     """
-    from diffusers import DDIMScheduler
+    with quiet():
+        from diffusers import DDIMScheduler
 
     text_model = resolve(cfg.text_model)
     unet, projection = models.build_view_unet(), _projection()
@@ -145,7 +150,8 @@ def export_views(cfg: ViewExportConfig) -> None:
     load_weights(projection, cfg.state, "camera_projection")
     vae, _ = _autoencoder(text_model)
 
-    unet.to(torch.float16).save_pretrained(cfg.out / "unet", safe_serialization=True)
+    with quiet():
+        unet.to(torch.float16).save_pretrained(cfg.out / "unet", safe_serialization=True)
     DDIMScheduler(**models.SCHEDULER).save_pretrained(cfg.out / "scheduler")
     folder = cfg.out / "camera_projection"
     folder.mkdir(parents=True, exist_ok=True)
