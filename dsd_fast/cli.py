@@ -36,7 +36,17 @@ from dsd_fast.pipes import reader_may_leave
 log = logging.getLogger(__name__)
 
 # A resumed run is the same run: what names it cannot change.
-_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag")
+_FIXED_ON_RESUME = (
+    "prompt",
+    "task",
+    "seed",
+    "model",
+    "output",
+    "name",
+    "tag",
+    "single_view.image",
+    "single_view.recenter",
+)
 
 
 @dataclass
@@ -79,6 +89,9 @@ def parse(argv: Sequence[str]) -> list[Job]:
     early = _early_flags(flags)
     command = _parse_flags(flags, _fitting(_starting_values(early, overrides), early))
     cfg = command.train
+    if not cfg.prompt and cfg.single_view.image is not None:
+        # The run's name.
+        cfg.prompt = cfg.single_view.image.stem
     if command.num_seeds < 1:
         raise ConfigError(f"--num-seeds must be at least 1, got {command.num_seeds}")
     if command.num_seeds > 1 and cfg.tag:
@@ -177,14 +190,22 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _early_flags(flags: list[str]) -> argparse.Namespace:
     """The flags that decide the starting values. Wrong values are left for the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "resume", "vram"):
+    for name in ("preset", "config", "device", "resume", "vram", "task"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--guidance.method", dest="method")
     parser.add_argument("--max-steps", "--max_steps")
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
         early = argparse.Namespace(
-            preset=None, config=None, device=None, resume=None, vram=None, max_steps=""
+            preset=None,
+            config=None,
+            device=None,
+            resume=None,
+            vram=None,
+            task=None,
+            method=None,
+            max_steps="",
         )
     early.device = early.device or "auto"
     return early
@@ -204,6 +225,8 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
             early.preset if early.preset in PRESETS else "embedded",
             int(steps) if steps.isdigit() and int(steps) > 0 else None,
             resolve_device(early.device).type == "cpu",
+            early.task or "text",
+            early.method or "dsd",
         )
     path = Path(early.config)
     if path.suffix != ".json":

@@ -51,8 +51,9 @@ NUMBERS = (
 class StepOutput:
     """What a step tells about one run; reading `values` waits for the device."""
 
-    # [len(NUMBERS)] float32 on the device; the next step writes to it.
+    # float32 on the device, one for each of `names`; the next step writes to it.
     numbers: Tensor
+    names: tuple[str, ...]
     # The losses that counted.
     losses: tuple[str, ...]
     # Means of the levels t and t_delta.
@@ -63,7 +64,7 @@ class StepOutput:
 
     def values(self) -> dict[str, float]:
         """The numbers by name, losses of weight zero left out, in one transfer."""
-        named = zip(NUMBERS, self.numbers.tolist(), strict=True)
+        named = zip(self.names, self.numbers.tolist(), strict=True)
         return {name: v for name, v in named if name in self.losses or name not in LOSSES}
 
 
@@ -114,14 +115,19 @@ class TrainStep:
         guidance: of all of them; item i of a batch is of run i. For one run its own.
         capture: hold the device's part in CUDA graphs where that is possible.
         phase: told of each phase of a step that is not replayed.
+
+    Another task has a class of its own for what it draws (`_draw`) and does (`_run`).
     """
+
+    # Of a run's numbers, in their order.
+    names = NUMBERS
 
     def __init__(
         self,
         cfg: TrainConfig,
         states: Sequence[TrainState],
         guidance: DSDGuidance,
-        cameras: RandomCameras,
+        cameras: RandomCameras | None,
         device: torch.device,
         capture: bool = True,
         phase: PhaseMemory | None = None,
@@ -130,12 +136,8 @@ class TrainStep:
         self.cameras, self.device = cameras, device
         self._phase = phase or PhaseMemory(device)
         self._dsd_weight = Schedule.parse(cfg.loss.lambda_dsd)
-        self._captures = (
-            capture
-            and all(state.scene.field.skips_rows(device) for state in self.states)
-            and guidance.can_capture
-        )
-        self._numbers = torch.zeros(len(self.states), len(NUMBERS), device=device)
+        self._captures = capture and self._can_capture() and guidance.can_capture
+        self._numbers = torch.zeros(len(self.states), len(self.names), device=device)
         # On CUDA: where the host's numbers go, by their sizes; plans by kind; graphs by what they
         # hold for; and what has run once without a graph.
         self._inputs: dict[Hashable, Pack] = {}
@@ -150,7 +152,7 @@ class TrainStep:
         plan = self.guidance.plan_levels(
             *(torch.cat(column) for column in zip(*(_of_guidance(d) for d in drawn)))
         )
-        weights = {"dsd": self._dsd_weight(step), **regularizer_weights(self.cfg.loss, step)}
+        weights = self._weights(step)
         if self.device.type == "cuda":
             self._on_cuda(drawn, plan, weights)
         else:
@@ -160,6 +162,7 @@ class TrainStep:
         return [
             StepOutput(
                 numbers,
+                self.names,
                 tuple(weights),
                 float(d.t.float().mean()),
                 float(d.t_delta.float().mean()),
@@ -167,6 +170,10 @@ class TrainStep:
             )
             for numbers, d in zip(self._numbers, drawn)
         ]
+
+    def _weights(self, step: int) -> dict[str, float]:
+        """What a step multiplies by, by name: the weights of the losses."""
+        return {"dsd": self._dsd_weight(step), **regularizer_weights(self.cfg.loss, step)}
 
     def _draw(self, state: TrainState, step: int) -> _Drawn:
         """In the official order: cameras, level mask, occupancy, rendering, posterior, levels."""
@@ -243,15 +250,14 @@ class TrainStep:
             with tuned_convolutions():
                 self._numbers.copy_(self._run(on_device, static_plan, weights_there))
 
-        n_rays = [len(d.views) * d.views.height * d.views.width for d in drawn]
-        rooms = self._rooms(n_rays)
+        rooms = self._rooms(drawn)
         warm = (sizes, plan.kind)
         if rooms is None or warm not in self._warm:
             # A first step of its kind loads code and chooses kernels, which a capture cannot.
             device_part()
             self._warm.add(warm)
             return
-        levels = tuple(state.scene.field.grid.n_active_levels for state in self.states)
+        levels = self._levels()
         # Graphs of other sizes, levels or rooms are not asked for again, or seldom.
         if any(key[:3] != (sizes, levels, rooms) for key in self._graphs):
             torch.cuda.synchronize(self.device)  # one of them may still run
@@ -264,14 +270,28 @@ class TrainStep:
                 return
             self._graphs[key] = graph
         self._graphs[key].replay()
-        for state, n in zip(self.states, n_rays):
-            state.scene.renderer.watch_replay(n)
+        self._watch_replay(drawn)
 
-    def _rooms(self, n_rays: Sequence[int]) -> tuple[int, ...] | None:
+    def _can_capture(self) -> bool:
+        """Whether a CUDA graph can hold what the runs do, the guidance aside."""
+        return all(state.scene.field.skips_rows(self.device) for state in self.states)
+
+    def _levels(self) -> tuple[int, ...]:
+        """Active levels of every run."""
+        return tuple(state.scene.field.grid.n_active_levels for state in self.states)
+
+    def _watch_replay(self, drawn: Sequence[_Drawn]) -> None:
+        """A graph has rendered: have its counts looked at."""
+        for state, d in zip(self.states, drawn):
+            state.scene.renderer.watch_replay(_n_rays(d))
+
+    def _rooms(self, drawn: Sequence[_Drawn]) -> tuple[int, ...] | None:
         """Room for the samples of every run; None where steps shall not be captured (yet)."""
         if not self._captures:
             return None
-        pairs = [state.scene.renderer.rooms(n) for state, n in zip(self.states, n_rays)]
+        pairs = [
+            state.scene.renderer.rooms(_n_rays(d)) for state, d in zip(self.states, drawn)
+        ]
         rooms = tuple(room for pair in pairs for room in pair)
         return None if None in rooms else rooms
 
@@ -290,6 +310,10 @@ class TrainStep:
             self._graphs.clear()
             return None
         return graph
+
+
+def _n_rays(drawn: _Drawn) -> int:
+    return len(drawn.views) * drawn.views.height * drawn.views.width
 
 
 def _of_guidance(drawn: _Drawn) -> tuple[Tensor, Tensor, Tensor, Tensor]:

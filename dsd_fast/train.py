@@ -1,4 +1,4 @@
-"""From a prompt and a seed to a 3D object.
+"""From a prompt and a seed to a 3D object; from one picture with `--task single-view`.
 
 python -m dsd_fast.train --prompt "an armchair" --seed 0
 python -m dsd_fast.train --prompt "an armchair" --seed 0 --resume auto
@@ -16,26 +16,25 @@ from contextlib import contextmanager
 
 import torch
 
-from dsd_fast import checkpoint, cli, memory, pictures, versions
+from dsd_fast import checkpoint, cli, memory, versions
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.cameras import RandomCameras
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.cli import Job
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
-from dsd_fast.diffusion import embed_views, load_model
 from dsd_fast.guidance import DSDGuidance, seed_noise
 from dsd_fast.interruption import Interruption
-from dsd_fast.mesh import MeshError, make_mesh, write_glb
-from dsd_fast.optimizer import Optimizer
 from dsd_fast.outputs import OutputError, RunFolder
 from dsd_fast.progress import Reporter, set_up_logging
 from dsd_fast.rng import RngStreams
-from dsd_fast.scene import Scene
+from dsd_fast.single_view_task import SingleViewTask
 from dsd_fast.state import TrainState
-from dsd_fast.step import TrainStep
+from dsd_fast.task import Task
+from dsd_fast.text_task import TextTask
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.train")
+
+TASKS: dict[str, Task] = {"text": TextTask(), "single-view": SingleViewTask()}
 
 # Pictures, video and mesh of a run, with room to spare.
 OUTPUT_BYTES = 64 * 2**20
@@ -80,6 +79,7 @@ def train(jobs: Sequence[Job]) -> None:
     cfg = jobs[0].config
     cfg.validate()
     device = resolve_device(cfg.device)
+    task = TASKS[cfg.task]
     for job in jobs:
         if job.state is None and not job.overwrite:
             job.folder.refuse_if_used(cfg.max_steps)
@@ -94,8 +94,7 @@ def train(jobs: Sequence[Job]) -> None:
 
     # Whatever can be wrong is found before the first step, and before an older run is replaced.
     with _errors_of_settings():
-        states, guidance = _build(jobs, device)
-        cameras = RandomCameras(cfg.cameras, cfg.guidance.lattice)
+        states, guidance = _build(jobs, device, task)
     model = guidance.model
     for job, state in zip(jobs, states):
         if job.state is None:
@@ -111,37 +110,34 @@ def train(jobs: Sequence[Job]) -> None:
         )
     guidance.load_state_dict({"noise": torch.cat([state.noise for state in states])})
 
-    fit(jobs, states, guidance, cameras, device)
+    fit(jobs, states, guidance, device)
     step = states[0].step
     if step < cfg.max_steps:
         log.info("stopped at step %d as asked; --resume auto continues", step)
         return
-    scenes = [state.scene for state in states]
+    results = [task.result(state) for state in states]
     del states, guidance, model  # The diffusion model's memory is of more use to the pictures.
-    for job, scene in zip(jobs, scenes):
-        finish(scene, job.config, step, job.folder)
+    for job, result in zip(jobs, results):
+        task.finish(result, job.config, step, job.folder)
 
 
 def fit(
     jobs: Sequence[Job],
     states: Sequence[TrainState],
     guidance: DSDGuidance,
-    cameras: RandomCameras,
     device: torch.device,
 ) -> None:
     """The training loop: from the states' step to the end, a stop that was asked for, or Ctrl-C."""
     cfg, first_step = jobs[0].config, states[0].step
     last_step = min(cfg.max_steps, jobs[0].stop_at or cfg.max_steps)
-    settings, done = cfg.trainer, first_step
+    task, settings, done = TASKS[cfg.task], cfg.trainer, first_step
     phase = memory.PhaseMemory(device)
-    train_step = TrainStep(
-        cfg, states, guidance, cameras, device, capture=settings.graphs, phase=phase
-    )
+    train_step = task.step(cfg, states, guidance, device, phase)
     watches = [_Watch(cfg, first_step) for _ in jobs]
 
     def save() -> None:
         for job, state in zip(jobs, states):
-            _save(job, state)
+            _save(job, state, task)
 
     with Interruption() as stop, Reporter(first_step, cfg.max_steps, settings.progress) as report:
         try:
@@ -157,8 +153,7 @@ def fit(
                         values = output.values() | {
                             "t": output.t,
                             "t_delta": output.t_delta,
-                            "dropped_samples": state.scene.renderer.n_dropped,
-                            "size": output.height,
+                            **task.record(state, output),
                             "seconds": report.seconds(),
                             "steps_per_second": report.rate(done),
                             "memory_mib": phase.peak_mib(),
@@ -169,7 +164,10 @@ def fit(
                         watch(done, values)
                 if settings.preview_every and done % settings.preview_every == 0:
                     for job, state in zip(jobs, states):
-                        _write_preview(state.scene, cfg, done, job.folder)
+                        try:
+                            task.write_preview(state, cfg, job.folder)
+                        except OSError as error:
+                            log.warning("cannot write a preview: %s", error)
                 if done % settings.checkpoint_every == 0 and done < last_step:
                     # A checkpoint in mid-run that fails has cost nothing yet: go on, and try again
                     # at the next.
@@ -194,72 +192,33 @@ def fit(
         )
 
 
-def finish(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
-    """Write the mesh, the turntable and the contact sheet of a trained scene."""
-    if cfg.pictures.mesh:
-        write_mesh(scene, cfg, step, run)
-    size = (cfg.cameras.eval_height, cfg.cameras.eval_width)
-    if cfg.pictures.turntable:
-        log.info("rendering a turntable of %d views", cfg.cameras.n_test_views)
-        pictures.write_turntable(
-            scene,
-            cfg.cameras,
-            step,
-            run.turntable,
-            n_views=cfg.cameras.n_test_views,
-            size=size,
-            fps=cfg.pictures.fps,
-        )
-        log.info("wrote %s", run.turntable)
-    sheet = pictures.contact_sheet(scene, cfg.cameras, step, cfg.pictures.sheet_views, size)
-    pictures.write_png(sheet, run.preview)
-    log.info("wrote %s", run.preview)
-
-
-def write_mesh(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
-    """Write the mesh; a scene without a surface is worth a warning, not the loss of the rest."""
-    scene.field.set_step(step)
-    try:
-        mesh = make_mesh(scene.field, cfg.field.radius, cfg.mesh, scene.device)
-    except MeshError as error:
-        log.warning("no mesh: %s", error)
-        return
-    write_glb(mesh, run.mesh)
-    log.info("wrote %s, %d faces", run.mesh, len(mesh.faces))
-
-
-def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState], DSDGuidance]:
+def _build(
+    jobs: Sequence[Job], device: torch.device, task: Task
+) -> tuple[list[TrainState], DSDGuidance]:
     """The states at step 0, and proof that the run folders can take what the runs will write.
 
     The guidance is that of all runs: item i of its batches is of run i.
     """
     cfg = jobs[0].config
-    if len(jobs) > 1 and memory.largest(cfg.cameras.batch_size) > 1:
-        raise ConfigError("--num-seeds needs --cameras.batch-size 1: each seed has its own view")
+    task.check(cfg, len(jobs))
     rngs = [RngStreams(job.config.seed) for job in jobs]
-    scenes = [Scene(cfg, rng.init) for rng in rngs]
+    scenes = [task.scene(cfg, rng.init) for rng in rngs]
     # A checkpoint has every parameter and two moments of each.
     checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in scenes[0].parameters())
     for job in jobs:
         job.folder.prepare(checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES)
 
     dtype = None if cfg.diffusion.dtype == "auto" else getattr(torch, cfg.diffusion.dtype)
-    model = load_model(cfg.model, device, dtype, engine=cfg.diffusion.engine)
-    prompts = embed_views(
-        model,
-        cfg.prompt,
-        cfg.text.negative,
-        prefix=cfg.text.prefix,
-        view_dependent=cfg.text.view_dependent,
-        overrides=cfg.text.overrides(),
-    )
+    model, prompts = task.load(cfg, device, dtype)
     latent_shape = (1, model.latent_channels, model.latent_size, model.latent_size)
     states = []
     for scene, rng in zip(scenes, rngs):
-        optimizer = Optimizer(scene.to(device), cfg.optimizer, device)
+        optimizer = task.optimizer(scene.to(device), cfg, device)
         states.append(TrainState(scene, optimizer, seed_noise(rng.noise, latent_shape), rng, model))
+    if all(job.state is None for job in jobs):
+        task.begin(cfg, states, model, prompts)
     noise = torch.cat([state.noise for state in states])
-    return states, DSDGuidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
+    return states, task.guidance(cfg, model, prompts, noise)
 
 
 @contextmanager
@@ -277,11 +236,11 @@ def _errors_of_settings() -> Iterator[None]:
 
 
 def _is_finished(job: Job) -> bool:
-    """Whether the last of a run's files is there, the contact sheet; says so if it is."""
+    """Whether the last of a run's files is there; says so if it is."""
     run, cfg = job.folder, job.config
     if job.state is None or job.state["step"] < cfg.max_steps:
         return False
-    finished = run.preview.exists() and (run.turntable.exists() or not cfg.pictures.turntable)
+    finished = TASKS[cfg.task].is_finished(cfg, run)
     if finished:
         log.info("%s is finished: nothing to do (more steps: --max-steps)", run.path)
     return finished
@@ -296,10 +255,14 @@ def _discard_newer(run: RunFolder, step: int) -> None:
             path.unlink()
 
 
-def _save(job: Job, state: TrainState) -> None:
+def _save(job: Job, state: TrainState, task: Task) -> None:
     folder = job.folder.checkpoints
     checkpoint.save(checkpoint.step_path(folder, state.step), state.to_tree(job.config))
     checkpoint.prune(folder, job.config.trainer.keep_checkpoints)
+    try:
+        task.beside_checkpoint(state, job.folder)
+    except (OSError, torch.OutOfMemoryError) as error:
+        log.warning("the checkpoint is saved, but its picture is not: %s", _first_line(error))
 
 
 def _json_values(values: dict[str, float]) -> dict[str, float | None]:
@@ -311,7 +274,7 @@ class _Watch:
     """Looks at the logged values for a run that goes wrong."""
 
     def __init__(self, cfg: TrainConfig, step: int) -> None:
-        self.settings = cfg.trainer
+        self.settings, self.lr_flag = cfg.trainer, TASKS[cfg.task].lr_flag
         self.last_opaque = step
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
@@ -322,11 +285,11 @@ class _Watch:
                 f"{source} has not been finite for {bad_run} steps in a row, up to step {step}. "
                 "They changed no parameter and the state is saved. In half precision try --resume "
                 "auto with --diffusion.dtype float32 (or bfloat16); otherwise a new run with a "
-                "lower --guidance.guidance-scale or --optimizer.geometry-lr."
+                f"lower --guidance.guidance-scale or {self.lr_flag}."
             )
         if bad_run:
             log.warning("step %d is not finite, left out (%d so far)", step, values["skipped"])
-        if values["opacity"] > self.settings.min_opacity:
+        if values.get("opacity", math.inf) > self.settings.min_opacity:
             self.last_opaque = step
         elif step - self.last_opaque >= self.settings.min_opacity_steps:
             log.warning(
@@ -336,15 +299,6 @@ class _Watch:
                 step - self.last_opaque,
             )
             self.last_opaque = step
-
-
-def _write_preview(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
-    size = (cfg.pictures.preview_size, cfg.pictures.preview_size)
-    sheet = pictures.contact_sheet(scene, cfg.cameras, step, cfg.pictures.preview_views, size)
-    try:
-        pictures.write_png(sheet, run.previews / f"step-{step:06d}.png")
-    except OSError as error:
-        log.warning("cannot write a preview: %s", error)
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, cfg: TrainConfig) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 from dsd_fast.upload import Pack
 
 # Where the trajectory's noise eps_o comes from: the whole trajectory simulated, one UNet call from
-# a cached state, or a table of earlier such calls.
-Noise = Literal["simulated", "predicted", "tabulated"]
+# a cached state, a table of earlier such calls; or fresh noise in its place.
+Noise = Literal["simulated", "predicted", "tabulated", "fresh"]
 
 
 class PlanKind(NamedTuple):
@@ -30,7 +30,8 @@ class Plan:
     Attributes: `kind`; `t`, `t_delta`: int64 [B] on the CPU; `tensors`: a `Pack` on the device with
     - t, t_delta: int64 [B]; mirrored: bool [B], views that see the trajectory's mirror image;
     - first, second: int64 [N] and share: float32 [N], the text rows of every UNet call of the step,
-      one call after the other (`prompt.TextMix`);
+      one call after the other (`prompt.TextMix`), or pose and known of the rows of a model of views
+      (`views.PoseRows`);
     - weights: float32 [B,2], of the views' negatives, where there are any;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
     - tabulated: prediction, below: int64 [B], mix: float32 [B].

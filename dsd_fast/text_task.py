@@ -1,0 +1,107 @@
+"""Text to 3D: a scene that cameras see from all around."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from dsd_fast import memory, pictures
+from dsd_fast.cameras import RandomCameras
+from dsd_fast.config import ConfigError, TrainConfig
+from dsd_fast.guidance import DSDGuidance
+from dsd_fast.memory import PhaseMemory
+from dsd_fast.mesh import MeshError, make_mesh, write_glb
+from dsd_fast.optimizer import Optimizer
+from dsd_fast.outputs import RunFolder
+from dsd_fast.scene import Scene
+from dsd_fast.state import TrainState
+from dsd_fast.step import StepOutput, TrainStep
+from dsd_fast.task import Task
+
+log = logging.getLogger("dsd_fast.train")
+
+
+class TextTask(Task):
+    """One object a run."""
+
+    lr_flag = "--optimizer.geometry-lr"
+
+    def check(self, cfg: TrainConfig, n_runs: int) -> None:
+        if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > 1:
+            raise ConfigError(
+                "--num-seeds needs --cameras.batch-size 1: each seed has its own view"
+            )
+        _cameras(cfg)  # ValueError for what they cannot do
+
+    def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
+        """The contact sheet is the last of a run's files."""
+        return run.preview.exists() and (run.turntable.exists() or not cfg.pictures.turntable)
+
+    def scene(self, cfg: TrainConfig, generator: torch.Generator) -> Scene:
+        return Scene(cfg, generator)
+
+    def optimizer(self, scene: Scene, cfg: TrainConfig, device: torch.device) -> Optimizer:
+        return Optimizer(scene, cfg.optimizer, device)
+
+    def step(
+        self,
+        cfg: TrainConfig,
+        states: Sequence[TrainState],
+        guidance: DSDGuidance,
+        device: torch.device,
+        phase: PhaseMemory,
+    ) -> TrainStep:
+        return TrainStep(
+            cfg, states, guidance, _cameras(cfg), device, capture=cfg.trainer.graphs, phase=phase
+        )
+
+    def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
+        return {"dropped_samples": state.scene.renderer.n_dropped, "size": output.height}
+
+    def write_preview(self, state: TrainState, cfg: TrainConfig, run: RunFolder) -> None:
+        size = (cfg.pictures.preview_size, cfg.pictures.preview_size)
+        views = cfg.pictures.preview_views
+        sheet = pictures.contact_sheet(state.scene, cfg.cameras, state.step, views, size)
+        pictures.write_png(sheet, run.previews / f"step-{state.step:06d}.png")
+
+    def result(self, state: TrainState) -> Scene:
+        return state.scene
+
+    def finish(self, result: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+        """Write the mesh, the turntable and the contact sheet of a trained scene."""
+        if cfg.pictures.mesh:
+            write_mesh(result, cfg, step, run)
+        size = (cfg.cameras.eval_height, cfg.cameras.eval_width)
+        if cfg.pictures.turntable:
+            log.info("rendering a turntable of %d views", cfg.cameras.n_test_views)
+            pictures.write_turntable(
+                result,
+                cfg.cameras,
+                step,
+                run.turntable,
+                n_views=cfg.cameras.n_test_views,
+                size=size,
+                fps=cfg.pictures.fps,
+            )
+            log.info("wrote %s", run.turntable)
+        sheet = pictures.contact_sheet(result, cfg.cameras, step, cfg.pictures.sheet_views, size)
+        pictures.write_png(sheet, run.preview)
+        log.info("wrote %s", run.preview)
+
+
+def _cameras(cfg: TrainConfig) -> RandomCameras:
+    return RandomCameras(cfg.cameras, cfg.guidance.lattice)
+
+
+def write_mesh(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+    """Write the mesh; a scene without a surface is worth a warning, not the loss of the rest."""
+    scene.field.set_step(step)
+    try:
+        mesh = make_mesh(scene.field, cfg.field.radius, cfg.mesh, scene.device)
+    except MeshError as error:
+        log.warning("no mesh: %s", error)
+        return
+    write_glb(mesh, run.mesh)
+    log.info("wrote %s, %d faces", run.mesh, len(mesh.faces))
