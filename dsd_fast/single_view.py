@@ -60,7 +60,7 @@ def read_picture(path: Path | None, recenter: bool = False) -> Tensor:
     """The object of a picture, cut out.
 
     Args:
-        path: of a file that imageio reads, of any size; a grey or colour picture without alpha, or
+        path: of a file that Pillow reads, of any size; a grey or colour picture without alpha, or
             with one that is opaque everywhere, loses its background through rembg.
         recenter: see SingleViewConfig.
     Returns:
@@ -75,7 +75,7 @@ def read_picture(path: Path | None, recenter: bool = False) -> Tensor:
         raise FileNotFoundError("--task single-view needs a picture: pass --image chair.png")
     if not path.is_file():
         raise FileNotFoundError(f"--image {path}: there is no such file")
-    rgba = _as_rgba(_read(path), path)
+    rgba = _read(path)
     if rgba[..., 3].min() > OPAQUE_ALPHA:
         rgba = _without_background(rgba, path)
     cover = float((rgba[..., 3] > 127).mean())
@@ -107,32 +107,18 @@ def resized(rgba: Tensor, size: int) -> Tensor:
 
 
 def _read(path: Path) -> np.ndarray:
-    import imageio.v3 as imageio
+    """[h,w,4] uint8, upright."""
+    from PIL import Image, ImageOps
 
     try:
-        image = np.asarray(imageio.imread(path))
-    # what the readers raise has no common base
-    except Exception as error:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # grey of 16 bits, which conversion would cut off
+                grey = np.asarray(image).astype(np.int64) >> 8
+                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+            return np.array(image.convert("RGBA"))
+    except OSError as error:
         raise ValueError(f"--image {path}: not a picture that can be read: {error}") from error
-    if image.ndim == 2:
-        image = image[:, :, None]
-    if image.ndim != 3 or image.shape[2] not in (1, 2, 3, 4):
-        raise ValueError(
-            f"--image {path}: expected one picture with 1 to 4 channels, got {list(image.shape)}"
-        )
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    if image.dtype != np.uint8:
-        raise ValueError(f"--image {path}: expected 8 or 16 bits a channel, got {image.dtype}")
-    return image
-
-
-def _as_rgba(image: np.ndarray, path: Path) -> np.ndarray:
-    """[h,w,4] uint8 of 1 (grey), 2 (grey, alpha), 3 or 4 channels."""
-    channels = image.shape[2]
-    alpha = image[..., -1:] if channels in (2, 4) else np.full_like(image[..., :1], 255)
-    rgb = image[..., :1].repeat(3, axis=2) if channels < 3 else image[..., :3]
-    return np.concatenate([rgb, alpha], axis=2)
 
 
 def _without_background(rgba: np.ndarray, path: Path) -> np.ndarray:

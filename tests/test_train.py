@@ -343,13 +343,13 @@ def test_a_resumed_run_needs_a_model_of_the_same_size(runner, caplog, tmp_path):
 
 def not_finite(monkeypatch, when) -> None:
     """Make the guidance's gradient NaN at the steps for which `when(step)` is true."""
-    call, steps = module.DSDGuidance.at_plan, itertools.count()
+    call, steps = DSDGuidance.at_plan, itertools.count()
 
     def guide(self, latents, plan):
         guided = call(self, latents, plan)
         return guided._replace(grad=guided.grad * float("nan")) if when(next(steps)) else guided
 
-    monkeypatch.setattr(module.DSDGuidance, "at_plan", guide)
+    monkeypatch.setattr(DSDGuidance, "at_plan", guide)
 
 
 def test_a_step_with_nan_is_skipped_counted_and_logged(runner, monkeypatch, caplog):
@@ -532,7 +532,7 @@ def test_export_needs_no_diffusion_model(runner, tmp_path, monkeypatch, caplog):
     def refuse(*_, **__):
         raise AssertionError("the diffusion model was loaded")
 
-    monkeypatch.setattr(module, "load_model", refuse)
+    monkeypatch.setattr("dsd_fast.task.load_model", refuse)
     run = str(runner.run.path)
     assert export.main([run, "--device", "cpu"]) == 0
     assert runner.run.mesh.read_bytes() == trained

@@ -19,6 +19,7 @@ The pose-conditioned prior beside it, for the reconstruction of one picture:
     python -m dsd_fast.prior evaluate-views --views orbits --out report
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-views --views orbits --out state \\
         --resume dsd_fast/assets/view_prior                                        # another piece
+    python -m dsd_fast.prior render-objects --pack models.pack --out objects   # of held-out models
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def main() -> None:
     """Run the command named by the first argument, with the rest as its flags."""
     import tyro
 
-    from dsd_fast.prior import evaluate, evaluate_views, train, train_views
+    from dsd_fast.prior import evaluate, evaluate_views, objects, train, train_views
 
     commands = {
         "pack": (PackConfig, pack),
@@ -157,6 +158,7 @@ def main() -> None:
         "train-views": (train_views.ViewTrainConfig, train_views.train_views),
         "export-views": (train_views.ViewExportConfig, train_views.export_views),
         "evaluate-views": (evaluate_views.ViewEvaluateConfig, evaluate_views.evaluate_views),
+        "render-objects": (objects.ObjectsConfig, objects.render_objects),
         "sheet": (evaluate.SampleConfig, evaluate.sample_sheet),
     }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
