@@ -18,9 +18,10 @@ from tiny_model import build_tiny_model, build_tiny_view_model
 from dsd_fast import checkpoint, outputs, single_view
 from dsd_fast import train as module
 from dsd_fast.cameras import CameraBatch, eval_camera
-from dsd_fast.config import preset
+from dsd_fast.config import TrainConfig, from_dict, preset
 from dsd_fast.diffusion import load_view_model
 from dsd_fast.diffusion.reference import latent_feature_width, latent_features, relative_pose
+from dsd_fast.evaluate import truth
 from dsd_fast.field import Field, FieldConfig, GridConfig
 from dsd_fast.guidance import GuidanceConfig, dsd_gradient
 from dsd_fast.guidance.views import (
@@ -31,6 +32,7 @@ from dsd_fast.guidance.views import (
     make_view_guidance,
 )
 from dsd_fast.renderer import RenderOutput
+from dsd_fast.scene import Scene
 from dsd_fast.single_view_step import color_error, normal_smoothness, surface_smoothness
 from dsd_fast.single_view_task import OrbitCameras
 
@@ -556,3 +558,47 @@ def test_the_presets_are_zero123s():
     assert (cfg.single_view.lambda_rgb, cfg.single_view.lambda_mask) == (500, 50)
     assert (cfg.loss.lambda_dsd, cfg.loss.lambda_orient) == (0.1, 1.0)
     assert preset("embedded", 100, True).task == "text"
+
+
+# Scores.
+
+
+def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
+    """A run's own renderings score as perfect truth, turned ones do not."""
+    out = tmp_path / "out"
+    assert run(out, picture, small_folder, "--pictures.no-mesh", steps=6) == 0
+    tree = checkpoint.load(checkpoint.step_path(folder_of(out).checkpoints, 6))
+    cfg = from_dict(TrainConfig, tree["config"])
+    scene = Scene.from_checkpoint(cfg, tree["scene"])
+    azimuth = np.array([0.0, 90.0, 200.0], np.float32)
+    cameras = {
+        "elevation": np.array([5.0, 15.0, 40.0], np.float32),
+        "azimuth": azimuth,
+        "distance": np.full(3, 1.6, np.float32),
+        "fovy": np.full(3, 45.0, np.float32),
+    }
+    blank = truth.Truth(rgba=np.zeros((3, 16, 16, 4), np.uint8), **cameras)
+    images = truth.render_as(cfg, scene, 6, blank)
+    assert images.std() > 0.01
+    opaque = np.full((3, 16, 16, 1), 255, np.uint8)
+    rgba = np.concatenate([(images * 255).round().astype(np.uint8), opaque], axis=3)
+
+    figures = []
+    for turn in (0.0, 97.0):
+        objects = tmp_path / f"objects{turn:.0f}"
+        (objects / "disc").mkdir(parents=True)
+        turned = {**cameras, "azimuth": azimuth + turn}
+        np.savez(objects / "disc" / "truth.npz", rgba=rgba, **turned)
+        argv = [str(out), "--truth", str(objects), "--json", str(tmp_path / "t.json"),
+                "--sheets", str(tmp_path / "sheets"), "--device", "cpu"]
+        assert truth.main(argv) == 0
+        figures.append(json.loads((tmp_path / "t.json").read_text()))
+    right, wrong = (entry["runs"][0] for entry in figures)
+    assert right["object"] == "disc" and right["method"] == "dsd cached"
+    assert right["psnr_db"] > 50 > wrong["psnr_db"] and right["ssim"] > wrong["ssim"]
+    assert right["by_view"]["azimuth"] == [0, 90, 200]
+    assert figures[0]["methods"]["dsd cached"]["psnr_db"] == right["psnr_db"]
+    assert imageio.imread(tmp_path / "sheets" / "disc-dsd-cached-seed0.png").shape == (32, 48, 3)
+
+    assert truth.main([str(out), "--truth", str(tmp_path), "--device", "cpu"]) == 2
+    assert "render-objects" in caplog.text
