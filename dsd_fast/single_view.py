@@ -31,6 +31,8 @@ class SingleViewConfig:
     elevation: float = 5.0
     # Crop the picture to the object and centre it at the size of the model's training pictures.
     recenter: bool = False
+    # The model is Stable Zero123, whose pose ends with the picture's polar angle.
+    polar_pose: bool = False
     # Bins of azimuth, all around, that share a cached trajectory.
     azimuth_bins: int = 24
     # Bins of elevation over --cameras.elevation-range.

@@ -133,6 +133,7 @@ def reference(cfg: TrainConfig) -> Reference:
         tuple(cfg.cameras.elevation_range),
         own.azimuth_bins,
         own.elevation_bins,
+        own.polar_pose,
     )
 
 

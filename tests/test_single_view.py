@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -269,6 +270,18 @@ def test_sds_is_dreamfusions(small_folder):
     torch.testing.assert_close(x.grad, output.grad / 2)
     with pytest.raises(ValueError, match="fresh noise"):
         guidance.at_plan(x, guidance.plan_levels(elevation, azimuth, t, t))
+
+
+def test_stable_zero123s_pose_ends_with_the_polar_angle(small_folder):
+    model, _ = conditioned(small_folder)
+    poses = [
+        ViewGuidance(config(), model, replace(REFERENCE, polar=polar), torch.randn(1, 4, 8, 8), 9)
+        ._rows_of(torch.tensor([30.0]), torch.tensor([90.0]))
+        .pose[0]
+        for polar in (False, True)
+    ]
+    assert torch.equal(poses[0][:3], poses[1][:3])
+    assert (poses[0][3].item(), poses[1][3].item()) == (0, pytest.approx(math.radians(85)))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ for both. Predictions are combined as e_0 + s (e_c - e_0) (Zero-1-to-3, Liu et a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ from dsd_fast.guidance.trajectory import signal_and_noise
 class Reference:
     """Where the reference picture was taken from, and which views are asked for.
 
-    All views are taken from the reference's distance: the pose's last entry is zero.
+    All views are taken from the reference's distance: the pose's last entry is zero, or, with
+    `polar`, the reference's polar angle in radians, which Stable Zero123 was trained with.
     """
 
     # Degrees.
@@ -38,6 +40,7 @@ class Reference:
     # Bins of cached trajectories over the circle, and over the range of elevations.
     azimuth_bins: int
     elevation_bins: int
+    polar: bool = False
 
 
 class OrbitBins:
@@ -130,8 +133,9 @@ class ViewGuidance(DSDGuidance):
 
     def _rows_of(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> PoseRows:
         at = self.reference
-        same = torch.zeros_like(elevation_deg)
-        pose = relative_pose(elevation_deg, azimuth_deg, same, at.elevation, at.azimuth, 0.0)
+        last = math.radians(90 - at.elevation) if at.polar else 0.0
+        last = torch.full_like(elevation_deg, last)
+        pose = relative_pose(elevation_deg, azimuth_deg, last, at.elevation, at.azimuth, 0.0)
         known = torch.cat([torch.ones(len(pose)), torch.zeros(len(pose))])
         return PoseRows(torch.cat([pose, pose]), known)
 
