@@ -259,3 +259,31 @@ def test_truth_is_checked(tmp_path):
     np.savez(tmp_path / "truth.npz", rgba=np.zeros((2, 8, 8, 4), np.uint8))
     with pytest.raises(EvaluateError, match="elevation"):
         truth.read_truth(tmp_path)
+
+
+SHIPPED = SHIPPED_TEXT.parent / "view_prior"
+
+
+@pytest.mark.skipif(not SHIPPED.is_dir(), reason="weights of the model of views are not there")
+def test_the_shipped_model_turns_what_it_sees():
+    """It is complete, small, and another pose gives another picture."""
+    files = {p.relative_to(SHIPPED).as_posix() for p in SHIPPED.rglob("*") if p.is_file()}
+    assert files == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "camera_projection/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    assert sum((SHIPPED / name).stat().st_size for name in files) < 15.0e6
+    model = load_view_model("embedded")
+    picture = torch.ones(1, 3, 256, 256)
+    picture[:, :, 90:170, 60:200] = torch.tensor([0.7, 0.1, 0.1])[:, None, None]
+    model.condition(picture)
+    pose = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 4, 32, 32, generator=generator).expand(2, -1, -1, -1)
+    same, turned = evaluate_views.sample_view(model, pose, noise, 8, 3.0)
+    truth_ = picture[0].permute(1, 2, 0).numpy()
+    near, far = (metrics.psnr(x.permute(1, 2, 0).numpy(), truth_) for x in (same, turned))
+    assert near > 18 and near > far
