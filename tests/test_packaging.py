@@ -196,8 +196,10 @@ LAYERS = [
     {"diffusion"},
     {"guidance"},
     {"checkpoint", "config", "interruption", "memory", "official", "optimizer", "outputs"}
-    | {"pictures", "progress", "scene", "state"},
-    {"step"},
+    | {"pictures", "progress", "scene", "single_view", "state"},
+    {"single_view_step", "step"},
+    {"task"},
+    {"single_view_task", "text_task"},
     {"build_engine", "cli", "evaluate", "export", "info", "prior", "train"},
 ]
 
