@@ -222,8 +222,7 @@ class RandomCameras:
             azimuth_deg = low_azimuth + (high_azimuth - low_azimuth) * parts
         else:
             azimuth_deg = uniform(low_azimuth, high_azimuth, batch)
-        if self.lattice is not None:
-            azimuth_deg = _on_lattice(azimuth_deg, self.lattice)
+        elevation, azimuth_deg = self._placed(elevation, azimuth_deg)
         distance = uniform(*cfg.camera_distance_range, batch)
         positions = orbit_positions(elevation, torch.deg2rad(azimuth_deg), distance)
         positions = positions + uniform(-cfg.camera_perturb, cfg.camera_perturb, batch, 3)
@@ -254,6 +253,13 @@ class RandomCameras:
             width,
             device,
         )
+
+    def _placed(self, elevation: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
+        """Nominal angles as drawn, elevation in radians and azimuth in degrees, moved to where
+        guidance wants them."""
+        if self.lattice is not None:
+            azimuth_deg = _on_lattice(azimuth_deg, self.lattice)
+        return elevation, azimuth_deg
 
 
 def eval_camera(

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 # A resumed run is the same run: what names it cannot change.
 _FIXED_ON_RESUME = (
     *("prompt", "task", "seed", "model", "output", "name", "tag"),
-    *("guidance.method", "image.exact"),
+    *("guidance.method", "image.exact", "single_view.image", "single_view.recenter"),
 )
 
 
@@ -84,6 +84,9 @@ def parse(argv: Sequence[str]) -> list[Job]:
     early = _early_flags(flags)
     command = _parse_flags(flags, _fitting(_starting_values(early, overrides), early))
     cfg = command.train
+    if not cfg.prompt and cfg.single_view.image is not None:
+        # The run's name.
+        cfg.prompt = cfg.single_view.image.stem
     if command.num_seeds < 1:
         raise ConfigError(f"--num-seeds must be at least 1, got {command.num_seeds}")
     if command.num_seeds > 1 and cfg.tag:
@@ -221,6 +224,7 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
             resolve_device(early.device).type == "cpu",
             early.task or "text",
             early.exact,
+            early.method or "dsd",
         )
     path = Path(early.config)
     if path.suffix != ".json":

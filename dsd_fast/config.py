@@ -28,6 +28,7 @@ from dsd_fast.material import MaterialConfig
 from dsd_fast.mesh import MeshConfig
 from dsd_fast.renderer import RendererConfig
 from dsd_fast.schedules import Schedule
+from dsd_fast.single_view import SingleViewConfig
 
 T = TypeVar("T")
 
@@ -44,6 +45,14 @@ EXACT_STEPS = 50
 # steps and this rate, a scale of 1.5 comes to as much as 4 in a sampler.
 IMAGE_SCALE = 1.5
 IMAGE_SCALE_EXACT = 4.0
+# The same from one picture.
+VIEW_STEPS_GPU = 600
+VIEW_STEPS_CPU = 300
+# Distance and vertical field of view in degrees of the cameras that the models of views know.
+VIEW_CAMERA = (1.75, 50.0)
+ZERO123 = "ashawkey/zero123-xl-diffusers"
+ZERO123_CAMERA = (3.8, 20.0)
+ZERO123_STEPS = 600
 
 
 class ConfigError(ValueError):
@@ -145,8 +154,9 @@ class TrainConfig:
 
     # What to make, for example "an armchair".
     prompt: str = ""
-    # What is optimised: a 3D object ("text"), or a single "image".
-    task: Literal["text", "image"] = "text"
+    # What is made: a 3D object from a prompt ("text") or from one picture of it ("single-view"), or
+    # a single "image".
+    task: Literal["text", "single-view", "image"] = "text"
     # Random seed: other seeds give other objects.
     seed: int = 0
     # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, or a hub id.
@@ -172,6 +182,7 @@ class TrainConfig:
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
+    single_view: SingleViewConfig = dataclasses.field(default_factory=SingleViewConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     cameras: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
@@ -200,7 +211,14 @@ class TrainConfig:
         ):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.task == "text" and self.guidance.method != "dsd":
+            raise ConfigError(
+                f"--guidance.method {self.guidance.method} is for --task single-view alone"
+            )
         schedules = leaves(self.loss, "loss.") | {
+            f"single_view.lambda_{name}": value
+            for name, value in self.single_view.schedules().items()
+        } | {
             "guidance.min_step_percent": self.guidance.min_step_percent,
             "guidance.max_step_percent": self.guidance.max_step_percent,
         }
@@ -252,11 +270,15 @@ def preset(
     on_cpu: bool = False,
     task: str = "text",
     exact: bool = False,
+    method: str = "dsd",
 ) -> TrainConfig:
     """The configuration of a preset, for a run of ``max_steps`` (None: the preset's own length).
 
-    ``exact`` is the exact form of the task "image", whose own length is another.
+    ``exact`` is the exact form of the task "image", whose own length is another; ``method`` that of
+    the guidance, for which the task "single-view" has other levels.
     """
+    if task == "single-view":
+        return _single_view(name, max_steps, on_cpu, method)
     if task == "image" and max_steps is None:
         max_steps = EXACT_STEPS if exact else IMAGE_STEPS
     if name == "embedded":
@@ -364,6 +386,69 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
         ),
         mesh=MeshConfig(resolution=128 if on_cpu else 192),
     )
+
+
+def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) -> TrainConfig:
+    """Settings for one picture: those of Zero-1-to-3 in threestudio (DSD_SPEC 11.2), on the presets
+    "dsd" and "dsd-low-res" as they are, on "embedded" with the small model's camera and size."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    small = name == "embedded"
+    default = (VIEW_STEPS_CPU if on_cpu else VIEW_STEPS_GPU) if small else ZERO123_STEPS
+    steps = max_steps or default
+    cfg = _embedded(steps, on_cpu) if small else TrainConfig(model=ZERO123, preset=name)
+    cfg.task, cfg.max_steps = "single-view", steps
+
+    def at(share: float) -> int:
+        return max(round(share * steps), 1)
+
+    cfg.guidance = GuidanceConfig(
+        method=method,
+        guidance_scale=3.0,
+        use_perp_neg=False,
+        standard_cfg=True,
+        # Views come from so many directions that a table would be filled more often than read.
+        noise_table_step=0,
+    )
+    if method == "sds":
+        cfg.guidance.t_anneal = False
+        cfg.guidance.min_step_percent = (0, 0.4, 0.2, at(1 / 3))
+        cfg.guidance.max_step_percent = (0, 0.85, 0.5, at(1 / 3))
+    distance, fovy = VIEW_CAMERA if small else ZERO123_CAMERA
+    # Rendered size and views a step.
+    stages = ((48, 1), (64, 1)) if on_cpu else ((64, 4), (128, 4))
+    stages = stages if small else ((64, 12), (128, 4), (256, 2))
+    sizes, views = (tuple(column) for column in zip(*stages))
+    cfg.cameras = CameraConfig(
+        width=sizes,
+        height=sizes,
+        batch_size=views,
+        resolution_milestones=(at(0.5),) if small else (at(1 / 3), at(1 / 2)),
+        elevation_range=(-10.0, 80.0),
+        camera_distance_range=(distance, distance),
+        fovy_range=(fovy, fovy),
+        camera_perturb=0.0,
+        center_perturb=0.0,
+        up_perturb=0.0,
+        eval_height=cfg.cameras.eval_height,
+        eval_width=cfg.cameras.eval_width,
+        eval_camera_distance=distance,
+        eval_fovy_deg=fovy,
+    )
+    cfg.loss = LossConfig(
+        lambda_dsd=0.1,
+        lambda_orient=1.0,
+        lambda_sparsity=0.1,
+        lambda_opaque=0.1,
+        lambda_convex=0.0,
+        lambda_z_variance=0.0,
+    )
+    # The box holds the object, and the cameras stand outside.
+    cfg.field.radius = cfg.renderer.radius = 1.0
+    # The picture's light is part of its colours.
+    cfg.material = MaterialConfig(diffuse_prob=0.0, ambient_only_on_test=True)
+    cfg.background = BackgroundConfig(random_aug=False, eval_color=(1.0, 1.0, 1.0))
+    return cfg
 
 
 def resolve_device(name: str) -> torch.device:

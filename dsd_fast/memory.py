@@ -70,7 +70,7 @@ def savings(cfg: TrainConfig) -> list[str]:
     ways = []
     if cfg.diffusion.dtype == "float32":
         ways.append("--diffusion.dtype float16 (half the diffusion model)")
-    in_3d = cfg.task == "text"
+    in_3d = cfg.task != "image"
     if in_3d and largest(cfg.cameras.batch_size) > 1:
         ways.append("--cameras.batch-size 1 (one view a step)")
     if cfg.diffusion.engine != "eager":

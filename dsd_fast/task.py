@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.config import TrainConfig
-from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
+from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, embed_views, load_model
 from dsd_fast.guidance import Guidance, make_guidance
 from dsd_fast.memory import PhaseMemory
 from dsd_fast.optimizer import Adam
@@ -38,6 +38,22 @@ class Task:
     def view_dependent(self, cfg: TrainConfig) -> bool:
         """Whether prompts name the view."""
         return cfg.text.view_dependent
+
+    def load(
+        self, cfg: TrainConfig, device: torch.device, dtype: torch.dtype | None
+    ) -> tuple[DiffusionModel, Any]:
+        """The model, and what its guidance is conditioned on: the prompts' embeddings."""
+        model = load_model(cfg.model, device, dtype, engine=cfg.diffusion.engine)
+        prompts = embed_views(
+            model,
+            cfg.prompt,
+            cfg.text.negative,
+            prefix=cfg.text.prefix,
+            view_dependent=self.view_dependent(cfg),
+            overrides=cfg.text.overrides(),
+            poor=cfg.text.poor if cfg.guidance.method == "nfsd" else None,
+        )
+        return model, prompts
 
     def optimizer(self, scene: Any, cfg: TrainConfig, device: torch.device) -> Adam:
         raise NotImplementedError

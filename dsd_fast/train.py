@@ -1,4 +1,5 @@
-"""From a prompt and a seed to a 3D object, or to an image (`--task image`).
+"""From a prompt and a seed to a 3D object, or to an image (`--task image`); from one picture to an
+object (`--task single-view`).
 
 python -m dsd_fast.train --prompt "an armchair" --seed 0
 python -m dsd_fast.train --prompt "an armchair" --seed 0 --resume auto
@@ -21,13 +22,13 @@ from dsd_fast._backend import keep_freed_memory
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.cli import Job
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
-from dsd_fast.diffusion import embed_views, load_model
 from dsd_fast.guidance import Guidance, seed_noise
 from dsd_fast.image_task import ImageTask
 from dsd_fast.interruption import Interruption
 from dsd_fast.outputs import OutputError, RunFolder
 from dsd_fast.progress import Reporter, set_up_logging
 from dsd_fast.rng import RngStreams
+from dsd_fast.single_view_task import SingleViewTask
 from dsd_fast.state import TrainState
 from dsd_fast.task import Task
 from dsd_fast.text_task import TextTask
@@ -35,7 +36,11 @@ from dsd_fast.text_task import TextTask
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.train")
 
-TASKS: dict[str, Task] = {"text": TextTask(), "image": ImageTask()}
+TASKS: dict[str, Task] = {
+    "text": TextTask(),
+    "single-view": SingleViewTask(),
+    "image": ImageTask(),
+}
 
 # Pictures, video and mesh of a run, with room to spare.
 OUTPUT_BYTES = 64 * 2**20
@@ -222,16 +227,7 @@ def _build(
         job.folder.prepare(checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES)
 
     dtype = None if cfg.diffusion.dtype == "auto" else getattr(torch, cfg.diffusion.dtype)
-    model = load_model(cfg.model, device, dtype, engine=cfg.diffusion.engine)
-    prompts = embed_views(
-        model,
-        cfg.prompt,
-        cfg.text.negative,
-        prefix=cfg.text.prefix,
-        view_dependent=task.view_dependent(cfg),
-        overrides=cfg.text.overrides(),
-        poor=cfg.text.poor if cfg.guidance.method == "nfsd" else None,
-    )
+    model, prompts = task.load(cfg, device, dtype)
     latent_shape = (1, model.latent_channels, model.latent_size, model.latent_size)
     states = []
     for scene, rng in zip(scenes, rngs):

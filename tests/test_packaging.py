@@ -196,10 +196,10 @@ LAYERS = [
     {"diffusion"},
     {"guidance"},
     {"checkpoint", "config", "image", "interruption", "memory", "official", "optimizer"}
-    | {"outputs", "pictures", "progress", "scene", "state"},
-    {"step"},
+    | {"outputs", "pictures", "progress", "scene", "single_view", "state"},
+    {"single_view_step", "step"},
     {"task"},
-    {"image_task", "text_task"},
+    {"image_task", "single_view_task", "text_task"},
     {"build_engine", "cli", "evaluate", "export", "info", "prior", "sample", "train"},
 ]
 

@@ -532,7 +532,7 @@ def test_export_needs_no_diffusion_model(runner, tmp_path, monkeypatch, caplog):
     def refuse(*_, **__):
         raise AssertionError("the diffusion model was loaded")
 
-    monkeypatch.setattr(module, "load_model", refuse)
+    monkeypatch.setattr("dsd_fast.task.load_model", refuse)
     run = str(runner.run.path)
     assert export.main([run, "--device", "cpu"]) == 0
     assert runner.run.mesh.read_bytes() == trained

@@ -42,7 +42,6 @@ def build_tiny_model(
     Returns:
         the folder, ready for `load_model`.
     """
-    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(seed)
@@ -62,18 +61,7 @@ def build_tiny_model(
         )
     )
     text.save_pretrained(folder / "text_encoder")
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=latent_size,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=16,
-    )
+    unet = _unet(latent_size)
     unet.save_pretrained(folder / "unet")
     _vae(vae).save_pretrained(folder / "vae")
     config = {
@@ -94,6 +82,48 @@ def build_tiny_model(
             "scheduler": ["diffusers", "DDIMScheduler"],
         },
     )
+    return folder
+
+
+def build_tiny_view_model(folder: Path, *, clip: bool = True, seed: int = 0) -> Path:
+    """Write a Zero-1-to-3 model into `folder`, ready for `load_view_model`.
+
+    Args:
+        clip: with image_encoder and clip_camera_projection, as diffusers stores Zero-1-to-3; else
+            with a camera_projection that reads latents, as the small prior's.
+    """
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from dsd_fast.diffusion.reference import CameraProjection, latent_feature_width
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    width, features = 16, 12 if clip else latent_feature_width(4)
+    _unet(8, in_channels=8).save_pretrained(folder / "unet")
+    _vae("kl").save_pretrained(folder / "vae")
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "DDIMScheduler", **SCHEDULER},
+    )
+    name = "clip_camera_projection" if clip else "camera_projection"
+    projection = CameraProjection(features, width)
+    (folder / name).mkdir(exist_ok=True)
+    save_file(projection.state_dict(), folder / name / "diffusion_pytorch_model.safetensors")
+    if clip:
+        encoder = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+                projection_dim=features,
+            )
+        )
+        encoder.save_pretrained(folder / "image_encoder")
+    _write_json(folder / "model_index.json", {"_class_name": "Zero1to3Pipeline"})
     return folder
 
 
@@ -127,6 +157,23 @@ def toy_model(latent_size: int = 6, **kwargs: object) -> DiffusionModel:
         alphas_cumprod=alphas_cumprod(SCHEDULER),
         latent_size=latent_size,
         **kwargs,
+    )
+
+
+def _unet(latent_size: int, in_channels: int = 4) -> torch.nn.Module:
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=in_channels,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
     )
 
 

@@ -23,6 +23,10 @@ _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _WEIGHTS["text_encoder"] = "model"
 # The tokenizer is either one file (transformers 5) or a vocabulary with its merges.
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# What a view model's folder may call its camera projection.
+PROJECTIONS = ("camera_projection", "clip_camera_projection", "cc_projection")
+# In model_index.json: a folder to take the VAE from, relative to the model's own.
+_VAE_FOLDER = "_vae_folder"
 _CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -44,6 +48,8 @@ class PipelineFolder:
     configs: dict[str, dict[str, Any]]
     weights: dict[str, list[Path]]
     variants: dict[str, str | None]
+    # Where each piece lies.
+    places: dict[str, Path]
 
     @property
     def weight_files(self) -> list[Path]:
@@ -79,7 +85,65 @@ def inspect_folder(path: Path) -> PipelineFolder:
     for piece, stem in _WEIGHTS.items():
         weights[piece], variants[piece] = _find_weights(path / piece, stem)
     _check_configs(path, configs)
-    return PipelineFolder(path, configs, weights, variants)
+    places = {piece: path / piece for piece in _CONFIGS}
+    return PipelineFolder(path, configs, weights, variants, places)
+
+
+def is_view_folder(path: Path) -> bool:
+    """Whether a folder holds a model of views, which `inspect_view_folder` takes."""
+    return any((path / name).is_dir() for name in PROJECTIONS)
+
+
+def inspect_view_folder(path: Path) -> PipelineFolder:
+    """Check that a folder holds every piece of a Zero-1-to-3 model.
+
+    That is unet (8 input channels), vae, scheduler, a camera projection and, unless the projection
+    reads latents, image_encoder (CLIPVisionModelWithProjection). The VAE may lie in another folder
+    that `_vae_folder` in model_index.json names. The projection's key in `weights` is "projection".
+
+    Raises:
+        FileNotFoundError, ValueError: as `inspect_folder`.
+    """
+    if not path.is_dir():
+        what = "a file, not a folder" if path.exists() else "nothing"
+        raise FileNotFoundError(
+            f"view model {path}: expected a folder with unet, vae, scheduler and a camera "
+            f"projection, as diffusers stores Zero-1-to-3; found {what}"
+        )
+    _require(path, "model_index.json", "it is the mark of a diffusers pipeline folder")
+    projections = [name for name in PROJECTIONS if (path / name).is_dir()]
+    if not projections:
+        raise FileNotFoundError(
+            f"view model {path}: expected a folder {' or '.join(PROJECTIONS)}, found "
+            f"{_listing(path)}; a text-to-image model cannot say what other views look like"
+        )
+    places = {name: path / name for name in ("unet", "vae", "scheduler", "image_encoder")}
+    places["projection"] = path / projections[0]
+    elsewhere = _read_json(path / "model_index.json").get(_VAE_FOLDER)
+    if elsewhere is not None:
+        places["vae"] = (path / str(elsewhere)).resolve()
+    if projections[0] == PROJECTIONS[0]:
+        del places["image_encoder"]
+
+    configs, weights, variants = {}, {}, {}
+    for piece, place in places.items():
+        if piece != "projection":
+            name = _CONFIGS.get(piece, "config.json")
+            _require(place, name)
+            configs[piece] = _read_json(place / name)
+        if piece != "scheduler":
+            stem = "model" if piece == "image_encoder" else "diffusion_pytorch_model"
+            weights[piece], variants[piece] = _find_weights(place, stem)
+    _check_classes(path, configs)
+    channels = configs["vae"].get("latent_channels", 4)
+    found = tuple(configs["unet"].get(key, 4) for key in ("in_channels", "out_channels"))
+    if found != (2 * channels, channels):
+        raise ValueError(
+            f"{path}: the unet has {found[0]} input and {found[1]} output channels; expected "
+            f"{2 * channels} and {channels}: noisy latents beside those of the reference picture"
+        )
+    _check_levels(configs)
+    return PipelineFolder(path, configs, weights, variants, places)
 
 
 def load_component(cls: type, folder: Path, *, variant: str | None = None, **kwargs: Any) -> Any:
@@ -188,7 +252,8 @@ def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
     )
 
 
-def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
+def _check_classes(path: Path, configs: dict[str, dict[str, Any]]) -> None:
+    """UNet and VAE of known classes, conditioned on what guidance provides."""
     for piece, allowed in _CLASSES.items():
         name = configs[piece].get("_class_name")
         if name not in allowed:
@@ -196,7 +261,7 @@ def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
                 f"{path / piece}: {piece} of class {name!r} is not supported, "
                 f"expected {' or '.join(allowed)}"
             )
-    unet, vae = configs["unet"], configs["vae"]
+    unet = configs["unet"]
     for key, allowed_values in _FOREIGN_UNET_KEYS.items():
         if unet.get(key) not in allowed_values:
             raise ValueError(
@@ -204,6 +269,16 @@ def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
                 "conditioned on text embeddings alone, as in Stable Diffusion 1 and 2"
             )
     latent_size(unet)
+
+
+def _check_levels(configs: dict[str, dict[str, Any]]) -> None:
+    noise_schedule.prediction_type(configs["scheduler"])
+    noise_schedule.alphas_cumprod(configs["scheduler"])
+
+
+def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
+    _check_classes(path, configs)
+    unet, vae = configs["unet"], configs["vae"]
     channels = vae.get("latent_channels", 4)
     for key in ("in_channels", "out_channels"):
         if unet.get(key, 4) != channels:
@@ -217,5 +292,4 @@ def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
             f"{path}: the unet reads text embeddings of width "
             f"{unet.get('cross_attention_dim', 1280)}, the text encoder gives {width}"
         )
-    noise_schedule.prediction_type(configs["scheduler"])
-    noise_schedule.alphas_cumprod(configs["scheduler"])
+    _check_levels(configs)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from dsd_fast.diffusion import noise_schedule
 from dsd_fast.diffusion.components import (
+    PROJECTIONS,
     PipelineFolder,
     inspect_folder,
+    inspect_view_folder,
     latent_size,
     load_component,
     quiet,
 )
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.reference import latent_feature_width
 from dsd_fast.diffusion.text import ClipText
+from dsd_fast.diffusion.view_model import ViewModel, load_projection
 
 EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "prior"
+_VIEWS_FOLDER = _EMBEDDED_FOLDER.parent / "view_prior"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Only what is read: no pickles, no second precision, no safety checker.
 _HUB_FILES = [
@@ -29,6 +35,12 @@ _HUB_FILES = [
     "scheduler/*.json",
     *(f"{piece}/*.json" for piece in ("unet", "vae", "text_encoder")),
     *(f"{piece}/*.safetensors" for piece in ("unet", "vae", "text_encoder")),
+]
+_VIEW_HUB_FILES = [
+    "model_index.json",
+    "scheduler/*.json",
+    *(f"{piece}/*.json" for piece in ("unet", "vae", "image_encoder", *PROJECTIONS)),
+    *(f"{piece}/*.safetensors" for piece in ("unet", "vae", "image_encoder", *PROJECTIONS)),
 ]
 _HUB_IGNORED = ["*.fp16.*", "*non_ema*"]
 
@@ -55,43 +67,101 @@ def load_model(
         ValueError: unsupported configuration, or weights that do not fit it.
         ConnectionError: a hub id that can be neither found nor downloaded.
     """
+    folder = inspect_folder(resolve(path_or_id))
+    unet, vae, others = _networks(folder, device, dtype)
+    text = ClipText(folder.path, others["device"], folder.variants["text_encoder"])
+    return _released(DiffusionModel(unet, vae, text, **others, engine=engine))
+
+
+def load_view_model(
+    path_or_id: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    engine: str = "auto",
+) -> ViewModel:
+    """Load a Zero-1-to-3 model for guidance; `ViewModel.condition` gives it its picture.
+
+    Args:
+        path_or_id: a folder with unet, vae, scheduler, image_encoder and a camera projection
+            (`clip_camera_projection` or `cc_projection`), as diffusers stores Zero-1-to-3, a hub id
+            of one, or "embedded" for the small model that ships with the package.
+        device, dtype, engine: as for `load_model`.
+    Raises:
+        FileNotFoundError, ValueError, ConnectionError: as `load_model`.
+    """
+    embedded = str(path_or_id) == EMBEDDED
+    path = _embedded(_VIEWS_FOLDER) if embedded else resolve(path_or_id, _VIEW_HUB_FILES)
+    folder = inspect_view_folder(path)
+    unet, vae, others = _networks(folder, device, dtype)
+    encoder = None
+    if "image_encoder" in folder.places:
+        with quiet():
+            from transformers import CLIPVisionModelWithProjection
+
+        encoder = load_component(
+            CLIPVisionModelWithProjection,
+            folder.places["image_encoder"],
+            variant=folder.variants["image_encoder"],
+            torch_dtype=next(vae.parameters()).dtype,
+        )
+        encoder = encoder.to(others["device"]).eval().requires_grad_(False)
+        features = encoder.config.projection_dim
+    else:
+        features = latent_feature_width(others["latent_channels"])
+    projection = load_projection(folder.weights["projection"], features)
+    width = folder.configs["unet"].get("cross_attention_dim", 1280)
+    if projection.proj.out_features != width:
+        raise ValueError(
+            f"{folder.places['projection']}: the projection gives context of width "
+            f"{projection.proj.out_features}, the unet reads {width}"
+        )
+    projection = projection.to(others["device"])
+    return _released(ViewModel(unet, vae, projection, encoder, **others, engine=engine))
+
+
+def _networks(
+    folder: PipelineFolder, device: torch.device | str, dtype: torch.dtype | None
+) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, Any]]:
+    """UNet and VAE on the device, and what else a DiffusionModel is told of them, by name."""
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("float16 is not supported on the CPU; use float32 or bfloat16")
     vae_dtype = dtype if device.type == "cuda" else torch.float32
-    folder = inspect_folder(resolve(path_or_id))
     with quiet():
         import diffusers
 
     def read(piece: str, piece_dtype: torch.dtype) -> torch.nn.Module:
         cls = getattr(diffusers, folder.configs[piece]["_class_name"])
         return load_component(
-            cls, folder.path / piece, variant=folder.variants[piece], torch_dtype=piece_dtype
+            cls, folder.places[piece], variant=folder.variants[piece], torch_dtype=piece_dtype
         )
 
     # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
     unet = read("unet", dtype).to(device, memory_format=torch.channels_last)
     vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
-    vae_config = folder.configs["vae"]
-    model = DiffusionModel(
-        unet,
-        vae,
-        ClipText(folder.path, device, folder.variants["text_encoder"]),
-        alphas_cumprod=noise_schedule.alphas_cumprod(folder.configs["scheduler"]),
-        prediction_type=noise_schedule.prediction_type(folder.configs["scheduler"]),
-        latent_channels=vae.config.latent_channels,
-        latent_size=latent_size(folder.configs["unet"]),
-        vae_factor=_vae_factor(folder),
-        scaling_factor=vae.config.scaling_factor,
-        shift_factor=vae_config.get("shift_factor") or 0.0,
-        device=device,
-        path=folder.path,
-        weight_files=folder.weight_files,
-        engine=engine,
-    )
-    if device.type == "cuda":
+    return unet, vae, {
+        "alphas_cumprod": noise_schedule.alphas_cumprod(folder.configs["scheduler"]),
+        "prediction_type": noise_schedule.prediction_type(folder.configs["scheduler"]),
+        "latent_channels": vae.config.latent_channels,
+        "latent_size": latent_size(folder.configs["unet"]),
+        "vae_factor": _vae_factor(folder),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": folder.configs["vae"].get("shift_factor") or 0.0,
+        "device": device,
+        "path": folder.path,
+        "weight_files": folder.weight_files,
+    }
+
+
+Model = TypeVar("Model", bound=DiffusionModel)
+
+
+def _released(model: Model) -> Model:
+    """The model with only what training needs on a GPU."""
+    if model.device.type == "cuda":
         model.release_decoder()
     return model
 
@@ -112,29 +182,36 @@ def picture_shape(path_or_id: str | Path) -> PictureShape:
     return PictureShape(channels, side, side * _vae_factor(folder))
 
 
-def resolve(path_or_id: str | Path) -> Path:
-    """The local folder of a model: a folder wins over a hub id of the same spelling."""
+def resolve(path_or_id: str | Path, hub_files: Sequence[str] = _HUB_FILES) -> Path:
+    """The local folder of a model: a folder wins over a hub id of the same spelling.
+
+    Of a hub id the files whose names match `hub_files` are downloaded.
+    """
     text = str(path_or_id)
     if text == EMBEDDED:
-        if not _EMBEDDED_FOLDER.is_dir():
-            raise FileNotFoundError(
-                f"the embedded prior is missing: expected {_EMBEDDED_FOLDER}; reinstall the "
-                "package, or pass a Stable Diffusion folder with --model"
-            )
-        return _EMBEDDED_FOLDER
+        return _embedded(_EMBEDDED_FOLDER)
     path = Path(path_or_id).expanduser()
     if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(text):
         return path
-    return _download(text)
+    return _download(text, hub_files)
 
 
-def _download(hub_id: str) -> Path:
+def _embedded(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the embedded prior is missing: expected {folder}; reinstall the "
+            "package, or pass a folder of another model with --model"
+        )
+    return folder
+
+
+def _download(hub_id: str, files: Sequence[str]) -> Path:
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+                hub_id, allow_patterns=list(files), ignore_patterns=_HUB_IGNORED
             )
         )
     # Offline mode, no network, no such repository and no permission have unrelated types there.

@@ -20,10 +20,13 @@ from torch.autograd.function import once_differentiable
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS, noise_of_velocity
 from dsd_fast.diffusion.text import PromptEmbeddings
+from dsd_fast.guidance import fused
 from dsd_fast.guidance.fused import WEIGHTINGS, Batch
 from dsd_fast.guidance.plan import Plan
+from dsd_fast.guidance.prompt import TextMix, text_mix
 from dsd_fast.guidance.schedule import random_timesteps, shifted_level, timestep
 from dsd_fast.schedules import Schedule, ScheduleValue
+from dsd_fast.upload import Pack
 
 METHODS = ("dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
 TRAJECTORIES = ("exact", "cached")
@@ -154,8 +157,7 @@ class Guidance:
         self.max_steps = max_steps
         self.min_percent = Schedule.parse(cfg.min_step_percent)
         self.max_percent = Schedule.parse(cfg.max_step_percent)
-        # What text rows are mixed from.
-        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(model.device)
+        self._condition(prompts)
         self._abar = model.alphas_cumprod.to(model.device, torch.float32)
         self._n_seeds = noise.shape[0]
         self.load_state_dict({"noise": noise})
@@ -309,6 +311,25 @@ class Guidance:
             return eps
         return noise_of_velocity(eps.float(), batch.rows.float(), self._abar[batch.levels])
 
+    # ---- what predictions are conditioned on ----------------------------------------------------
+
+    def _condition(self, prompts: PromptEmbeddings) -> None:
+        """Take over what rows of the UNet's batch are made of."""
+        # What text rows are mixed from.
+        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(self.model.device)
+
+    def _rows_of(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> TextMix:
+        """What decides the text rows of cameras at these angles [B], on the CPU."""
+        return text_mix(elevation_deg, azimuth_deg, self.cfg.use_perp_neg)
+
+    def _text(self, rows: Mapping[str, Tensor] | Pack) -> Tensor:
+        """Text rows [N,L,D] in the UNet's dtype, of the columns of `_rows_of` on the device."""
+        return fused.text(
+            self._bank, rows["first"], rows["second"], rows["share"], self.model.dtype
+        )
+
+    # ---- checks ---------------------------------------------------------------------------------
+
     def _check_seeds(self, n_items: int) -> None:
         if self._n_seeds not in (1, n_items):
             raise ValueError(
@@ -370,6 +391,11 @@ def angles(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[
         for angle in (elevation_deg, azimuth_deg)
     )
     return elevation, azimuth
+
+
+def row_columns(mix: TextMix) -> dict[str, Tensor]:
+    """The fields of a mix that have an entry a row, by name."""
+    return {name: value for name, value in mix._asdict().items() if name != "weights"}
 
 
 def levels_of(name: str, value: Tensor | int, n_items: int) -> Tensor:

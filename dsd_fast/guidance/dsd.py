@@ -30,10 +30,11 @@ from dsd_fast.guidance.base import (
     angles,
     distillation_loss,
     levels_of,
+    row_columns,
 )
 from dsd_fast.guidance.fused import WEIGHTINGS, Batch, Guide
 from dsd_fast.guidance.plan import Plan, PlanKind
-from dsd_fast.guidance.prompt import TextMix, expand_rows, text_mix, wrapped
+from dsd_fast.guidance.prompt import TextMix, expand_rows, wrapped
 from dsd_fast.guidance.schedule import ode_grid
 from dsd_fast.guidance.tables import TrajectoryTables
 from dsd_fast.guidance.trajectory import Predictor, ViewBins, signal_and_noise, simulate
@@ -107,7 +108,6 @@ class DSDGuidance(Guidance):
         noise: Tensor,
         max_steps: int,
     ):
-        self._bins = ViewBins(cfg.azimuth_bins, cfg.use_perp_neg)
         self._grid = ode_grid(cfg.n_ddim_steps)
         self._done = torch.zeros((), dtype=torch.int32, device=model.device)
         super().__init__(cfg, model, prompts, noise, max_steps)
@@ -127,7 +127,7 @@ class DSDGuidance(Guidance):
         self._check_seeds(n_items)
         t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
         shared = torch.equal(t, t_delta)
-        views = text_mix(elevation, azimuth, self.cfg.use_perp_neg)
+        views = self._rows_of(elevation, azimuth)
         tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(azimuth) < 0}
         calls = [views] if shared else [views, views]
         if self.cfg.trajectory == "exact":
@@ -151,8 +151,9 @@ class DSDGuidance(Guidance):
                 calls.insert(0, own)
                 if own.weights is not None:
                     tensors["bin_weights"] = own.weights
-        for name in ("first", "second", "share"):
-            tensors[name] = torch.cat([getattr(mix, name) for mix in calls])
+        columns = [row_columns(mix) for mix in calls]
+        for name in columns[0]:
+            tensors[name] = torch.cat([column[name] for column in columns])
         if views.weights is not None:
             tensors["weights"] = views.weights
         kind = PlanKind(n_items, noise, shared)
@@ -171,9 +172,7 @@ class DSDGuidance(Guidance):
         tensors, cfg = plan.tensors, self.cfg
         guide = self._guide(tensors["weights"] if cfg.use_perp_neg else None)
         with torch.no_grad():
-            text = fused.text(
-                self._bank, tensors["first"], tensors["second"], tensors["share"], self.model.dtype
-            )
+            text = self._text(tensors)
             linked = self._link(x, plan, guide, text)
             eps = self._predict(linked, text[-len(linked.rows) :])
             scales = (_RENDERING_SCALE, cfg.guidance_scale)
@@ -279,14 +278,18 @@ class DSDGuidance(Guidance):
         """Guided noise of one item on the trajectory of a bin, [1,C,h,w]."""
         device = self.model.device
         mix = self._bin_text([view])
-        rows = (upload(tensor, device) for tensor in (mix.first, mix.second, mix.share))
-        eps = self._predict(batch, fused.text(self._bank, *rows, self.model.dtype))
+        rows = {name: upload(column, device) for name, column in row_columns(mix).items()}
+        eps = self._predict(batch, self._text(rows))
         weights = None if mix.weights is None else upload(mix.weights, device)
         return fused.combine(eps, self._guide(weights), self.cfg.guidance_scale)
 
     def _bin_text(self, bins: list[int]) -> TextMix:
         cameras = torch.tensor([self._bins.camera(view) for view in bins])  # [B,2]
-        return text_mix(cameras[:, 0], cameras[:, 1], self.cfg.use_perp_neg)
+        return self._rows_of(cameras[:, 0], cameras[:, 1])
+
+    def _condition(self, prompts: PromptEmbeddings) -> None:
+        super()._condition(prompts)
+        self._bins = ViewBins(self.cfg.azimuth_bins, self.cfg.use_perp_neg)
 
     def _guide(self, weights: Tensor | None) -> Guide:
         return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)

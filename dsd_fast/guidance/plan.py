@@ -31,7 +31,8 @@ class Plan:
     Attributes: `kind`; `t`, `t_delta`: int64 [B] on the CPU; `tensors`: a `Pack` on the device with
     - t, t_delta: int64 [B]; mirrored: bool [B], views that see the trajectory's mirror image;
     - first, second: int64 [N] and share: float32 [N], the text rows of every UNet call of the step,
-      one call after the other (`prompt.TextMix`);
+      one call after the other (`prompt.TextMix`), or pose and known of the rows of a model of views
+      (`views.PoseRows`);
     - weights: float32 [B,2], of the views' negatives, where there are any;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
     - tabulated: prediction, below: int64 [B], mix: float32 [B];

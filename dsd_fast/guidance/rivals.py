@@ -25,10 +25,11 @@ from dsd_fast.guidance.base import (
     angles,
     distillation_loss,
     levels_of,
+    row_columns,
 )
 from dsd_fast.guidance.fused import Batch, Guide
 from dsd_fast.guidance.plan import Plan, PlanKind
-from dsd_fast.guidance.prompt import expand_rows, text_mix
+from dsd_fast.guidance.prompt import expand_rows
 from dsd_fast.guidance.trajectory import ddim_step
 from dsd_fast.upload import upload
 
@@ -77,9 +78,9 @@ class Rival(Guidance):
         n_items = elevation.numel()
         self._check_seeds(n_items)
         t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
-        mix = text_mix(elevation, azimuth, self.cfg.use_perp_neg)
-        tensors = {"t": t, "t_delta": t_delta, "first": mix.first, "second": mix.second}
-        tensors |= {"share": mix.share, "elevation": elevation, "azimuth": azimuth}
+        mix = self._rows_of(elevation, azimuth)
+        tensors = {"t": t, "t_delta": t_delta, "elevation": elevation, "azimuth": azimuth}
+        tensors |= row_columns(mix)
         if mix.weights is not None:
             tensors["weights"] = mix.weights
         chance = dict(chance or {})
@@ -131,11 +132,6 @@ class Rival(Guidance):
         alpha, sigma = self._signal(t)
         return alpha * x + sigma * eps
 
-    def _text(self, plan: Plan) -> Tensor:
-        tensors = plan.tensors
-        rows = (tensors["first"], tensors["second"], tensors["share"])
-        return fused.text(self._bank, *rows, self.model.dtype)
-
     def _rows(self, z: Tensor, t: Tensor) -> Batch:
         """The UNet's batch for z [B,C,h,w] at levels t [B]."""
         perp_neg = self.cfg.use_perp_neg
@@ -162,7 +158,7 @@ class SDS(Rival):
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         eps = plan.tensors["eps"]
         noisy = self._noisy(x, eps, plan.tensors["t"])
-        parts = self._parts(noisy, plan.tensors["t"], self._text(plan), plan)
+        parts = self._parts(noisy, plan.tensors["t"], self._text(plan.tensors), plan)
         return parts.at(self.cfg.guidance_scale) - eps, noisy
 
 
@@ -171,7 +167,7 @@ class CSD(Rival):
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         noisy = self._noisy(x, plan.tensors["eps"], plan.tensors["t"])
-        parts = self._parts(noisy, plan.tensors["t"], self._text(plan), plan)
+        parts = self._parts(noisy, plan.tensors["t"], self._text(plan.tensors), plan)
         return self.cfg.guidance_scale * parts.toward, noisy
 
 
@@ -200,7 +196,7 @@ class NFSD(Rival):
         noisy = self._noisy(x, plan.tensors["eps"], t)
         batch, n_items = self._rows(noisy, t), len(x)
         rows = torch.cat([batch.rows, noisy.to(self.model.dtype)])
-        text = torch.cat([self._text(plan), self._poor.expand(n_items, -1, -1)])
+        text = torch.cat([self._text(plan.tensors), self._poor.expand(n_items, -1, -1)])
         eps = self._predict(Batch(noisy, rows, torch.cat([batch.levels, t])), text)
         parts = self._taken_apart(eps[:-n_items].contiguous(), plan)
         has_noise = (t >= self.FREE_OF_NOISE).view(-1, 1, 1, 1)
@@ -215,7 +211,7 @@ class ASD(Rival):
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         tensors = plan.tensors
         t, later, eps = tensors["t"], tensors["t_delta"], tensors["eps"]
-        noisy, text = self._noisy(x, eps, t), self._text(plan)
+        noisy, text = self._noisy(x, eps, t), self._text(plan.tensors)
         batch, n_items = self._rows(noisy, t), len(x)
         rows = torch.cat([batch.rows, self._noisy(x, eps, later).to(self.model.dtype)])
         text = torch.cat([text, text[:n_items]])
@@ -240,7 +236,7 @@ class FSD(Rival):
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         eps = self.noise_of_views(plan.tensors["elevation"], plan.tensors["azimuth"])
         noisy = self._noisy(x, eps, plan.tensors["t"])
-        parts = self._parts(noisy, plan.tensors["t"], self._text(plan), plan)
+        parts = self._parts(noisy, plan.tensors["t"], self._text(plan.tensors), plan)
         return parts.at(self.cfg.guidance_scale) - eps, noisy
 
     def noise_of_views(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> Tensor:
@@ -278,7 +274,7 @@ class ISM(Rival):
         return False
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        text, n_items = self._text(plan), len(x)
+        text, n_items = self._text(plan.tensors), len(x)
         t = plan.t
         s = (t - self.INTERVAL).clamp_min(0)
         unconditional = text[n_items : 2 * n_items]
@@ -346,7 +342,7 @@ class SDI(Rival):
         return False
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        text, t, end = self._text(plan), plan.t, plan.t_delta
+        text, t, end = self._text(plan.tensors), plan.t, plan.t_delta
         kappa = self._inverted(x, t, end, text, plan)
         noisy = self._noisy(x, kappa, plan.tensors["t"])
         parts = self._parts(noisy, plan.tensors["t"], text, plan)

@@ -76,7 +76,7 @@ class VSD(Rival):
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         tensors, n_items = plan.tensors, len(x)
-        t, text = tensors["t"], self._text(plan)
+        t, text = tensors["t"], self._text(tensors)
         noisy = self._noisy(x, tensors["eps"], t)
         parts = self._parts(noisy, t, text, plan)
         positive = text[:n_items]

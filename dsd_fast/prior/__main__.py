@@ -10,6 +10,17 @@
     python -m dsd_fast.prior evaluate --views views --out report
     python -m dsd_fast.prior sheet --out report
     python -m dsd_fast.prior turntables --pack models.pack --out real --prompts "an armchair"
+
+The pose-conditioned prior beside it, for the reconstruction of one picture:
+
+    python -m dsd_fast.prior render --pack models.pack --out orbits --views-per-model 120 \\
+        --views-per-orbit 12
+    torchrun --nproc-per-node gpu -m dsd_fast.prior train-views --views orbits --out state
+    python -m dsd_fast.prior export-views --state state --out dsd_fast/assets/view_prior --share-vae
+    python -m dsd_fast.prior evaluate-views --views orbits --out report
+    torchrun --nproc-per-node gpu -m dsd_fast.prior train-views --views orbits --out state \\
+        --resume dsd_fast/assets/view_prior                                        # another piece
+    python -m dsd_fast.prior render-objects --pack models.pack --out objects   # of held-out models
 """
 
 from __future__ import annotations
@@ -46,6 +57,8 @@ class RenderConfig:
     out: Path
     # Views of each model.
     views_per_model: int = 144
+    # Views that share light and paint, for pairs of one object (train-views); 0: each its own.
+    views_per_orbit: int = 0
     # Processes, each with an EGL context.
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     # EGL device.
@@ -84,6 +97,7 @@ def render(cfg: RenderConfig) -> None:
         cfg.seed,
         cfg.device_index,
         report("rendered"),
+        cfg.views_per_orbit,
     )
 
 
@@ -133,7 +147,7 @@ def main() -> None:
     """Run the command named by the first argument, with the rest as its flags."""
     import tyro
 
-    from dsd_fast.prior import evaluate, train, turntables
+    from dsd_fast.prior import evaluate, evaluate_views, objects, train, train_views, turntables
 
     commands = {
         "pack": (PackConfig, pack),
@@ -142,6 +156,10 @@ def main() -> None:
         "train-unet": (train.UnetConfig, train.train_unet),
         "export": (ExportConfig, export),
         "evaluate": (evaluate.EvaluateConfig, evaluate.evaluate),
+        "train-views": (train_views.ViewTrainConfig, train_views.train_views),
+        "export-views": (train_views.ViewExportConfig, train_views.export_views),
+        "evaluate-views": (evaluate_views.ViewEvaluateConfig, evaluate_views.evaluate_views),
+        "render-objects": (objects.ObjectsConfig, objects.render_objects),
         "sheet": (evaluate.SampleConfig, evaluate.sample_sheet),
         "turntables": (turntables.TurntableConfig, turntables.write_turntables),
     }

@@ -28,9 +28,10 @@ LIBRARIES = {
 
 HEADER = """# Credits of the embedded prior
 
-The weights in this folder were trained on images of the {count} 3D models listed below. They come
-from the Sweet Home 3D furniture libraries 1.8 (https://www.sweethome3d.com), packaged by Debian as
-`sweethome3d-furniture` 1.8-1, where Emmanuel Puybaret / eTeks collected and converted them.
+The weights in this folder, and those in the folder `view_prior` beside it, were trained on images
+of the {count} 3D models listed below. They come from the Sweet Home 3D furniture libraries 1.8
+(https://www.sweethome3d.com), packaged by Debian as `sweethome3d-furniture` 1.8-1, where Emmanuel
+Puybaret / eTeks collected and converted them.
 
 Changes made to the models: they were turned to common axes, centred, scaled to one size and
 quantised; textures were made smaller; they were rendered as images from many views, under many

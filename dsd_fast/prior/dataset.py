@@ -74,8 +74,12 @@ def composite(rgba: torch.Tensor, mirror: bool = False) -> torch.Tensor:
 META_COLUMNS = ("noun", "view", "azimuth", "elevation", "distance", "fovy", "caption")
 
 
-def _open(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[str]]]:
+def open_views(
+    folder: Path, extra: Sequence[str] = ()
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[str]]]:
     """Pixels (memory-mapped), columns and index of a folder that `render_views` wrote.
+
+    extra: columns besides META_COLUMNS.
 
     Raises:
         FileNotFoundError: the folder or one of its three files is missing.
@@ -91,14 +95,15 @@ def _open(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, li
         )
     rgba = np.load(folder / "rgba.npy", mmap_mode="r")
     with np.load(folder / "meta.npz") as file:
-        meta = {name: file[name] for name in META_COLUMNS if name in file}
+        wanted = (*META_COLUMNS, *extra)
+        meta = {name: file[name] for name in wanted if name in file}
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    absent = [name for name in META_COLUMNS if name not in meta]
+    absent = [name for name in wanted if name not in meta]
     absent += [name for name in ("nouns", "captions") if name not in index]
     side = models.IMAGE_SIZE
     if absent or rgba.shape[1:] != (side, side, 4) or rgba.dtype != np.uint8:
         raise ValueError(
-            f"{folder}: expected views [N,{side},{side},4] uint8 with {', '.join(META_COLUMNS)}, "
+            f"{folder}: expected views [N,{side},{side},4] uint8 with {', '.join(wanted)}, "
             f"nouns and captions, got {list(rgba.shape)} {rgba.dtype}"
             + (f" without {', '.join(absent)}" if absent else "")
             + "; render them again with `python -m dsd_fast.prior render`"
@@ -136,7 +141,7 @@ class Views:
         size: int = 1,
         held_out: bool = False,
     ) -> None:
-        rgba, meta, index = _open(folder)
+        rgba, meta, index = open_views(folder)
         keep = np.flatnonzero((np.arange(len(rgba)) % HELD_OUT == 0) == held_out)[rank::size]
         if len(keep) == 0:
             raise ValueError(
@@ -229,7 +234,7 @@ class CaptionTable:
     def __init__(
         self, folder: Path, device: torch.device, tokenizer: CLIPTokenizer | None = None
     ) -> None:
-        _, meta, index = _open(folder)
+        _, meta, index = open_views(folder)
         captions = index["captions"]
         suffixes = [f", {view} view" for view in VIEWS]
         bases = [next((c.removesuffix(s) for s in suffixes if c.endswith(s)), c) for c in captions]

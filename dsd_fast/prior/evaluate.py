@@ -435,13 +435,18 @@ def seed_noise(model: DiffusionModel, seeds: list[int]) -> torch.Tensor:
     )
 
 
+def check_device(name: str) -> torch.device:
+    """The device that a setting names; ValueError where it is not there."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name} asked for, but torch finds no CUDA; use cpu")
+    return device
+
+
 def _load(cfg: SampleConfig) -> DiffusionModel:
     from dsd_fast.diffusion import load_model
 
-    device = torch.device(cfg.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {cfg.device} asked for, but torch finds no CUDA; use cpu")
-    return load_model(cfg.model, device, engine="eager")
+    return load_model(cfg.model, check_device(cfg.device), engine="eager")
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, object]:

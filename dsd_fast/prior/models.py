@@ -26,6 +26,11 @@ IMAGE_SIZE = 256
 LATENT_SIZE = 32
 MAX_TOKENS = 32
 TEXT_WIDTH = 128
+NORM_GROUPS = 16
+HEAD_WIDTH = 32
+# Channels at 8x8: of the text model's UNet, and of the other one, which ships beside it.
+UNET_WIDTH = 192
+VIEW_UNET_WIDTH = 160
 
 # Stable Diffusion's noise schedule (Rombach et al. 2022), DDIM's sampler (Song et al. 2021).
 SCHEDULER = {
@@ -72,7 +77,7 @@ def build_unet() -> UNet2DConditionModel:
 
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
-        block_out_channels=(48, 96, 192),
+        block_out_channels=(48, 96, UNET_WIDTH),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -81,10 +86,58 @@ def build_unet() -> UNet2DConditionModel:
         addition_embed_type_num_heads=4,
         resnet_time_scale_shift="scale_shift",
         # diffusers' historical name: these are the numbers of heads, 32 channels each
-        attention_head_dim=(2, 3, 6),
-        norm_num_groups=16,
+        attention_head_dim=(2, 3, UNET_WIDTH // HEAD_WIDTH),
+        norm_num_groups=NORM_GROUPS,
         use_linear_projection=True,
     )
+
+
+def build_view_unet() -> UNet2DConditionModel:
+    """`build_unet` with another picture beside the noisy one, a little narrower at 8x8.
+
+    float32, on the CPU, random weights; predicts the velocity of the first four channels of
+    [R,8,32,32], of which the other four are the reference picture's latents, at levels [R] with
+    context [R,L,TEXT_WIDTH].
+    """
+    from diffusers import UNet2DConditionModel
+
+    config = {k: v for k, v in build_unet().config.items() if not k.startswith("_")}
+    config |= {"in_channels": 8, "block_out_channels": (48, 96, VIEW_UNET_WIDTH),
+               "attention_head_dim": (2, 3, VIEW_UNET_WIDTH // HEAD_WIDTH)}
+    return UNet2DConditionModel(**config)
+
+
+def narrowed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of `build_unet` as a beginning for `build_view_unet`.
+
+    Of the widest level's channels as many of each group of the normalisations are kept, and of the
+    heads of its attention the first; the new input channels have no effect yet.
+    """
+    group = UNET_WIDTH // NORM_GROUPS
+    kept = torch.arange(UNET_WIDTH)
+    kept = kept[kept % group < VIEW_UNET_WIDTH // NORM_GROUPS]
+    inner = torch.arange(4 * VIEW_UNET_WIDTH)  # of a feed-forward layer
+    of_size = {
+        UNET_WIDTH: kept,
+        2 * UNET_WIDTH: torch.cat([kept, UNET_WIDTH + kept]),
+        UNET_WIDTH + 96: torch.cat([kept, UNET_WIDTH + torch.arange(96)]),
+        4 * UNET_WIDTH: inner,
+        8 * UNET_WIDTH: torch.cat([inner, 4 * UNET_WIDTH + inner]),
+    }
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in build_view_unet().state_dict().items()}
+    out = {}
+    for name, values in state.items():
+        for dim, (old, new) in enumerate(zip(values.shape, shapes[name], strict=True)):
+            if name == "conv_in.weight" and dim == 1:
+                values = torch.cat([values, torch.zeros_like(values)], dim=1)
+            elif old != new:
+                heads = (dim == 0 and name.endswith(("to_q.weight", "to_k.weight", "to_v.weight")),
+                         dim == 1 and name.endswith("to_out.0.weight"))
+                index = torch.arange(new) if any(heads) else of_size[old]
+                values = values.index_select(dim, index)
+        out[name] = values
+    return out
 
 
 def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:

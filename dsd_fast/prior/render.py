@@ -21,7 +21,7 @@ import numpy as np
 from dsd_fast.prior import captions
 from dsd_fast.prior.catalogue import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
-from dsd_fast.prior.views import Views, is_recolourable, sample_views
+from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views
 
 if TYPE_CHECKING:
     import moderngl
@@ -336,6 +336,7 @@ class _Job:
     pack: Pack
     images: Path
     views_per_model: int
+    views_per_orbit: int
     seed: int
     device_index: int
 
@@ -349,11 +350,14 @@ def _start_worker(job: _Job) -> None:
     _job = job
 
 
-def _model_views(pack: Pack, number: int, n: int, seed: int) -> Views:
-    """The views of one model; the same in the worker that renders and in the index."""
+def _model_views(pack: Pack, number: int, n: int, orbit: int, seed: int) -> Views:
+    """The views of one model, `orbit` to an orbit or (0) each for itself; the same in the worker
+    that renders and in the index."""
     group = noun_by_id()[pack.ids[number]].group
     recolourable = is_recolourable(group, pack.parts(number), pack.main(number))
-    return sample_views(n, recolourable, np.random.default_rng([seed, number]))
+    rng = np.random.default_rng([seed, number])
+    return sample_orbits(n // orbit, orbit, recolourable, rng) if orbit else sample_views(
+        n, recolourable, rng)
 
 
 def _render_model(number: int) -> str:
@@ -364,8 +368,8 @@ def _render_model(number: int) -> str:
     _renderer = _renderer or Renderer(_job.device_index)
     n = _job.views_per_model
     images = np.lib.format.open_memmap(_job.images, mode="r+")
-    _renderer.render(_job.pack.load(number), _model_views(_job.pack, number, n, _job.seed),
-                     images[number * n:(number + 1) * n])
+    views = _model_views(_job.pack, number, n, _job.views_per_orbit, _job.seed)
+    _renderer.render(_job.pack.load(number), views, images[number * n:(number + 1) * n])
     return _renderer.name
 
 
@@ -377,14 +381,16 @@ def render_views(
     seed: int = 0,
     device_index: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
+    views_per_orbit: int = 0,
 ) -> Path:
     """Render `views_per_model` random views of every model; returns `out_dir`.
 
-    Row r belongs to model r // views_per_model. Files:
+    Row r belongs to model r // views_per_model and, with `views_per_orbit`, to orbit
+    r // views_per_orbit, whose views share light and paint (`sample_orbits`). Files:
 
     - rgba.npy: uint8 [N, 256, 256, 4], straight alpha; open with `np.load(mmap_mode="r")`
-    - meta.npz: model, noun, view, colour int64 [N]; azimuth, elevation, distance, fovy float32
-      [N] (degrees); caption int32 [N, CAPTION_VARIANTS]
+    - meta.npz: model, noun, view, colour, orbit int64 [N] (orbit -1 without orbits); azimuth,
+      elevation, distance, fovy float32 [N] (degrees); caption int32 [N, CAPTION_VARIANTS]
     - index.json: models (ids), nouns, views, colours and captions that the indices refer to
 
     Deterministic from `seed` but for the rasteriser's rounding, whatever the workers.
@@ -393,14 +399,17 @@ def render_views(
     if views_per_model < 1 or workers < 1:
         raise ValueError("views_per_model and workers: expected at least 1, got "
                          f"{views_per_model} and {workers}")
+    if views_per_orbit < 0 or (views_per_orbit and views_per_model % views_per_orbit):
+        raise ValueError(f"views_per_orbit: expected 0 or a divisor of the {views_per_model} views "
+                         f"per model, got {views_per_orbit}")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     total = len(pack) * views_per_model
     images = out_dir / "rgba.npy"
     np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(total, SIZE, SIZE, 4))
-    _write_index(pack, out_dir, views_per_model, seed)
+    _write_index(pack, out_dir, views_per_model, views_per_orbit, seed)
 
-    job = _Job(pack, images, views_per_model, seed, device_index)
+    job = _Job(pack, images, views_per_model, views_per_orbit, seed, device_index)
     heavy_first = sorted(range(len(pack)), key=pack.n_triangles, reverse=True)
     pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, (job,))
     with pool:
@@ -410,11 +419,14 @@ def render_views(
     return out_dir
 
 
-def _write_index(pack: Pack, out_dir: Path, views_per_model: int, seed: int) -> None:
+def _write_index(
+    pack: Pack, out_dir: Path, views_per_model: int, views_per_orbit: int, seed: int
+) -> None:
     """meta.npz and index.json of the rendered set."""
     table = noun_by_id()
     nouns = captions.noun_list()
-    every = [_model_views(pack, number, views_per_model, seed) for number in range(len(pack))]
+    every = [_model_views(pack, number, views_per_model, views_per_orbit, seed)
+             for number in range(len(pack))]
     azimuth = np.concatenate([views.azimuth for views in every])
     elevation = np.concatenate([views.elevation for views in every])
     colour = np.concatenate([views.colour for views in every])
@@ -430,6 +442,8 @@ def _write_index(pack: Pack, out_dir: Path, views_per_model: int, seed: int) -> 
         noun=np.array([nouns.index(row.noun) for row in rows])[model],
         view=view,
         colour=colour,
+        orbit=np.arange(len(model)) // views_per_orbit if views_per_orbit else np.full(
+            len(model), -1),
         azimuth=azimuth.astype(np.float32),
         elevation=elevation.astype(np.float32),
         distance=np.concatenate([np.linalg.norm(v.position, axis=1) for v in every]).astype(

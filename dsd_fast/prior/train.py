@@ -73,15 +73,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _expect("minutes", self.minutes, "more than 0", self.minutes > 0)
-        _expect("save_minutes", self.save_minutes, "more than 0", self.save_minutes > 0)
-        _expect("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
-        _expect("lr", self.lr, "more than 0", self.lr > 0)
-        _expect("hold", self.hold, "0 or more and below 1", 0 <= self.hold < 1)
-        _expect("ema_decay", self.ema_decay, "0 or more and below 1", 0 <= self.ema_decay < 1)
+        expect("minutes", self.minutes, "more than 0", self.minutes > 0)
+        expect("save_minutes", self.save_minutes, "more than 0", self.save_minutes > 0)
+        expect("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
+        expect("lr", self.lr, "more than 0", self.lr > 0)
+        expect("hold", self.hold, "0 or more and below 1", 0 <= self.hold < 1)
+        expect("ema_decay", self.ema_decay, "0 or more and below 1", 0 <= self.ema_decay < 1)
 
 
-def _expect(name: str, value: float, expected: str, is_right: bool) -> None:
+def expect(name: str, value: float, expected: str, is_right: bool) -> None:
     if not is_right:
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
@@ -115,11 +115,11 @@ class UnetConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _expect("encodings", self.encodings, "at least 1", self.encodings >= 1)
-        _expect("max_weight", self.max_weight, "at least 0.3", self.max_weight >= MIN_WEIGHT)
+        expect("encodings", self.encodings, "at least 1", self.encodings >= 1)
+        expect("max_weight", self.max_weight, "at least 0.3", self.max_weight >= MIN_WEIGHT)
         for name in ("caption_dropout", "interpolated"):
             share = getattr(self, name)
-            _expect(name, share, "a share from 0 to 1", 0 <= share <= 1)
+            expect(name, share, "a share from 0 to 1", 0 <= share <= 1)
 
 
 class World:
@@ -451,6 +451,12 @@ def level_weights(alphas: torch.Tensor, max_weight: float) -> torch.Tensor:
     return weights / weights.mean()
 
 
+def draw_levels(batch: int, count: int, device: torch.device) -> torch.Tensor:
+    """[batch] int64 in [0, count), stratified: uniform, with less noise in the loss."""
+    u = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    return (u * count).long().clamp(max=count - 1)
+
+
 def train_unet(cfg: UnetConfig) -> None:
     """Train UNet and text encoder on the noisy latents of the views.
 
@@ -499,16 +505,13 @@ def train_unet(cfg: UnetConfig) -> None:
     weights = level_weights(alphas, cfg.max_weight)
     forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
     batch = cfg.batch_size
-    # Stratified levels: the same distribution, less noise in the loss.
-    strata = torch.arange(batch, device=device)
 
     def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rows = views.sample(batch)
         x0 = latents[torch.randint(cfg.encodings, (batch,), device=device), rows].float()
         first, second, share = table.draw(views, rows, cfg.interpolated, cfg.caption_dropout)
         noise = torch.randn_like(x0)
-        u = (strata + torch.rand(batch, device=device)) / batch
-        t = (u * len(alphas)).long().clamp(max=len(alphas) - 1)
+        t = draw_levels(batch, len(alphas), device)
         signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
         noisy = (signal * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):

@@ -14,6 +14,9 @@ NEAR, FAR = 0.05, 20.0
 OVERHEAD_SHARE = 0.1
 RECOLOUR_SHARE = 0.45
 RECOLOUR_VISIBLE = 0.5  # least visible share of the part to be painted
+# Of orbits, in degrees: a sphere of the models' radius, 0.6, just fits at the nearest distance.
+ORBIT_ELEVATION = (-10.0, 80.0)
+ORBIT_FOVY = 50.0
 
 # (hue in degrees, saturation, value) ranges of the paints, in the order of captions.COLOURS.
 PAINTS: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
@@ -114,6 +117,38 @@ def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
     up = np.array([0.0, 0.0, 1.0]) + rng.normal(size=(n, 3)) * 0.02
     fovy = np.radians(rng.uniform(40.0, 70.0, n))
 
+    lights = _lights(position, rng)
+    colour, paint = _paints(n, recolourable, rng)
+    return Views(azimuth, elevation, position, centre, up, fovy, *lights, colour, paint)
+
+
+def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generator) -> Views:
+    """`n` orbits of `views` views each, orbit by orbit: one object under one light and paint.
+
+    What is needed where one view is to say what another looks like: the camera looks straight at
+    the object, through a lens of one width. Elevation is an even mix of uniform in degrees and
+    uniform in area over ORBIT_ELEVATION, azimuths are spread evenly over the circle; distance
+    U[1.5, 2] as in `sample_views`. The light comes from around the camera of the first view.
+    """
+    total = n * views
+    azimuth = rng.permuted((np.arange(views) + rng.random((n, views))) * (360.0 / views), axis=1)
+    azimuth = azimuth.reshape(total) - 180.0
+    u = rng.random(total)
+    low, high = np.sin(np.radians(ORBIT_ELEVATION))
+    by_area = np.degrees(np.arcsin(low + (high - low) * u))
+    by_degree = ORBIT_ELEVATION[0] + (ORBIT_ELEVATION[1] - ORBIT_ELEVATION[0]) * u
+    elevation = np.where(rng.random(total) < 0.5, by_degree, by_area)
+    position = rng.uniform(1.5, 2.0, total)[:, None] * direction(azimuth, elevation)
+    lights = _lights(position[::views], rng)
+    shared = (np.repeat(part, views, axis=0) for part in (*lights, *_paints(n, recolourable, rng)))
+    return Views(azimuth, elevation, position, np.zeros((total, 3)),
+                 np.tile([0.0, 0.0, 1.0], (total, 1)), np.full(total, np.radians(ORBIT_FOVY)),
+                 *shared)
+
+
+def _lights(position: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """key, fill, sky, ground and gloss of `Views`, as seen from cameras at `position` [n, 3]."""
+    n = len(position)
     # 0: flat, the colours as they are; 1: strongly directional.
     contrast = rng.random(n) ** 1.3
     key_direction = _unit(_unit(position) + rng.normal(size=(n, 3)) * 0.7 + [0.0, 0.0, 0.4])
@@ -124,7 +159,13 @@ def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
     key = np.concatenate([key_direction, (0.7 * contrast)[:, None]], axis=1)
     fill = np.concatenate([fill_direction, (0.22 * contrast)[:, None]], axis=1)
     gloss = np.stack([rng.random(n) ** 2 * 0.35, rng.uniform(12.0, 60.0, n)], axis=1)
+    return key, fill, ambient * (1.0 + relief), ambient * (1.0 - relief), gloss
 
+
+def _paints(
+    n: int, recolourable: bool, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """colour and paint of `Views`."""
     colour = np.full(n, -1, np.int64)
     paint = np.zeros((n, 3))
     if recolourable:
@@ -132,8 +173,7 @@ def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
             colour[k] = rng.integers(len(PAINTS))
             hue, saturation, value = (rng.uniform(*limits) for limits in PAINTS[colour[k]])
             paint[k] = colorsys.hsv_to_rgb(hue % 360.0 / 360.0, saturation, value)
-    return Views(azimuth, elevation, position, centre, up, fovy, key, fill,
-                 ambient * (1.0 + relief), ambient * (1.0 - relief), gloss, colour, paint)
+    return colour, paint
 
 
 def is_recolourable(group: str, parts: tuple[Part, ...], main: MainPart) -> bool:

@@ -1,0 +1,188 @@
+"""Training of the pose-conditioned prior: what one view of an object says of the others.
+
+Zero-1-to-3 (Liu et al. 2023) in the small prior's networks: the UNet reads the reference view's
+latents beside the noisy ones, and as tokens joined with the pose of the wanted view. It starts from
+the text model's UNet and shares its autoencoder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dsd_fast.diffusion import noise_schedule
+from dsd_fast.diffusion.components import quiet
+from dsd_fast.diffusion.loader import EMBEDDED, resolve
+from dsd_fast.diffusion.reference import CameraProjection, latent_feature_width, latent_features
+from dsd_fast.prior import models
+from dsd_fast.prior.orbits import Orbits
+from dsd_fast.prior.train import (
+    MIN_WEIGHT,
+    TrainConfig,
+    Trainer,
+    World,
+    draw_levels,
+    expect,
+    level_weights,
+    load_part,
+    load_weights,
+    save_part,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+@dataclass(kw_only=True)
+class ViewTrainConfig(TrainConfig):
+    """Settings of the pose-conditioned UNet's training."""
+
+    batch_size: int = 512
+    # Diffusers folder with the autoencoder, and with the UNet to begin with where `resume` is None.
+    text_model: str = EMBEDDED
+    # Share of rows trained without reference and pose, for classifier-free guidance (Ho and
+    # Salimans 2022).
+    dropout: float = 0.1
+    # Largest weight of the noisy levels: rows weigh 1/sqrt(SNR), at most this and at least 0.3.
+    max_weight: float = 8.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect("dropout", self.dropout, "a share from 0 to 1", 0 <= self.dropout <= 1)
+        expect("max_weight", self.max_weight, "at least 0.3", self.max_weight >= MIN_WEIGHT)
+
+
+@dataclass(kw_only=True)
+class ViewExportConfig:
+    """From a trained state to a diffusers folder."""
+
+    # Folder that `train-views` wrote: unet.safetensors, camera_projection.safetensors.
+    state: Path
+    # Folder to write.
+    out: Path
+    # Diffusers folder with the autoencoder that the state was trained with.
+    text_model: str = EMBEDDED
+    # Refer to that folder's autoencoder by a relative path instead of copying it: where both ship.
+    share_vae: bool = False
+
+
+def train_views(cfg: ViewTrainConfig) -> None:
+    """Train UNet and camera projection on pairs of views; writes both as safetensors.
+
+    The loss is that of `train_unet`: the error of the noise that the predicted velocity implies,
+    weighted by `level_weights`.
+
+    Raises:
+        FileNotFoundError, ValueError: unusable views or model to start from, or no time for a step.
+        OSError: the output folder cannot be written.
+    """
+    world = World()
+    torch.manual_seed(cfg.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device = world.device
+    text_model = resolve(cfg.text_model)
+    vae, scale = _autoencoder(text_model)
+    vae = vae.to(device, memory_format=torch.channels_last)
+    unet = models.build_view_unet()
+    if cfg.resume is None:
+        unet.load_state_dict(models.narrowed(load_part(text_model, "unet")))
+    unet = unet.to(device, memory_format=torch.channels_last)
+    projection = _projection().to(device)
+    trainer = Trainer(cfg, world, {"unet": unet, "camera_projection": projection})
+    torch.manual_seed(cfg.seed + 1000 + world.rank)
+
+    orbits = Orbits(cfg.views, device, world.rank, world.size)
+    orbits.encode(vae)
+    del vae
+    if world.rank == 0:
+        seconds = time.monotonic() - trainer.start
+        views = orbits.rows.shape[1]
+        print(f"{len(orbits)} orbits of {views} views a process, {seconds:.1f} s", flush=True)
+
+    alphas = noise_schedule.alphas_cumprod(models.SCHEDULER).to(device)
+    weights = level_weights(alphas, cfg.max_weight)
+    forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
+    batch = cfg.batch_size
+
+    def loss() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        reference, target, pose = orbits.sample(batch)
+        x0 = target * scale
+        noise = torch.randn_like(x0)
+        t = draw_levels(batch, len(alphas), device)
+        signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
+        noisy = signal * x0 + sigma * noise
+        known = (torch.rand(batch, device=device) >= cfg.dropout).float()
+        rows = torch.cat([noisy, reference * known.view(-1, 1, 1, 1)], dim=1)
+        with torch.autocast(device.type, torch.bfloat16):
+            context = projection(latent_features(reference), pose) * known.view(-1, 1, 1)
+            velocity = forward(
+                rows.contiguous(memory_format=torch.channels_last), t, context, return_dict=False
+            )[0].float()
+        error = noise_schedule.noise_of_velocity(velocity, noisy, alphas[t]) - noise
+        total = (weights[t] * error.square().mean((1, 2, 3))).mean()
+        return total, {"loss": total}
+
+    trainer.run(loss)
+    world.close()
+
+
+def export_views(cfg: ViewExportConfig) -> None:
+    """Write a trained state as a diffusers folder, safetensors in float16.
+
+    Raises:
+        FileNotFoundError: the state or the text model lacks a piece.
+        ValueError: weights of other networks.
+        OSError: the folder cannot be written.
+    """
+    with quiet():
+        from diffusers import DDIMScheduler
+
+    text_model = resolve(cfg.text_model)
+    unet, projection = models.build_view_unet(), _projection()
+    load_weights(unet, cfg.state, "unet")
+    load_weights(projection, cfg.state, "camera_projection")
+    vae, _ = _autoencoder(text_model)
+
+    with quiet():
+        unet.to(torch.float16).save_pretrained(cfg.out / "unet", safe_serialization=True)
+    DDIMScheduler(**models.SCHEDULER).save_pretrained(cfg.out / "scheduler")
+    folder = cfg.out / "camera_projection"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_part(projection, folder, "diffusion_pytorch_model")
+    index: dict[str, object] = {
+        "_class_name": "Zero1to3Pipeline",
+        "camera_projection": ["dsd_fast.diffusion.reference", "CameraProjection"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if cfg.share_vae:
+        index["_vae_folder"] = Path(os.path.relpath(text_model / "vae", cfg.out)).as_posix()
+        shutil.rmtree(cfg.out / "vae", ignore_errors=True)
+    else:
+        vae.to(torch.float16).save_pretrained(cfg.out / "vae", safe_serialization=True)
+    text = json.dumps(index, indent=2) + "\n"
+    (cfg.out / "model_index.json").write_text(text, encoding="utf-8")
+
+
+def _projection() -> CameraProjection:
+    return CameraProjection(latent_feature_width(4), models.TEXT_WIDTH)
+
+
+def _autoencoder(text_model: Path) -> tuple[AutoencoderKL, float]:
+    """The autoencoder of a folder, float32 on the CPU, and the scaling factor of its latents."""
+    vae = models.build_vae()
+    load_weights(vae, text_model, "vae")
+    config = text_model / "vae" / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"text_model: expected a diffusers folder with {config}")
+    scale = float(json.loads(config.read_text(encoding="utf-8"))["scaling_factor"])
+    vae.register_to_config(scaling_factor=scale)
+    return vae.requires_grad_(False), scale
