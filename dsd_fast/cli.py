@@ -242,7 +242,7 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
 def _fitting(starting_values: TrainConfig, early: argparse.Namespace) -> TrainConfig:
     """The same values with what --guidance.method and --vram bring along; flags still win."""
     guidance = starting_values.guidance
-    # A configuration of this method has its settings already.
+    # A configuration of this method has its settings already, and so has a preset for one picture.
     if early.method in METHODS and early.method != guidance.method:
         brought = method_settings(early.method, starting_values.max_steps)
         starting_values.guidance = dataclasses.replace(guidance, method=early.method, **brought)

@@ -211,10 +211,6 @@ class TrainConfig:
         ):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if self.task == "text" and self.guidance.method != "dsd":
-            raise ConfigError(
-                f"--guidance.method {self.guidance.method} is for --task single-view alone"
-            )
         schedules = leaves(self.loss, "loss.") | {
             f"single_view.lambda_{name}": value
             for name, value in self.single_view.schedules().items()

@@ -366,7 +366,7 @@ def test_adapters_learn_what_renderings_look_like(tiny_model):  # noqa: F811
         told = guidance._camera(plan)
         t = torch.tensor([300, 700])
         with torch.no_grad():
-            own = guidance._own(guidance._noisy(x, probe, t), t, guidance._text(plan)[:2], told)
+            own = guidance._own(guidance._noisy(x, probe, t), t, guidance._text(plan.tensors)[:2], told)
         return float((own - probe).square().mean())
 
     views = torch.zeros(2), torch.tensor([0.0, 90.0])
@@ -392,7 +392,7 @@ def test_vsd_is_the_difference_of_two_predictions(tiny_model):  # noqa: F811
     x, chance = torch.randn(1, 4, 8, 8, generator=generator), guidance.draw_noise(1, generator)
     t = torch.tensor([400])
     plan = guidance.plan_levels(torch.zeros(1), torch.zeros(1), t, t, chance)
-    text = guidance._text(plan)
+    text = guidance._text(plan.tensors)
     abar = float(ABAR[400])
     z = abar**0.5 * x + (1 - abar) ** 0.5 * chance["eps"]
     with torch.no_grad():

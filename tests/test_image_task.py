@@ -12,7 +12,7 @@ from conftest import relative_error
 from test_train import CLOCK, equal, own_logging, tiny_model  # noqa: F401
 from tiny_model import build_tiny_model
 
-from dsd_fast import checkpoint, image_task, outputs, train
+from dsd_fast import checkpoint, image_task, outputs, task, train
 from dsd_fast import sample as sample_command
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, preset
 from dsd_fast.diffusion import load_model
@@ -361,14 +361,14 @@ def test_one_step_is_adam_with_the_share_of_its_rate(runner):
 
 def test_the_view_decides_the_text(tmp_path, tiny_model, monkeypatch):  # noqa: F811
     asked = []
-    embed = train.embed_views
+    embed = task.embed_views
 
     def watched(model, prompt, *rest, **kwargs):
         embeddings = embed(model, prompt, *rest, **kwargs)
         asked.append((kwargs["view_dependent"], embeddings.text_vd))
         return embeddings
 
-    monkeypatch.setattr(train, "embed_views", watched)
+    monkeypatch.setattr(task, "embed_views", watched)
     latents = []
     views = ([], ["--image.azimuth", "0"], ["--image.azimuth", "180"], ["--image.azimuth", "5"])
     for i, flags in enumerate(views):

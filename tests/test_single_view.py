@@ -286,7 +286,12 @@ def test_stable_zero123s_pose_ends_with_the_polar_angle(small_folder):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"use_perp_neg": True}, {"standard_cfg": False}, {"method": "sdi"}, {"mirror_trajectory": True}],
+    [
+        {"use_perp_neg": True},
+        {"standard_cfg": False},
+        {"mirror_trajectory": True},
+        {"method": "sdi"},
+    ],
 )
 def test_settings_of_text_are_refused(small_folder, changes):
     model, _ = conditioned(small_folder)
@@ -553,9 +558,8 @@ def test_a_picture_or_a_prompt_is_asked_for(small_folder, picture, tmp_path, cap
     assert "pass --image" in caplog.text
     assert run(tmp_path, tmp_path / "none.png", small_folder) == 2
     assert "no such file" in caplog.text
-    argv = ["--prompt", "a chair", "--guidance.method", "sds", "--device", "cpu"]
-    assert module.main([*argv, "--output", str(tmp_path)]) == 2
-    assert "--task single-view alone" in caplog.text
+    assert run(tmp_path, picture, small_folder, "--guidance.method", "sdi") == 2
+    assert "expected one of dsd, sds" in caplog.text
 
 
 def test_the_presets_are_zero123s():
@@ -565,7 +569,7 @@ def test_the_presets_are_zero123s():
     assert cfg.cameras.resolution_milestones == (200, 300) and cfg.max_steps == 600
     assert cfg.cameras.camera_distance_range == (3.8, 3.8)
     assert cfg.cameras.fovy_range == (20.0, 20.0) and cfg.cameras.elevation_range == (-10, 80)
-    sds = preset("dsd", None, False, "single-view", "sds").guidance
+    sds = preset("dsd", None, False, "single-view", method="sds").guidance
     assert sds.min_step_percent == (0, 0.4, 0.2, 200) and not sds.t_anneal
     assert sds.max_step_percent == (0, 0.85, 0.5, 200) and sds.guidance_scale == 3
     assert (cfg.single_view.lambda_rgb, cfg.single_view.lambda_mask) == (500, 50)
