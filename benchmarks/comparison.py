@@ -226,6 +226,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
             group=tuple(groups),
             html=arguments.out / "report.html",
             json=arguments.out / "report.json",
+            save_features=arguments.out / "features.npz",
             # 2D runs are pictures: one view, of real models the front.
             views=1 if arguments.task == "image" else arguments.views,
             judge=arguments.judge,

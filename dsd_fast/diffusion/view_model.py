@@ -42,6 +42,10 @@ class ReferenceEngine:
         beside = self.reference * known
         return self.engine(torch.cat([latents, beside], dim=1), t, context)
 
+    def release_graphs(self) -> None:
+        """As `UNetEngine.release_graphs`."""
+        self.engine.release_graphs()
+
 
 class ViewModel(DiffusionModel):
     """A frozen UNet, VAE and camera projection; `condition` gives it the picture to go by.
