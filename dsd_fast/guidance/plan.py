@@ -23,6 +23,8 @@ class PlanKind(NamedTuple):
     noise: Noise
     # Whether t = t_delta for every item, so that one batch serves both levels (Q8).
     shared: bool
+    # UNet calls of an inversion.
+    strides: int = 0
 
 
 class Plan:
@@ -36,7 +38,8 @@ class Plan:
     - weights: float32 [B,2], of the views' negatives, where there are any;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
     - tabulated: prediction, below: int64 [B], mix: float32 [B];
-    - of other formulations than DSD what they drew (`Guidance.draw_noise`), by name.
+    - of other formulations than DSD what they drew (`Guidance.draw_noise`), by name;
+    - inverted: path, int64 [strides,2,B], the levels between which each stride goes.
     """
 
     def __init__(

@@ -31,7 +31,6 @@ from dsd_fast.guidance.fused import Batch, Guide
 from dsd_fast.guidance.plan import Plan, PlanKind
 from dsd_fast.guidance.prompt import expand_rows
 from dsd_fast.guidance.trajectory import ddim_step
-from dsd_fast.upload import upload
 
 _LAST_LEVEL = NUM_TRAIN_TIMESTEPS - 1
 _ANY_LEVEL = {"t_anneal": False, "min_step_percent": 0.02, "max_step_percent": 0.98}
@@ -51,7 +50,7 @@ class Parts(NamedTuple):
 class Rival(Guidance):
     """A formulation whose gradient is w (a - b), of predictions at noisy renderings.
 
-    Subclasses say what they draw and what a - b is; all but those that invert run in a CUDA graph.
+    Subclasses say what they draw and what a - b is.
     """
 
     noise = "drawn"
@@ -91,9 +90,11 @@ class Rival(Guidance):
                     f"guidance: {self.cfg.method} needs {name!r} of draw_noise for {n_items} "
                     f"views, got {got}"
                 )
-        return Plan(
-            PlanKind(n_items, self.noise, False), t, t_delta, tensors | chance, self.model.device
-        )
+        strides = self._strides(t, t_delta)
+        if strides:
+            tensors["path"] = torch.stack([torch.stack(stride) for stride in strides])
+        kind = PlanKind(n_items, self.noise, False, len(strides))
+        return Plan(kind, t, t_delta, tensors | chance, self.model.device)
 
     def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
         """As `Guidance.at_plan`."""
@@ -122,6 +123,11 @@ class Rival(Guidance):
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """a - b of the formulation, and x at the level that a is of: [B,C,h,w] float32."""
         raise NotImplementedError
+
+    def _strides(self, t: Tensor, t_delta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The levels, [B] on the CPU each, from and to which strides of an inversion go; items that
+        have arrived stay where they are."""
+        return []
 
     def _signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma [B,1,1,1] of levels [B] on the device."""
@@ -257,7 +263,7 @@ class ISM(Rival):
     Liang et al. 2023).
 
     x_s is x inverted without prompt (DDIM inversion: Song et al. 2021) in strides of 200 from level
-    0; x_t is 50 levels more.
+    0; x_t is 50 levels more. `t_delta` of its plans is s.
     """
 
     noise = "inverted"
@@ -268,34 +274,38 @@ class ISM(Rival):
         """Nothing: the inversion has no chance in it."""
         return {}
 
-    @property
-    def can_capture(self) -> bool:
-        """No: how many strides there are depends on t."""
-        return False
+    @torch.no_grad()
+    def plan_levels(
+        self,
+        elevation_deg: Tensor | float,
+        azimuth_deg: Tensor | float,
+        t: Tensor | int,
+        t_delta: Tensor | int,
+        chance: Mapping[str, Tensor] | None = None,
+    ) -> Plan:
+        """As `Guidance.plan_levels`; the t_delta given is not looked at."""
+        s = (torch.as_tensor(t) - self.INTERVAL).clamp_min(0)
+        return super().plan_levels(elevation_deg, azimuth_deg, t, s, chance)
+
+    def _strides(self, t: Tensor, t_delta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        starts = range(0, int(t_delta.max()), self.STRIDE)
+        return [(t_delta.clamp_max(i), t_delta.clamp_max(i + self.STRIDE)) for i in starts]
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        text, n_items = self._text(plan.tensors), len(x)
-        t = plan.t
-        s = (t - self.INTERVAL).clamp_min(0)
+        text, n_items, tensors = self._text(plan.tensors), len(x), plan.tensors
         unconditional = text[n_items : 2 * n_items]
 
         def e_0(z: Tensor, level: Tensor) -> Tensor:
-            rows = z.to(self.model.dtype)
-            return self._predict(Batch(z, rows, upload(level, z.device)), unconditional).float()
+            return self._predict(Batch(z, z.to(self.model.dtype), level), unconditional).float()
 
         z = x
-        for start in range(0, int(s.max()), self.STRIDE):
-            here, there = s.clamp_max(start), s.clamp_max(start + self.STRIDE)
-            z = self._moved(z, e_0(z, here), here, there)
-        at_s = e_0(z, s)
-        noisy = self._moved(z, at_s, s, t)
-        parts = self._parts(noisy, plan.tensors["t"], text, plan)
+        for i in range(plan.kind.strides):
+            here, there = tensors["path"][i]
+            z = _moved(z, e_0(z, here), here, there, self._abar)
+        at_s = e_0(z, tensors["t_delta"])
+        noisy = _moved(z, at_s, tensors["t_delta"], tensors["t"], self._abar)
+        parts = self._parts(noisy, tensors["t"], text, plan)
         return parts.at(self.cfg.guidance_scale) - at_s, noisy
-
-    def _moved(self, z: Tensor, eps: Tensor, here: Tensor, there: Tensor) -> Tensor:
-        """z at levels `here`, [B] on the CPU, by eps to levels `there`; where both are one, z."""
-        moved = ddim_step(z, eps, here, there, self.model.alphas_cumprod)
-        return torch.where(upload(here == there, z.device).view(-1, 1, 1, 1), z, moved)
 
 
 class SDI(Rival):
@@ -304,7 +314,7 @@ class SDI(Rival):
 
     kappa is the noise that x has when it is inverted with the prompt at a scale of -7.5 to a level
     up to a stride above t, in strides of 100, each with a little fresh noise (eta = 0.3), as the
-    authors' code does.
+    authors' code does. `t_delta` of its plans is that level.
     """
 
     noise = "inverted"
@@ -330,44 +340,48 @@ class SDI(Rival):
         t_delta: Tensor | int,
         chance: Mapping[str, Tensor] | None = None,
     ) -> Plan:
-        """As `Guidance.plan_levels`; t_delta is where the inversion ends, drawn with the noise."""
-        plan = super().plan_levels(elevation_deg, azimuth_deg, t, t_delta, chance)
-        above = (chance["above"] * self.STRIDE).long()
-        plan.t_delta = (plan.t + above).clamp_max(_LAST_LEVEL)
-        return plan
+        """As `Guidance.plan_levels`; the t_delta given is not looked at."""
+        end = torch.as_tensor(t)
+        if chance and "above" in chance:
+            end = (end + (chance["above"] * self.STRIDE).long()).clamp_max(_LAST_LEVEL)
+        return super().plan_levels(elevation_deg, azimuth_deg, t, end, chance)
 
-    @property
-    def can_capture(self) -> bool:
-        """No: how many strides there are depends on t."""
-        return False
+    def _strides(self, t: Tensor, t_delta: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """They begin below t; the last goes to the end."""
+        strides = []
+        for start in range(0, int(t.max()), self.STRIDE):
+            here, there = torch.full_like(t, start), torch.full_like(t, start + self.STRIDE)
+            there = torch.where(there < t, there, t_delta)
+            strides.append((here, torch.where(here < t, there, here)))
+        return strides
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        text, t, end = self._text(plan.tensors), plan.t, plan.t_delta
-        kappa = self._inverted(x, t, end, text, plan)
-        noisy = self._noisy(x, kappa, plan.tensors["t"])
-        parts = self._parts(noisy, plan.tensors["t"], text, plan)
+        text, t = self._text(plan.tensors), plan.tensors["t"]
+        kappa = self._inverted(x, text, plan)
+        noisy = self._noisy(x, kappa, t)
+        parts = self._parts(noisy, t, text, plan)
         return parts.at(self.cfg.guidance_scale) - kappa, noisy
 
-    def _inverted(self, x: Tensor, t: Tensor, end: Tensor, text: Tensor, plan: Plan) -> Tensor:
-        """The noise of x at levels `end` after inversion; t, end int64 [B] on the CPU."""
-        abar = self.model.alphas_cumprod
-        z = x
-        for i in range(self.N_STEPS):
-            # Levels of the strides lie below t; the last stride goes from there to the end.
-            here = torch.full_like(t, i * self.STRIDE)
-            moving = here < t
-            if not moving.any():
-                break
-            there = torch.where(here + self.STRIDE < t, here + self.STRIDE, end)
-            eps = self._parts(z, upload(here, x.device), text, plan).at(self.SCALE)
-            moved = ddim_step(z, eps, here, there, abar)
-            # DDIM's variance between the two levels (Song et al. 2021, Eq. 16).
+    def _inverted(self, x: Tensor, text: Tensor, plan: Plan) -> Tensor:
+        """The noise of x after inversion."""
+        z, abar, tensors = x, self._abar, plan.tensors
+        for i in range(plan.kind.strides):
+            here, there = tensors["path"][i]
+            eps = self._parts(z, here, text, plan).at(self.SCALE)
+            # DDIM's variance between the two levels (Song et al. 2021, Eq. 16); zero between equal
+            # ones, and no root of less than that.
             a, b = abar[here], abar[there]
-            spread = self.ETA * ((1 - a) / (1 - b) * (1 - b / a)).sqrt()
-            moved += upload(spread, x.device).view(-1, 1, 1, 1) * plan.tensors["eps"][:, i]
-            z = torch.where(upload(moving, x.device).view(-1, 1, 1, 1), moved, z)
-        alpha, sigma = self._signal(upload(end, x.device))
+            spread = self.ETA * ((1 - a) / (1 - b) * (1 - b / a)).clamp_min(0).sqrt()
+            z = _moved(z, eps, here, there, abar)
+            z = z + spread.view(-1, 1, 1, 1) * tensors["eps"][:, i]
+        alpha, sigma = self._signal(tensors["t_delta"])
         return (z - alpha * x) / sigma
+
+
+def _moved(z: Tensor, eps: Tensor, here: Tensor, there: Tensor, abar: Tensor) -> Tensor:
+    """z [B,C,h,w] at levels `here` [B] by eps to levels `there`; where both are one, z."""
+    moved = ddim_step(z, eps, here, there, abar)
+    return torch.where((here == there).view(-1, 1, 1, 1), z, moved)
 
 
 # What a formulation sets of a `GuidanceConfig`: its paper's, and 1/5 of the run for VSD's change of

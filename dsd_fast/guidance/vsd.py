@@ -57,12 +57,16 @@ class VSD(Rival):
         self._learned = {
             name: p for name, p in self._lora.named_parameters() if p.requires_grad
         }
-        self._optimizer = torch.optim.AdamW(self._learned.values(), lr=LEARNING_RATE)
-
-    @property
-    def can_capture(self) -> bool:
-        """No: a step trains the adapters."""
-        return False
+        # A CUDA graph can hold a step of it: the count of steps is on the device, gradients stay
+        # where they are, and the device itself leaves a step out.
+        self._optimizer = torch.optim.AdamW(
+            self._learned.values(),
+            lr=LEARNING_RATE,
+            fused=True,
+            capturable=model.device.type == "cuda",
+        )
+        for p in self._learned.values():
+            p.grad = torch.zeros_like(p)
 
     def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise of the gradient and of the adapters' own step, that one's levels (as a share of
@@ -113,10 +117,12 @@ class VSD(Rival):
     def _learn(self, x: Tensor, t: Tensor, text: Tensor, camera: Tensor, eps: Tensor) -> None:
         """One step of the adapters on the noise of x at levels t."""
         loss = F.mse_loss(self._own(self._noisy(x, eps, t), t, text, camera), eps)
-        self._optimizer.zero_grad()
-        loss.backward()
-        if loss.isfinite():
-            self._optimizer.step()
+        learned = list(self._learned.values())
+        for p, gradient in zip(learned, torch.autograd.grad(loss, learned)):
+            p.grad.copy_(gradient)
+        # What a gradient scaler tells an optimizer.
+        self._optimizer.found_inf = (~loss.isfinite()).float()
+        self._optimizer.step()
 
     def learned_state(self) -> dict[str, object]:
         """Adapters and camera embedding, and their optimizer's moments."""
@@ -143,10 +149,8 @@ class VSD(Rival):
             for name, p in self._learned.items():
                 p.copy_(adapters[name])
                 if name in moments:
-                    # The count of steps stays where AdamW keeps it, on the CPU.
                     self._optimizer.state[p] = {
-                        k: v.clone() if k == "step" else v.to(p.device)
-                        for k, v in moments[name].items()
+                        k: v.to(p.device, copy=True) for k, v in moments[name].items()
                     }
 
 
