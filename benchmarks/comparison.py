@@ -2,13 +2,16 @@
 
 python -m benchmarks.comparison text --out runs/text --real real --judge judge.safetensors
 python -m benchmarks.comparison image --out runs/image --real real --judge judge.safetensors
+python -m benchmarks.comparison single-view --out runs/views --objects objects
 
-Every prompt and method is a job of its own, its seeds side by side; jobs run on all GPUs, several
-at once on each, and those that an earlier call has finished are not done again. Every method has
+Every prompt and method is a job of its own, its seeds side by side where a process can make several
+at once; jobs run on all GPUs, several at once on each, and those that an earlier call has finished
+are not done again. Every method has
 its paper's settings, the same steps and the same engine; `sds@7.5` is SDS at DSD's official scale,
 since at its paper's 100 the small model's pictures burst. `--real` are the turntables of real
 models (`python -m dsd_fast.prior turntables`), which the diversity is held against; `--judge` is
-what `python -m dsd_fast.prior evaluate` writes.
+what `python -m dsd_fast.prior evaluate` writes. Of single views `--prompts` are names of
+`--objects` (`python -m dsd_fast.prior render-objects`), whose true views they are held against.
 """
 
 from __future__ import annotations
@@ -35,20 +38,36 @@ PROMPTS = (
     "a wooden table",
     "a vase",
 )
+# Of the models that the model of views was never trained on, one of a kind.
+OBJECTS = (
+    "beach_chair",
+    "cafe-table",
+    "filing-cabinet",
+    "largefridge",
+    "leather_sofa",
+    "peachblossom",
+    "piano",
+    "seat_leon",
+    "speaker2",
+    "van",
+)
 # Task -> methods, the one that all are compared with last.
 METHODS = {
     "text": ("dsd", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
     "image": ("ddim", "dsd", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
+    "single-view": ("dsd", "sds"),
 }
 RIVAL = "sds@7.5"
-# Of these a process makes one seed at a time.
-ALONE = {"vsd"}
+# A process makes these one seed at a time: they have adapters, or several views a step.
+ALONE = {"vsd", "single-view"}
+SEEDS = {"text": 8, "image": 8, "single-view": 1}
 REAL = "real"
 # Flags of every run of a task.
 FLAGS = {
     "text": ("--pictures.no-turntable", "--pictures.no-mesh"),
     # The small model was trained on captions that name the view.
     "image": ("--task", "image", "--image.azimuth", "0"),
+    "single-view": ("--task", "single-view", "--pictures.no-turntable", "--pictures.no-mesh"),
 }
 # The samples that 2D optimisation is held against, from DSD's seeds, prompts and scale.
 SAMPLED = "ddim"
@@ -62,6 +81,13 @@ COLUMNS = (
     ("frechet", "Fréchet distance", 1),
     ("view", "view accuracy", 3),
     ("janus", "false fronts", 2),
+    ("seconds", "seconds", 0),
+)
+# The same of single views.
+VIEW_COLUMNS = (
+    ("psnr_db", "PSNR in dB", 2),
+    ("ssim", "SSIM", 3),
+    ("feature_distance", "feature distance", 3),
     ("seconds", "seconds", 0),
 )
 
@@ -83,6 +109,13 @@ def method_flags(method: str) -> list[str]:
     return [*flags, "--guidance.guidance-scale", scale] if scale else flags
 
 
+def shown(arguments: argparse.Namespace, prompt: str) -> tuple[str, str]:
+    """The flag that says what to make: a prompt, or of single views an object's picture."""
+    if arguments.task != "single-view":
+        return "--prompt", prompt
+    return "--image", str(arguments.objects / prompt / f"{prompt}.png")
+
+
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     """The runs of a comparison, the methods of a prompt one after the other."""
     jobs = []
@@ -92,7 +125,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
                 continue
             argv = [
                 *FLAGS[arguments.task],
-                *("--prompt", prompt),
+                *shown(arguments, prompt),
                 *method_flags(method),
                 *("--output", str(arguments.out / method)),
                 *("--device", arguments.device, "--resume", "auto"),
@@ -102,7 +135,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
             if arguments.steps is not None:
                 argv += ["--max-steps", str(arguments.steps)]
             name = f"{method}, {prompt}"
-            if method.partition("@")[0] in ALONE:
+            if {method.partition("@")[0], arguments.task} & ALONE:
                 jobs += [
                     Job(f"{name}, seed {seed}", (*argv, "--seed", str(seed)))
                     for seed in range(arguments.seeds)
@@ -197,7 +230,14 @@ def table(result: dict) -> str:
         for key, other in (("ratio", distance(RIVAL)), ("share", distance(REAL))):
             if other and "cosine" in figures:
                 figures[key] = figures["cosine"] / other
-    columns = [c for c in COLUMNS if any(c[0] in figures for figures in methods.values())]
+    return markdown(methods, COLUMNS)
+
+
+def markdown(
+    methods: dict[str, dict[str, float]], columns: Sequence[tuple[str, str, int]]
+) -> str:
+    """A table of methods by those of the columns that any of them has a figure for."""
+    columns = [c for c in columns if any(c[0] in figures for figures in methods.values())]
     lines = [
         "| method | " + " | ".join(title for _, title, _ in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -209,6 +249,29 @@ def table(result: dict) -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def evaluate_views(arguments: argparse.Namespace) -> str:
+    """Scores of single views against the true ones, and their table."""
+    from dsd_fast.evaluate.truth import FIGURES, TruthCommand, compare
+
+    methods = {}
+    for method in arguments.methods:
+        runs = compare(
+            TruthCommand(
+                runs=(arguments.out / method,),
+                truth=arguments.objects,
+                json=arguments.out / f"{method}.json",
+                sheets=arguments.out / "sheets" / method,
+                device=arguments.device,
+            )
+        )["runs"]
+        methods[method] = {
+            name: sum(run[name] for run in runs) / len(runs)
+            for name in (*FIGURES, "seconds")
+            if all(run.get(name) is not None for run in runs)
+        }
+    return markdown(methods, VIEW_COLUMNS)
 
 
 def evaluate(arguments: argparse.Namespace) -> dict:
@@ -249,15 +312,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("task", choices=METHODS)
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--prompts", nargs="+", default=list(PROMPTS))
+    parser.add_argument("--prompts", nargs="+", help="of single views names of --objects")
     parser.add_argument(
         "--methods", nargs="+", help="such as dsd sds@7.5; default: all that the task compares"
     )
-    parser.add_argument("--seeds", type=int, default=8, help="seeds of every prompt, side by side")
+    parser.add_argument("--seeds", type=int, help="of every prompt (default: 8, single views 1)")
     parser.add_argument("--steps", type=int, help="steps of every run (default: the preset's)")
     parser.add_argument("--views", type=int, default=8, help="views of each object")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--processes", type=int, default=3, help="jobs at once on every GPU")
+    parser.add_argument("--objects", type=Path, help="objects with true views, of single views")
     parser.add_argument("--real", type=Path, help="turntables of real models")
     parser.add_argument("--judge", type=Path, help="judge.safetensors")
     parser.add_argument("--reference", type=Path, help="as of dsd_fast.evaluate")
@@ -265,6 +329,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only-evaluate", action="store_true", help="train nothing")
     parser.add_argument("flags", nargs="*", help="more flags of dsd_fast.train, after --")
     arguments = parser.parse_args(argv)
+    if arguments.seeds is None:
+        arguments.seeds = SEEDS[arguments.task]
+    if arguments.prompts is None:
+        arguments.prompts = list(OBJECTS if arguments.task == "single-view" else PROMPTS)
+    if (arguments.task == "single-view") != (arguments.objects is not None):
+        parser.error("single-view needs --objects FOLDER, and the other tasks have no use for it")
     for name in ("seeds", "processes", "views"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
@@ -293,8 +363,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed:
         log.error("failed, left out: %s", "; ".join(failed))
         arguments.methods = [m for m in arguments.methods if (arguments.out / m).is_dir()]
-    result = evaluate(arguments)
-    text = table(result)
+    if arguments.task == "single-view":
+        text = evaluate_views(arguments)
+    else:
+        text = table(evaluate(arguments))
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
     (arguments.out / "arguments.json").write_text(
         json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1), encoding="utf-8"

@@ -35,6 +35,22 @@ def test_a_method_may_have_a_scale_of_its_own():
     ]  # fmt: skip
 
 
+def test_single_views_are_of_pictures(tmp_path, capsys):
+    arguments = comparison.parse(
+        ["single-view", "--out", str(tmp_path), "--objects", "things", "--prompts", "cup", "pan"]
+    )
+    jobs = comparison.jobs_of(arguments)
+    assert [job.name for job in jobs] == [
+        f"{method}, {name}, seed 0" for name in ("cup", "pan") for method in ("dsd", "sds")
+    ]
+    argv = jobs[0].argv
+    assert argv[argv.index("--image") + 1] == "things/cup/cup.png" and "--prompt" not in argv
+    assert "--num-seeds" not in argv and len(comparison.OBJECTS) == 10
+    with pytest.raises(SystemExit):
+        comparison.parse(["single-view", "--out", str(tmp_path)])
+    assert "needs --objects" in capsys.readouterr().err
+
+
 def test_wrong_counts_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         _arguments(tmp_path, "--seeds", "0")
