@@ -327,8 +327,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reference", type=Path, help="as of dsd_fast.evaluate")
     parser.add_argument("--nearest", type=Path, help="as of dsd_fast.evaluate")
     parser.add_argument("--only-evaluate", action="store_true", help="train nothing")
-    parser.add_argument("flags", nargs="*", help="more flags of dsd_fast.train, after --")
-    arguments = parser.parse_args(argv)
+    parser.usage = f"{parser.format_usage().removeprefix('usage: ').rstrip()} [-- FLAGS OF TRAIN]"
+    # What follows "--" argparse would look for before the first option alone.
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser.parse_args(words[:end])
+    arguments.flags = words[end + 1 :]
     if arguments.seeds is None:
         arguments.seeds = SEEDS[arguments.task]
     if arguments.prompts is None:

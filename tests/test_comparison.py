@@ -45,6 +45,8 @@ def test_single_views_are_of_pictures(tmp_path, capsys):
     ]
     argv = jobs[0].argv
     assert argv[argv.index("--image") + 1] == "things/cup/cup.png" and "--prompt" not in argv
+    more = comparison.parse(["text", "--out", "x", "--steps", "9", "--", "--model", "m"])
+    assert more.steps == 9 and comparison.jobs_of(more)[0].argv[-6:-4] == ("--model", "m")
     assert "--num-seeds" not in argv and len(comparison.OBJECTS) == 10
     with pytest.raises(SystemExit):
         comparison.parse(["single-view", "--out", str(tmp_path)])
