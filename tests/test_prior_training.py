@@ -603,6 +603,18 @@ def test_judge_says_the_view_with_most_probability(evaluate):
     assert captions.VIEWS[view] == "side"
 
 
+def test_images_fray_at_their_edges(evaluate):
+    torch.manual_seed(0)
+    image = torch.zeros(16, 3, 64, 64)
+    image[:, :, 16:48, 16:48] = 1.0
+    torch.testing.assert_close(evaluate.frayed(image, 0.0), image)
+    changed = (evaluate.frayed(image, 0.02) - image).abs().amax(1) > 0.5  # [B,H,W]
+    from_centre = (torch.arange(64) - 31.5).abs()
+    near = (torch.maximum(from_centre[:, None], from_centre[None]) - 16).abs() < 8
+    assert changed[:, near].any(1).float().mean() > 0.5
+    assert not changed[:, ~near].any()
+
+
 def test_judge_learns_its_renders(folder: Path, evaluate):
     """Two nouns that counted, told apart by an image's brightness."""
     rgba = np.zeros((12, 256, 256, 4), np.uint8)
