@@ -11,11 +11,13 @@ from dsd_fast.diffusion import noise_schedule
 from dsd_fast.diffusion.components import (
     PipelineFolder,
     inspect_folder,
+    is_multiview,
     latent_size,
     load_component,
     quiet,
 )
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.multiview_unet import N_VIEWS, load_multiview_unet
 from dsd_fast.diffusion.text import ClipText
 
 EMBEDDED = "embedded"
@@ -38,8 +40,9 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     engine: str = "auto",
+    n_views: int = 1,
 ) -> DiffusionModel:
-    """Load a Stable Diffusion model for guidance.
+    """Load a Stable Diffusion model, or a multi-view one made from it, for guidance.
 
     Args:
         path_or_id: a folder in diffusers' StableDiffusionPipeline format, a hub id "owner/name"
@@ -49,9 +52,12 @@ def load_model(
             fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
             which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
         engine: one of `dsd_fast.diffusion.engine.ENGINES`, see there.
+        n_views: views that the model is to predict together: 1, or 4 for one of MVDream's kind
+            (a folder whose UNet is a MultiViewUNetModel), which needs cameras beside the text.
     Raises:
         FileNotFoundError: a missing folder or piece, named before anything is loaded.
-        ValueError: unsupported configuration, or weights that do not fit it.
+        ValueError: unsupported configuration, weights that do not fit it, or a model of another
+            number of views.
         ConnectionError: a hub id that can be neither found nor downloaded.
     """
     device = torch.device(device)
@@ -61,6 +67,7 @@ def load_model(
         raise ValueError("float16 is not supported on the CPU; use float32 or bfloat16")
     vae_dtype = dtype if device.type == "cuda" else torch.float32
     folder = inspect_folder(resolve(path_or_id))
+    _check_views(folder, n_views)
     with quiet():
         import diffusers
 
@@ -71,7 +78,11 @@ def load_model(
         )
 
     # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
-    unet = read("unet", dtype).to(device, memory_format=torch.channels_last)
+    unet = (
+        load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)
+        if n_views > 1
+        else read("unet", dtype)
+    ).to(device, memory_format=torch.channels_last)
     vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
     vae_config = folder.configs["vae"]
     model = DiffusionModel(
@@ -127,6 +138,24 @@ def _download(hub_id: str) -> Path:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
             "; pass the path of a local Stable Diffusion folder, or 'embedded'"
         ) from error
+
+
+def _check_views(folder: PipelineFolder, n_views: int) -> None:
+    """ValueError for a model of another number of views than is asked for."""
+    found = N_VIEWS if is_multiview(folder.configs["unet"]) else 1
+    if found == n_views:
+        return
+    if found > 1:
+        raise ValueError(
+            f"{folder.path}: this model predicts {found} views of an object at once, and {n_views} "
+            "is asked for: train with --preset mvdream (or --cameras.n-view "
+            f"{found}); other commands need a model of single images"
+        )
+    raise ValueError(
+        f"{folder.path}: this model knows one view at a time, and {n_views} together are asked for "
+        "(--cameras.n-view): expected a multi-view model, a folder whose UNet is a "
+        "MultiViewUNetModel, as MVDream's"
+    )
 
 
 def _vae_factor(folder: PipelineFolder) -> int:

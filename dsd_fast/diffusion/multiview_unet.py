@@ -88,7 +88,7 @@ def check_config(config: Mapping[str, Any], where: str = "unet/config.json") -> 
             f"channel_mult, got {blocks!r}"
         )
     heads, width = config.get("num_heads", -1), config.get("num_head_channels", -1)
-    if (heads == -1) == (width == -1) and width == -1:
+    if heads == -1 and width == -1:
         raise ValueError(f"{where}: expected num_heads or num_head_channels, got neither")
     for channels in {config["model_channels"] * m for m in (1, *multipliers)}:
         if channels % _NORM_GROUPS:
