@@ -28,7 +28,7 @@ class CameraConfig:
     batch_size: int | tuple[int, ...] = 1
     # Views that belong together: 1, or the 4 of a multi-view model, which share all but their
     # azimuths, a quarter turn apart. The batch size is a multiple of it.
-    n_view: int = 1
+    n_view: Literal[1, 4] = 1
     # Steps at which the next resolution stage begins.
     resolution_milestones: tuple[int, ...] = (5000,)
     # Elevation of training cameras in degrees (lowest, highest).
@@ -193,9 +193,9 @@ class RandomCameras:
             that, so views still come from everywhere. For views that belong together it is a
             `Lattice` of their first ones. None leaves angles as they are drawn.
 
-    With `n_view` of 4, views 4g to 4g + 3 are of object g: one elevation, distance, field of view
-    and light, azimuths a, a + 90, a + 180 and a + 270 with a in [0, 90). (The reference turns
-    -180 + a to the front; the four are the same.)
+    With `n_view` of 4, views 4g to 4g + 3 are of object g. They share what is drawn (elevation,
+    distance, field of view, the light's place beside the camera); their azimuths are a, a + 90,
+    a + 180 and a + 270 with a in [0, 90). (The reference begins with a - 180: the same four.)
     """
 
     def __init__(self, cfg: CameraConfig, lattice: int | Lattice | None = None) -> None:

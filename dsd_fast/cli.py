@@ -30,13 +30,14 @@ from dsd_fast.config import (
     resolve_device,
     to_dict,
 )
+from dsd_fast.guidance.dsd import METHODS
 from dsd_fast.outputs import RunFolder
 from dsd_fast.pipes import reader_may_leave
 
 log = logging.getLogger(__name__)
 
 # A resumed run is the same run: what names it cannot change.
-_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag")
+_FIXED_ON_RESUME = ("prompt", "seed", "model", "output", "name", "tag", "guidance.method")
 
 
 @dataclass
@@ -179,12 +180,19 @@ def _early_flags(flags: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("preset", "config", "device", "resume", "vram"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--guidance.method", dest="method")
     parser.add_argument("--max-steps", "--max_steps")
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
         early = argparse.Namespace(
-            preset=None, config=None, device=None, resume=None, vram=None, max_steps=""
+            preset=None,
+            config=None,
+            device=None,
+            resume=None,
+            vram=None,
+            method=None,
+            max_steps="",
         )
     early.device = early.device or "auto"
     return early
@@ -204,6 +212,7 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
             early.preset if early.preset in PRESETS else "embedded",
             int(steps) if steps.isdigit() and int(steps) > 0 else None,
             resolve_device(early.device).type == "cpu",
+            early.method if early.method in METHODS else "dsd",
         )
     path = Path(early.config)
     if path.suffix != ".json":

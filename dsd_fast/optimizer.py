@@ -33,10 +33,12 @@ class Optimizer:
         self._parameters = dict(scene.named_parameters())
         self._field = scene.field
         of_field = set(scene.field.parameters())
+        network_lr = cfg.geometry_lr if cfg.network_lr is None else cfg.network_lr
         self._rates = {
-            name: cfg.geometry_lr if parameter in of_field else cfg.background_lr
+            name: network_lr if parameter in of_field else cfg.background_lr
             for name, parameter in self._parameters.items()
         }
+        self._rates["field.grid.table"] = cfg.geometry_lr
         self._betas, self._eps = cfg.betas, cfg.eps
         # By parameter name, each from its first gradient on: step, exp_avg and exp_avg_sq.
         self._moments: dict[str, dict[str, Tensor]] = {}

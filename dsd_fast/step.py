@@ -76,6 +76,7 @@ class _Drawn:
     noise: Tensor | None  # of the posterior
     t: Tensor
     t_delta: Tensor
+    chance: dict[str, Tensor]  # of the guidance, beside its levels
 
     def tensors(self) -> dict[str, Tensor]:
         """What the device needs of it, by name."""
@@ -103,7 +104,7 @@ class _Drawn:
             width=self.views.width,
         )
         draws = Draws(tensors.get("jitter"), tensors["shading"], tensors.get("paint"))
-        return _Drawn(views, draws, tensors.get("noise"), self.t, self.t_delta)
+        return _Drawn(views, draws, tensors.get("noise"), self.t, self.t_delta, self.chance)
 
 
 class TrainStep:
@@ -148,7 +149,8 @@ class TrainStep:
         step = self.states[0].step
         drawn = [self._draw(state, step) for state in self.states]
         plan = self.guidance.plan_levels(
-            *(torch.cat(column) for column in zip(*(_of_guidance(d) for d in drawn)))
+            *(torch.cat(column) for column in zip(*(_of_guidance(d) for d in drawn))),
+            {name: torch.cat([d.chance[name] for d in drawn]) for name in drawn[0].chance},
         )
         weights = {"dsd": self._dsd_weight(step), **regularizer_weights(self.cfg.loss, step)}
         if self.device.type == "cuda":
@@ -169,7 +171,8 @@ class TrainStep:
         ]
 
     def _draw(self, state: TrainState, step: int) -> _Drawn:
-        """In the official order: cameras, level mask, occupancy, rendering, posterior, levels."""
+        """In the official order: cameras, level mask, occupancy, rendering, posterior, levels; then
+        what else the guidance draws."""
         scene, rng = state.scene, state.rng
         views = self.cameras.sample(step, rng.cameras)
         scene.field.set_step(step)
@@ -179,7 +182,8 @@ class TrainStep:
         if self.cfg.guidance.sample_posterior:
             noise = self.guidance.model.draw_posterior(len(views), rng.guidance)
         t, t_delta = self.guidance.levels(len(views), step, rng.guidance)
-        return _Drawn(views, draws, noise, t, t_delta)
+        chance = self.guidance.draw_noise(len(views), rng.guidance)
+        return _Drawn(views, draws, noise, t, t_delta, chance)
 
     def _run(
         self,

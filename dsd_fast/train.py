@@ -3,6 +3,7 @@
 python -m dsd_fast.train --prompt "an armchair" --seed 0
 python -m dsd_fast.train --prompt "an armchair" --seed 0 --resume auto
 python -m dsd_fast.train --preset dsd --model FOLDER --prompt "a toy robot"
+python -m dsd_fast.train --preset mvdream --model FOLDER --prompt "a toy robot"
 python -m dsd_fast.train --config dsd.yaml system.prompt_processor.prompt="a toy robot"
 """
 
@@ -18,12 +19,13 @@ import torch
 
 from dsd_fast import checkpoint, cli, memory, pictures, versions
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.cameras import RandomCameras
+from dsd_fast.cameras import Lattice, RandomCameras
 from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.cli import Job
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
 from dsd_fast.diffusion import embed_views, load_model
 from dsd_fast.guidance import DSDGuidance, seed_noise
+from dsd_fast.guidance.multiview import camera_lattice, make_multiview_guidance
 from dsd_fast.interruption import Interruption
 from dsd_fast.mesh import MeshError, make_mesh, write_glb
 from dsd_fast.optimizer import Optimizer
@@ -95,7 +97,7 @@ def train(jobs: Sequence[Job]) -> None:
     # Whatever can be wrong is found before the first step, and before an older run is replaced.
     with _errors_of_settings():
         states, guidance = _build(jobs, device)
-        cameras = RandomCameras(cfg.cameras, cfg.guidance.lattice)
+        cameras = RandomCameras(cfg.cameras, _lattice(cfg))
     model = guidance.model
     for job, state in zip(jobs, states):
         if job.state is None:
@@ -234,8 +236,13 @@ def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState],
     The guidance is that of all runs: item i of its batches is of run i.
     """
     cfg = jobs[0].config
-    if len(jobs) > 1 and memory.largest(cfg.cameras.batch_size) > 1:
-        raise ConfigError("--num-seeds needs --cameras.batch-size 1: each seed has its own view")
+    n_view = cfg.cameras.n_view
+    if len(jobs) > 1 and memory.largest(cfg.cameras.batch_size) > n_view:
+        own = "view" if n_view == 1 else f"{n_view} views"
+        raise ConfigError(
+            f"--num-seeds needs --cameras.batch-size {n_view}: each seed has its own {own}"
+        )
+    RandomCameras(cfg.cameras, _lattice(cfg))  # ValueError for what they cannot do
     rngs = [RngStreams(job.config.seed) for job in jobs]
     scenes = [Scene(cfg, rng.init) for rng in rngs]
     # A checkpoint has every parameter and two moments of each.
@@ -244,7 +251,7 @@ def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState],
         job.folder.prepare(checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES)
 
     dtype = None if cfg.diffusion.dtype == "auto" else getattr(torch, cfg.diffusion.dtype)
-    model = load_model(cfg.model, device, dtype, engine=cfg.diffusion.engine)
+    model = load_model(cfg.model, device, dtype, engine=cfg.diffusion.engine, n_views=n_view)
     prompts = embed_views(
         model,
         cfg.prompt,
@@ -253,13 +260,27 @@ def _build(jobs: Sequence[Job], device: torch.device) -> tuple[list[TrainState],
         view_dependent=cfg.text.view_dependent,
         overrides=cfg.text.overrides(),
     )
-    latent_shape = (1, model.latent_channels, model.latent_size, model.latent_size)
+    latent_shape = (n_view, model.latent_channels, model.latent_size, model.latent_size)
     states = []
     for scene, rng in zip(scenes, rngs):
         optimizer = Optimizer(scene.to(device), cfg.optimizer, device)
         states.append(TrainState(scene, optimizer, seed_noise(rng.noise, latent_shape), rng, model))
     noise = torch.cat([state.noise for state in states])
-    return states, DSDGuidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
+    settings = (cfg.guidance, model, prompts, noise, cfg.max_steps)
+    if n_view > 1:
+        return states, make_multiview_guidance(
+            *settings, cfg.multiview, cfg.cameras.elevation_range
+        )
+    return states, DSDGuidance(*settings)
+
+
+def _lattice(cfg: TrainConfig) -> int | Lattice | None:
+    """Where training cameras are to be, for the guidance to have their trajectories."""
+    if cfg.cameras.n_view == 1:
+        return cfg.guidance.lattice
+    return camera_lattice(
+        cfg.guidance, cfg.multiview, cfg.cameras.elevation_range, cfg.cameras.n_view
+    )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dsd_fast.guidance.dsd import (
     distillation_loss,
     dsd_gradient,
 )
+from dsd_fast.guidance.multiview import MultiViewConfig, MultiViewDSD, MultiViewSDS
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.prompt import combine, view_embeddings
 from dsd_fast.guidance.schedule import timestep
@@ -17,6 +18,9 @@ __all__ = [
     "DSDGuidance",
     "GuidanceConfig",
     "GuidanceOutput",
+    "MultiViewConfig",
+    "MultiViewDSD",
+    "MultiViewSDS",
     "Plan",
     "PromptEmbeddings",
     "combine",

@@ -13,7 +13,7 @@ latents and plan to the loss without a look at the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -34,8 +34,9 @@ from dsd_fast.guidance.schedule import ode_grid, random_timesteps, shifted_level
 from dsd_fast.guidance.tables import TrajectoryTables
 from dsd_fast.guidance.trajectory import Predictor, ViewBins, signal_and_noise, simulate
 from dsd_fast.schedules import Schedule, ScheduleValue
-from dsd_fast.upload import upload
+from dsd_fast.upload import Pack, upload
 
+METHODS = ("dsd", "recon", "sds")
 TRAJECTORIES = ("exact", "cached")
 
 # The rendering's own noise prediction is taken at this scale, the target's at guidance_scale.
@@ -47,6 +48,8 @@ class GuidanceConfig:
     """Settings of Diverse Score Distillation; the defaults are the official values but for
     `trajectory`, of which the official one is "exact"."""
 
+    # The formulation: "dsd"; with a multi-view model also "recon", MVDream's own loss, or "sds".
+    method: Literal["dsd", "recon", "sds"] = "dsd"
     # Classifier-free guidance scale of the trajectory and of the target prediction.
     guidance_scale: float = 7.5
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
@@ -88,6 +91,7 @@ class GuidanceConfig:
     def validate(self) -> None:
         """Raise ValueError for a value outside its choices."""
         for name, value, choices in (
+            ("method", self.method, METHODS),
             ("trajectory", self.trajectory, TRAJECTORIES),
             ("weighting", self.weighting, WEIGHTINGS),
         ):
@@ -171,7 +175,7 @@ def dsd_gradient(
     """
     noise = _per_item(noise, latents)
     n_items = latents.shape[0]
-    t, t_delta = _levels("t", t, n_items), _levels("t_delta", t_delta, n_items)
+    t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
     abar = alphas_cumprod.cpu()
     t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
@@ -215,9 +219,7 @@ class DSDGuidance:
         self.max_steps = max_steps
         self.min_percent = Schedule.parse(cfg.min_step_percent)
         self.max_percent = Schedule.parse(cfg.max_step_percent)
-        # What text rows are mixed from.
-        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(model.device)
-        self._bins = ViewBins(cfg.azimuth_bins, cfg.use_perp_neg)
+        self._condition(prompts)
         self._grid = ode_grid(cfg.n_ddim_steps)
         self._abar = model.alphas_cumprod.to(model.device, torch.float32)
         self._done = torch.zeros((), dtype=torch.int32, device=model.device)
@@ -286,6 +288,10 @@ class DSDGuidance:
         u = torch.rand(n_items, generator=generator)
         return t, shifted_level(t, u, low, self.cfg.delta_min)
 
+    def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What a step draws beside its levels, by name: tensors [B,...] on the CPU."""
+        return {}
+
     def at_levels(
         self,
         latents: Tensor,
@@ -309,9 +315,10 @@ class DSDGuidance:
 
         Args: as for a call; `generator` draws t where it is random, then t_delta.
         """
-        elevation, azimuth = _views(elevation_deg, azimuth_deg)
+        elevation, azimuth = angles(elevation_deg, azimuth_deg)
         t, t_delta = self.levels(elevation.numel(), step, generator)
-        return self.plan_levels(elevation, azimuth, t, t_delta)
+        chance = self.draw_noise(elevation.numel(), generator)
+        return self.plan_levels(elevation, azimuth, t, t_delta, chance)
 
     @torch.no_grad()
     def plan_levels(
@@ -320,17 +327,18 @@ class DSDGuidance:
         azimuth_deg: Tensor | float,
         t: Tensor | int,
         t_delta: Tensor | int,
+        chance: Mapping[str, Tensor] | None = None,
     ) -> Plan:
-        """The same at given levels, one or [B]; draws nothing."""
-        elevation, azimuth = _views(elevation_deg, azimuth_deg)
+        """The same at given levels, one or [B], with what `draw_noise` drew; draws nothing."""
+        elevation, azimuth = angles(elevation_deg, azimuth_deg)
         n_items = elevation.numel()
         if self._n_seeds not in (1, n_items):
             raise ValueError(
                 f"guidance: expected a view for each of the {self._n_seeds} seeds, got {n_items}"
             )
-        t, t_delta = _levels("t", t, n_items), _levels("t_delta", t_delta, n_items)
+        t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
         shared = torch.equal(t, t_delta)
-        views = text_mix(elevation, azimuth, self.cfg.use_perp_neg)
+        views = self._rows_of(elevation, azimuth)
         tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(azimuth) < 0}
         calls = [views] if shared else [views, views]
         if self.cfg.trajectory == "exact":
@@ -354,7 +362,7 @@ class DSDGuidance:
                 calls.insert(0, own)
                 if own.weights is not None:
                     tensors["bin_weights"] = own.weights
-        for name in ("first", "second", "share"):
+        for name in _row_columns(views):
             tensors[name] = torch.cat([getattr(mix, name) for mix in calls])
         if views.weights is not None:
             tensors["weights"] = views.weights
@@ -370,7 +378,7 @@ class DSDGuidance:
         for.
         """
         size = self.model.latent_size
-        expected = (plan.kind.n_items, self.model.latent_channels, size, size)
+        expected = (plan.kind.n_items, self._item_channels, size, size)
         if latents.shape != expected:
             raise ValueError(
                 f"guidance: expected latents {list(expected)}, got {list(latents.shape)}"
@@ -379,9 +387,7 @@ class DSDGuidance:
         tensors, cfg = plan.tensors, self.cfg
         guide = self._guide(tensors["weights"] if cfg.use_perp_neg else None)
         with torch.no_grad():
-            text = fused.text(
-                self._bank, tensors["first"], tensors["second"], tensors["share"], self.model.dtype
-            )
+            text = self._text(tensors)
             linked = self._link(x, plan, guide, text)
             eps = self._predict(linked, text[-len(linked.rows) :])
             scales = (_RENDERING_SCALE, cfg.guidance_scale)
@@ -401,6 +407,11 @@ class DSDGuidance:
         )
 
     @property
+    def _item_channels(self) -> int:
+        """Channels of what is one item to the trajectories: one view's latents."""
+        return self.model.latent_channels
+
+    @property
     def can_capture(self) -> bool:
         """Whether a CUDA graph can hold `at_plan`: its course does not depend on the levels."""
         return self.cfg.trajectory == "cached"
@@ -413,7 +424,7 @@ class DSDGuidance:
         """Take over a seed noise; trajectories cached for another one are dropped."""
         model, cfg, noise = self.model, self.cfg, state["noise"]
         size = model.latent_size
-        expected = (self._n_seeds, model.latent_channels, size, size)
+        expected = (self._n_seeds, self._item_channels, size, size)
         if noise.shape != expected:
             raise ValueError(
                 f"guidance: expected seed noise {list(expected)}, the size of the model's latents, "
@@ -505,14 +516,30 @@ class DSDGuidance:
         """Guided noise of one item on the trajectory of a bin, [1,C,h,w]."""
         device = self.model.device
         mix = self._bin_text([view])
-        rows = (upload(tensor, device) for tensor in (mix.first, mix.second, mix.share))
-        eps = self._predict(batch, fused.text(self._bank, *rows, self.model.dtype))
+        rows = {name: upload(getattr(mix, name), device) for name in _row_columns(mix)}
+        eps = self._predict(batch, self._text(rows))
         weights = None if mix.weights is None else upload(mix.weights, device)
         return fused.combine(eps, self._guide(weights), self.cfg.guidance_scale)
 
     def _bin_text(self, bins: list[int]) -> TextMix:
         cameras = torch.tensor([self._bins.camera(view) for view in bins])  # [B,2]
-        return text_mix(cameras[:, 0], cameras[:, 1], self.cfg.use_perp_neg)
+        return self._rows_of(cameras[:, 0], cameras[:, 1])
+
+    def _condition(self, prompts: PromptEmbeddings) -> None:
+        """Take over what predictions are conditioned on: what rows are made of, and the bins."""
+        # What text rows are mixed from.
+        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(self.model.device)
+        self._bins = ViewBins(self.cfg.azimuth_bins, self.cfg.use_perp_neg)
+
+    def _rows_of(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> TextMix:
+        """What decides the text rows of cameras at these angles [B], on the CPU."""
+        return text_mix(elevation_deg, azimuth_deg, self.cfg.use_perp_neg)
+
+    def _text(self, rows: Mapping[str, Tensor] | Pack) -> Tensor:
+        """Text rows [N,L,D] in the UNet's dtype, of the columns of `_rows_of` on the device."""
+        return fused.text(
+            self._bank, rows["first"], rows["second"], rows["share"], self.model.dtype
+        )
 
     def _guide(self, weights: Tensor | None) -> Guide:
         return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)
@@ -520,7 +547,7 @@ class DSDGuidance:
     def _check_views(
         self, elevation_deg: Tensor | float, azimuth_deg: Tensor | float, n_items: int
     ) -> None:
-        elevation, azimuth = _views(elevation_deg, azimuth_deg)
+        elevation, azimuth = angles(elevation_deg, azimuth_deg)
         if not elevation.numel() == azimuth.numel() == n_items:
             raise ValueError(
                 f"guidance: expected {n_items} elevations and azimuths, one an item, "
@@ -584,6 +611,11 @@ def _linked_gradient(
     return weight * (eps_t - eps_delta)
 
 
+def _row_columns(mix: TextMix) -> tuple[str, ...]:
+    """The fields of a mix that have an entry a row."""
+    return tuple(name for name in mix._fields if name != "weights")
+
+
 def _per_item(noise: Tensor, latents: Tensor) -> Tensor:
     if (
         noise.ndim != 4
@@ -597,7 +629,7 @@ def _per_item(noise: Tensor, latents: Tensor) -> Tensor:
     return noise.to(latents.device).expand_as(latents)
 
 
-def _views(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[Tensor, Tensor]:
+def angles(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[Tensor, Tensor]:
     """Angles as float32 [B] on the CPU."""
     elevation, azimuth = (
         torch.as_tensor(angle, dtype=torch.float32).reshape(-1).cpu()
@@ -606,7 +638,7 @@ def _views(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[
     return elevation, azimuth
 
 
-def _levels(name: str, value: Tensor | int, n_items: int) -> Tensor:
+def levels_of(name: str, value: Tensor | int, n_items: int) -> Tensor:
     """One level an item, int64 [B] on the CPU."""
     levels = torch.as_tensor(value).reshape(-1).cpu()
     if levels.is_floating_point() or levels.numel() not in (1, n_items):

@@ -11,8 +11,8 @@ from torch import Tensor
 from dsd_fast.upload import Pack
 
 # Where the trajectory's noise eps_o comes from: the whole trajectory simulated, one UNet call from
-# a cached state, or a table of earlier such calls.
-Noise = Literal["simulated", "predicted", "tabulated"]
+# a cached state, or a table of earlier such calls. Other formulations take noise that was drawn.
+Noise = Literal["simulated", "predicted", "tabulated", "drawn"]
 
 
 class PlanKind(NamedTuple):
@@ -33,7 +33,10 @@ class Plan:
       one call after the other (`prompt.TextMix`);
     - weights: float32 [B,2], of the views' negatives, where there are any;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
-    - tabulated: prediction, below: int64 [B], mix: float32 [B].
+    - tabulated: prediction, below: int64 [B], mix: float32 [B];
+    - of other formulations than DSD what they drew (`DSDGuidance.draw_noise`), by name.
+
+    Of a multi-view model an item is an object: see `multiview.ViewRows` for its text rows.
     """
 
     def __init__(
