@@ -345,7 +345,8 @@ def _mvdream(max_steps: int | None, method: str) -> TrainConfig:
             eval_camera_distance=3.0,
             eval_fovy_deg=40.0,
         ),
-        field=FieldConfig(radius=1.0),
+        # All levels from the start.
+        field=FieldConfig(radius=1.0, grid=GridConfig(start_level=16)),
         material=MaterialConfig(diffuse_prob=0.0, ambient_only_on_test=True),
         background=BackgroundConfig(share_aug_bg=True),
         renderer=RendererConfig(radius=1.0),
