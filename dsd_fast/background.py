@@ -18,6 +18,8 @@ class BackgroundConfig:
     random_aug: bool = True
     # The share of those views.
     random_aug_prob: float = 0.5
+    # That colour is one for all views of a step, as views that belong together need it.
+    share_aug_bg: bool = False
     # One fixed colour (r g b in 0 to 1) in previews and evaluation instead of the learned map.
     eval_color: tuple[float, float, float] | None = None
     # Neurons of the hidden layers.
@@ -49,7 +51,9 @@ class Background(nn.Module):
             return None
         device = generator.device
         if torch.rand((), generator=generator, device=device) < self.cfg.random_aug_prob:
-            color = torch.rand(n_views, 3, generator=generator, device=device)
+            n_colors = 1 if self.cfg.share_aug_bg else n_views
+            color = torch.rand(n_colors, 3, generator=generator, device=device)
+            color = color.expand(n_views, -1)
             return torch.cat([color, torch.ones_like(color[:, :1])], dim=1)
         return torch.zeros(n_views, 4, device=device)
 

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ class CameraConfig:
     height: int | tuple[int, ...] = (128, 512)
     # Views per training step; one number, or one per resolution stage.
     batch_size: int | tuple[int, ...] = 1
+    # Views that belong together: 1, or the 4 of a multi-view model, which share all but their
+    # azimuths, a quarter turn apart. The batch size is a multiple of it.
+    n_view: Literal[1, 4] = 1
     # Steps at which the next resolution stage begins.
     resolution_milestones: tuple[int, ...] = (5000,)
     # Elevation of training cameras in degrees (lowest, highest).
@@ -34,6 +37,9 @@ class CameraConfig:
     azimuth_range: tuple[float, float] = (-180.0, 180.0)
     # Distance of training cameras from the origin (nearest, farthest).
     camera_distance_range: tuple[float, float] = (1.5, 2.0)
+    # Take that range for the half height of the picture at the object, so that it looks equally
+    # large at every field of view: the distance is the drawn number / tan(fovy / 2).
+    relative_distance: bool = False
     # Vertical field of view of training cameras in degrees (narrowest, widest).
     fovy_range: tuple[float, float] = (40.0, 70.0)
     # Largest shift of the camera position, per axis, uniform.
@@ -114,6 +120,13 @@ class CameraBatch:
         return replace(self, **moved)
 
 
+class Lattice(Protocol):
+    """Places of the views of an object for which guidance keeps trajectories."""
+
+    def snap(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest places of first views at these angles, float32 [G] each on the CPU."""
+
+
 def look_at(positions: Tensor, centers: Tensor, up: Tensor) -> Tensor:
     """Camera-to-world matrices [B,4,4] of cameras at `positions` [B,3] that look at `centers`."""
     forward = F.normalize(centers - positions, dim=-1)
@@ -151,6 +164,21 @@ def orbit_positions(elevation: Tensor, azimuth: Tensor, distance: Tensor) -> Ten
     return distance[:, None] * directions
 
 
+def camera_condition(elevation_deg: Tensor, azimuth_deg: Tensor) -> Tensor:
+    """Cameras as a multi-view model is told them (MVDream, Shi et al. 2023): float32 [N,16].
+
+    The camera-to-world matrix, row by row, of a camera at unit distance that looks at the origin:
+    neither distance nor field of view is told. MVDream's axes are those of this module.
+
+    Args:
+        elevation_deg, azimuth_deg: [N] degrees.
+    """
+    elevation, azimuth = (torch.deg2rad(a.double()) for a in (elevation_deg, azimuth_deg))
+    positions = orbit_positions(elevation, azimuth, torch.ones_like(elevation))
+    up = positions.new_tensor([0.0, 0.0, 1.0]).expand_as(positions)
+    return look_at(positions, torch.zeros_like(positions), up).flatten(1).float()
+
+
 class RandomCameras:
     """Draws training cameras, as DreamFusion's random views.
 
@@ -162,10 +190,15 @@ class RandomCameras:
         lattice: with a number n, nominal azimuths are moved to the nearest of the n values +-a that
             stand in the middle of equal parts of [0, 180] degrees, the sign kept: those for which
             guidance keeps trajectories (`GuidanceConfig.lattice`). Positions are perturbed after
-            that, so views still come from everywhere. None leaves azimuths as they are drawn.
+            that, so views still come from everywhere. For views that belong together it is a
+            `Lattice` of their first ones. None leaves angles as they are drawn.
+
+    With `n_view` of 4, views 4g to 4g + 3 are of object g. They share what is drawn (elevation,
+    distance, field of view, the light's place beside the camera); their azimuths are a, a + 90,
+    a + 180 and a + 270 with a in [0, 90). (The reference begins with a - 180: the same four.)
     """
 
-    def __init__(self, cfg: CameraConfig, lattice: int | None = None) -> None:
+    def __init__(self, cfg: CameraConfig, lattice: int | Lattice | None = None) -> None:
         self.cfg = cfg
         self.lattice = lattice
         n_stages = len(cfg.resolution_milestones) + 1
@@ -186,6 +219,30 @@ class RandomCameras:
             low, high = getattr(cfg, name)
             if low > high:
                 raise ValueError(f"{name}: expected (low, high), got ({low}, {high})")
+        if cfg.n_view > 1:
+            self._check_views_together()
+
+    def _check_views_together(self) -> None:
+        """ValueError for settings that views of one object cannot have."""
+        cfg = self.cfg
+        for size in self._batch_sizes:
+            if size % cfg.n_view:
+                raise ValueError(
+                    f"batch_size: expected multiples of n_view ({cfg.n_view}), whole objects, got "
+                    f"{list(self._batch_sizes)}"
+                )
+        if not math.isclose(cfg.azimuth_range[1] - cfg.azimuth_range[0], 360.0):
+            raise ValueError(
+                f"azimuth_range: {cfg.n_view} views of an object stand all around it: expected a "
+                f"range of 360 degrees, got {tuple(cfg.azimuth_range)}"
+            )
+        for name in ("camera_perturb", "center_perturb", "up_perturb"):
+            if getattr(cfg, name) != 0:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"{name}: a multi-view model is told cameras that look at the centre, got "
+                    f"{getattr(cfg, name)}; pass --cameras.{flag} 0"
+                )
 
     def stage(self, step: int) -> int:
         """Index of the resolution stage of a step."""
@@ -205,36 +262,49 @@ class RandomCameras:
         )
         low_azimuth, high_azimuth = (_lerp(0.0, bound, opening) for bound in cfg.azimuth_range)
 
+        # All is drawn once an object and holds for each of its views.
+        n_objects = batch // cfg.n_view
+
+        def per_view(drawn: Tensor) -> Tensor:
+            return drawn if cfg.n_view == 1 else drawn.repeat_interleave(cfg.n_view, dim=0)
+
         def uniform(low: float, high: float, *shape: int) -> Tensor:
-            return low + (high - low) * torch.rand(*shape, generator=generator)
+            return per_view(low + (high - low) * torch.rand(*shape, generator=generator))
 
         def normal(scale: float) -> Tensor:
-            return scale * torch.randn(batch, 3, generator=generator)
+            return per_view(scale * torch.randn(n_objects, 3, generator=generator))
 
         # Half of the batches are uniform in elevation, half uniform in area on the sphere.
         if torch.rand((), generator=generator) < 0.5:
-            elevation = torch.deg2rad(uniform(low_elevation, high_elevation, batch))
+            elevation = torch.deg2rad(uniform(low_elevation, high_elevation, n_objects))
         else:
             low, high = (math.sin(math.radians(e)) for e in (low_elevation, high_elevation))
-            elevation = torch.asin(uniform(low, high, batch))
-        if cfg.batch_uniform_azimuth:
+            elevation = torch.asin(uniform(low, high, n_objects))
+        if cfg.n_view > 1:
+            azimuth_deg = uniform(0.0, 360.0 / cfg.n_view, n_objects)
+        elif cfg.batch_uniform_azimuth:
             parts = (torch.rand(batch, generator=generator) + torch.arange(batch)) / batch
             azimuth_deg = low_azimuth + (high_azimuth - low_azimuth) * parts
         else:
             azimuth_deg = uniform(low_azimuth, high_azimuth, batch)
         elevation, azimuth_deg = self._placed(elevation, azimuth_deg)
-        distance = uniform(*cfg.camera_distance_range, batch)
-        positions = orbit_positions(elevation, torch.deg2rad(azimuth_deg), distance)
-        positions = positions + uniform(-cfg.camera_perturb, cfg.camera_perturb, batch, 3)
+        if cfg.n_view > 1:
+            around = 360.0 / cfg.n_view * torch.arange(cfg.n_view)
+            azimuth_deg = azimuth_deg + around.repeat(n_objects)
+        distance = uniform(*cfg.camera_distance_range, n_objects)
+        shift = uniform(-cfg.camera_perturb, cfg.camera_perturb, n_objects, 3)
         centers = normal(cfg.center_perturb)
         up = torch.tensor([0.0, 0.0, 1.0]) + normal(cfg.up_perturb)
-        fovy = torch.deg2rad(uniform(*cfg.fovy_range, batch))
-        light_distance = uniform(*cfg.light_distance_range, batch)
+        fovy = torch.deg2rad(uniform(*cfg.fovy_range, n_objects))
+        if cfg.relative_distance:
+            distance = distance / torch.tan(0.5 * fovy)
+        positions = orbit_positions(elevation, torch.deg2rad(azimuth_deg), distance) + shift
+        light_distance = uniform(*cfg.light_distance_range, n_objects)
         if cfg.light_sample_strategy == "dreamfusion":
             light_direction = F.normalize(positions + normal(cfg.light_position_perturb), dim=-1)
         elif cfg.light_sample_strategy == "magic3d":
-            light_azimuth = uniform(-math.pi, math.pi, batch)
-            light_elevation = uniform(math.pi / 6, math.pi / 2, batch)
+            light_azimuth = uniform(-math.pi, math.pi, n_objects)
+            light_elevation = uniform(math.pi / 6, math.pi / 2, n_objects)
             local = orbit_positions(light_elevation, light_azimuth, torch.ones(batch))
             light_direction = (_camera_frame(positions) @ local[:, :, None])[:, :, 0]
         else:
@@ -257,9 +327,12 @@ class RandomCameras:
     def _placed(self, elevation: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
         """Nominal angles as drawn, elevation in radians and azimuth in degrees, moved to where
         guidance wants them."""
-        if self.lattice is not None:
-            azimuth_deg = _on_lattice(azimuth_deg, self.lattice)
-        return elevation, azimuth_deg
+        if self.lattice is None:
+            return elevation, azimuth_deg
+        if isinstance(self.lattice, int):
+            return elevation, _on_lattice(azimuth_deg, self.lattice)
+        elevation_deg, azimuth_deg = self.lattice.snap(torch.rad2deg(elevation), azimuth_deg)
+        return torch.deg2rad(elevation_deg), azimuth_deg
 
 
 def eval_camera(

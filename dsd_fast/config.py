@@ -1,4 +1,4 @@
-"""The configuration of a run: one tree of dataclasses, three presets, and its JSON form.
+"""The configuration of a run: one tree of dataclasses, its presets, and its JSON form.
 
 A comment above a field is that flag's help. The classes live with the code that reads them; here
 they are put together.
@@ -21,7 +21,7 @@ from dsd_fast.background import BackgroundConfig
 from dsd_fast.cameras import CameraConfig
 from dsd_fast.diffusion.text import VIEWS
 from dsd_fast.field import FieldConfig, GridConfig
-from dsd_fast.guidance import GuidanceConfig
+from dsd_fast.guidance import GuidanceConfig, MultiViewConfig
 from dsd_fast.image import ImageConfig
 from dsd_fast.losses import LossConfig
 from dsd_fast.material import MaterialConfig
@@ -32,8 +32,15 @@ from dsd_fast.single_view import SingleViewConfig
 
 T = TypeVar("T")
 
-PRESETS = ("embedded", "dsd", "dsd-low-res")
+PRESETS = ("embedded", "dsd", "dsd-low-res", "mvdream")
 STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
+MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
+# What MVDream is guided away from.
+MVDREAM_NEGATIVE = (
+    "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and "
+    "unclear, cropped, lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn "
+    "face, deformed, dehydrated, bad proportions"
+)
 
 # Steps of the embedded preset where --max-steps does not say.
 EMBEDDED_STEPS_GPU = 1500
@@ -100,6 +107,8 @@ class DiffusionConfig:
 class OptimizerConfig:
     # Learning rate of the field: hash grid and networks.
     geometry_lr: float = 0.01
+    # Another one for the field's networks; None takes that of the field.
+    network_lr: float | None = None
     # Learning rate of the background network.
     background_lr: float = 0.001
     # Adam's decay rates.
@@ -162,8 +171,8 @@ class TrainConfig:
     # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, or a hub id.
     model: str = "embedded"
     # Starting values: "embedded" suits the model that ships with the package, "dsd" and
-    # "dsd-low-res" are the official ones for Stable Diffusion.
-    preset: Literal["embedded", "dsd", "dsd-low-res"] = "embedded"
+    # "dsd-low-res" are the official ones for Stable Diffusion, "mvdream" those of MVDream.
+    preset: Literal["embedded", "dsd", "dsd-low-res", "mvdream"] = "embedded"
     # Length of the run; the schedules of the embedded preset scale with it.
     max_steps: int = 10000
     # "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
@@ -183,6 +192,7 @@ class TrainConfig:
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     single_view: SingleViewConfig = dataclasses.field(default_factory=SingleViewConfig)
+    multiview: MultiViewConfig = dataclasses.field(default_factory=MultiViewConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     cameras: CameraConfig = dataclasses.field(default_factory=CameraConfig)
     field: FieldConfig = dataclasses.field(default_factory=FieldConfig)
@@ -211,6 +221,15 @@ class TrainConfig:
         ):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.guidance.method == "recon" and self.cameras.n_view == 1:
+            raise ConfigError(
+                "--guidance.method recon is for a multi-view model alone: pass --preset mvdream"
+            )
+        if self.task != "text" and self.cameras.n_view > 1:
+            raise ConfigError(
+                f"--cameras.n-view {self.cameras.n_view} is for objects from prompts: drop --task "
+                f"{self.task}"
+            )
         schedules = leaves(self.loss, "loss.") | {
             f"single_view.lambda_{name}": value
             for name, value in self.single_view.schedules().items()
@@ -271,8 +290,13 @@ def preset(
     """The configuration of a preset, for a run of ``max_steps`` (None: the preset's own length).
 
     ``exact`` is the exact form of the task "image", whose own length is another; ``method`` that of
-    the guidance, for which the task "single-view" has other levels.
+    the guidance, for which the task "single-view" and the preset "mvdream" have scale and levels of
+    their own.
     """
+    if name == "mvdream":
+        if task != "text":
+            raise ConfigError(f"--preset mvdream makes objects from prompts: drop --task {task}")
+        return _mvdream(max_steps, method)
     if task == "single-view":
         return _single_view(name, max_steps, on_cpu, method)
     if task == "image" and max_steps is None:
@@ -445,6 +469,57 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
     cfg.material = MaterialConfig(diffuse_prob=0.0, ambient_only_on_test=True)
     cfg.background = BackgroundConfig(random_aug=False, eval_color=(1.0, 1.0, 1.0))
     return cfg
+
+
+def _mvdream(max_steps: int | None, method: str) -> TrainConfig:
+    """Settings of MVDream in threestudio (DSD_SPEC 11.3); with "dsd" scale and levels are DSD's.
+
+    The original's "no-material" is the albedo alone; its AdamW decays weights by 0.01 of each step,
+    which is left out.
+    """
+    steps = max_steps or 10000
+    guidance = GuidanceConfig(method=method, use_perp_neg=False, standard_cfg=True)
+    if method != "dsd":
+        guidance.guidance_scale = 50.0
+        guidance.t_anneal = False
+        guidance.min_step_percent = (0, 0.98, 0.02, 8000)
+        guidance.max_step_percent = (0, 0.98, 0.50, 8000)
+    return TrainConfig(
+        model=MVDREAM,
+        preset="mvdream",
+        max_steps=steps,
+        text=PromptConfig(negative=MVDREAM_NEGATIVE, view_dependent=False),
+        guidance=guidance,
+        loss=LossConfig(
+            lambda_orient=0.0,
+            lambda_sparsity=0.0,
+            lambda_opaque=0.0,
+            lambda_convex=0.0,
+            lambda_z_variance=0.0,
+        ),
+        cameras=CameraConfig(
+            width=(64, 256),
+            height=(64, 256),
+            batch_size=(8, 4),
+            n_view=4,
+            resolution_milestones=(5000,),
+            elevation_range=(0.0, 30.0),
+            camera_distance_range=(0.8, 1.0),
+            relative_distance=True,
+            fovy_range=(15.0, 60.0),
+            camera_perturb=0.0,
+            center_perturb=0.0,
+            up_perturb=0.0,
+            eval_camera_distance=3.0,
+            eval_fovy_deg=40.0,
+        ),
+        # All levels from the start.
+        field=FieldConfig(radius=1.0, grid=GridConfig(start_level=16)),
+        material=MaterialConfig(diffuse_prob=0.0, ambient_only_on_test=True),
+        background=BackgroundConfig(share_aug_bg=True),
+        renderer=RendererConfig(radius=1.0),
+        optimizer=OptimizerConfig(network_lr=0.001),
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -29,7 +29,10 @@ def settings_for(vram: float, preset: str) -> dict[str, Any]:
     """Dotted path -> value of the settings that a GPU of `vram` GiB asks for."""
     if preset == "embedded":
         return {}
-    return next((dict(settings) for size, settings in SETTINGS if vram <= size), {})
+    settings = next((dict(settings) for size, settings in SETTINGS if vram <= size), {})
+    if preset == "mvdream" and settings:
+        settings["cameras.batch_size"] = 4  # one object
+    return settings
 
 
 def choose_settings(cfg: TrainConfig, vram: float) -> None:
@@ -70,9 +73,10 @@ def savings(cfg: TrainConfig) -> list[str]:
     ways = []
     if cfg.diffusion.dtype == "float32":
         ways.append("--diffusion.dtype float16 (half the diffusion model)")
-    in_3d = cfg.task != "image"
-    if in_3d and largest(cfg.cameras.batch_size) > 1:
-        ways.append("--cameras.batch-size 1 (one view a step)")
+    in_3d, n_view = cfg.task != "image", cfg.cameras.n_view
+    if in_3d and largest(cfg.cameras.batch_size) > n_view:
+        one = "one view" if n_view == 1 else "one object"
+        ways.append(f"--cameras.batch-size {n_view} ({one} a step)")
     if cfg.diffusion.engine != "eager":
         ways.append("--diffusion.engine eager (no CUDA graphs, which keep their memory)")
     if in_3d:

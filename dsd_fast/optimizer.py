@@ -155,10 +155,12 @@ class Optimizer(Adam):
     def __init__(self, scene: Scene, cfg: OptimizerConfig, device: torch.device) -> None:
         parameters = dict(scene.named_parameters())
         of_field = set(scene.field.parameters())
+        network_lr = cfg.geometry_lr if cfg.network_lr is None else cfg.network_lr
         rates = {
-            name: cfg.geometry_lr if parameter in of_field else cfg.background_lr
+            name: network_lr if parameter in of_field else cfg.background_lr
             for name, parameter in parameters.items()
         }
+        rates["field.grid.table"] = cfg.geometry_lr
         super().__init__(parameters, rates, cfg.betas, cfg.eps, device)
         self._field = scene.field
 

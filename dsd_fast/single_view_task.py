@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsd_fast import memory
 from dsd_fast.cameras import RandomCameras
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import ViewModel, load_view_model
@@ -27,7 +26,7 @@ from dsd_fast.scene import Scene
 from dsd_fast.single_view import on_color, read_picture, resized
 from dsd_fast.single_view_step import SingleViewStep
 from dsd_fast.state import TrainState
-from dsd_fast.text_task import TextTask
+from dsd_fast.text_task import TextTask, check_batches
 
 # The picture is kept at this size at most, that of the largest rendering.
 LARGEST_PICTURE = 512
@@ -55,31 +54,13 @@ class PictureScene(Scene):
         return self.get_buffer(f"picture_{size}")
 
 
-class OrbitCameras(RandomCameras):
-    """Training cameras on the centres of the bins that have cached trajectories; all bins alike
-    where `bins` is None."""
-
-    def __init__(self, cfg: TrainConfig, bins: OrbitBins | None) -> None:
-        super().__init__(cfg.cameras)
-        self._bins = bins
-
-    def _placed(self, elevation: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
-        if self._bins is None:
-            return elevation, azimuth_deg
-        elevation_deg, azimuth_deg = self._bins.snap(torch.rad2deg(elevation), azimuth_deg)
-        return torch.deg2rad(elevation_deg), azimuth_deg
-
-
 class SingleViewTask(TextTask):
     """One object a run, from one picture."""
 
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
         check(cfg)
-        if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > 1:
-            raise ConfigError(
-                "--num-seeds needs --cameras.batch-size 1: each seed has its own view"
-            )
+        check_batches(cfg, n_runs)
         _cameras(cfg)
 
     def load(
@@ -178,6 +159,7 @@ def check(cfg: TrainConfig) -> None:
         raise ConfigError(str(error)) from error
 
 
-def _cameras(cfg: TrainConfig) -> OrbitCameras:
+def _cameras(cfg: TrainConfig) -> RandomCameras:
+    """On the centres of the bins that have cached trajectories, where there are any."""
     cached = cfg.guidance.method == "dsd" and cfg.guidance.trajectory == "cached"
-    return OrbitCameras(cfg, OrbitBins(reference(cfg)) if cached else None)
+    return RandomCameras(cfg.cameras, OrbitBins(reference(cfg)) if cached else None)

@@ -43,7 +43,13 @@ class Task:
         self, cfg: TrainConfig, device: torch.device, dtype: torch.dtype | None
     ) -> tuple[DiffusionModel, Any]:
         """The model, and what its guidance is conditioned on: the prompts' embeddings."""
-        model = load_model(cfg.model, device, dtype, engine=cfg.diffusion.engine)
+        model = load_model(
+            cfg.model,
+            device,
+            dtype,
+            engine=cfg.diffusion.engine,
+            n_views=cfg.cameras.n_view,
+        )
         prompts = embed_views(
             model,
             cfg.prompt,

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dsd_fast import memory, pictures
 from dsd_fast.cameras import RandomCameras
 from dsd_fast.config import ConfigError, TrainConfig
+from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
 from dsd_fast.guidance import Guidance
+from dsd_fast.guidance.multiview import camera_lattice, check_settings, make_multiview_guidance
 from dsd_fast.memory import PhaseMemory
 from dsd_fast.mesh import MeshError, make_mesh, write_glb
 from dsd_fast.optimizer import Optimizer
@@ -29,10 +32,9 @@ class TextTask(Task):
     lr_flag = "--optimizer.geometry-lr"
 
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
-        if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > 1:
-            raise ConfigError(
-                "--num-seeds needs --cameras.batch-size 1: each seed has its own view"
-            )
+        check_batches(cfg, n_runs)
+        if cfg.cameras.n_view > 1:
+            check_settings(cfg.guidance)
         _cameras(cfg)  # ValueError for what they cannot do
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
@@ -44,6 +46,14 @@ class TextTask(Task):
 
     def optimizer(self, scene: Scene, cfg: TrainConfig, device: torch.device) -> Optimizer:
         return Optimizer(scene, cfg.optimizer, device)
+
+    def guidance(
+        self, cfg: TrainConfig, model: DiffusionModel, prompts: PromptEmbeddings, noise: Tensor
+    ) -> Guidance:
+        if cfg.cameras.n_view == 1:
+            return super().guidance(cfg, model, prompts, noise)
+        settings = (cfg.guidance, model, prompts, noise, cfg.max_steps)
+        return make_multiview_guidance(*settings, cfg.multiview, cfg.cameras.elevation_range)
 
     def step(
         self,
@@ -92,7 +102,21 @@ class TextTask(Task):
 
 
 def _cameras(cfg: TrainConfig) -> RandomCameras:
-    return RandomCameras(cfg.cameras, cfg.guidance.lattice)
+    lattice = cfg.guidance.lattice
+    if cfg.cameras.n_view > 1:
+        ranges = (cfg.cameras.elevation_range, cfg.cameras.n_view)
+        lattice = camera_lattice(cfg.guidance, cfg.multiview, *ranges)
+    return RandomCameras(cfg.cameras, lattice)
+
+
+def check_batches(cfg: TrainConfig, n_runs: int) -> None:
+    """ConfigError for runs side by side of more than one item a step."""
+    n_view = cfg.cameras.n_view
+    if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > n_view:
+        own = "view" if n_view == 1 else f"{n_view} views"
+        raise ConfigError(
+            f"--num-seeds needs --cameras.batch-size {n_view}: each seed has its own {own}"
+        )
 
 
 def write_mesh(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:

@@ -4,6 +4,7 @@ object (`--task single-view`).
 python -m dsd_fast.train --prompt "an armchair" --seed 0
 python -m dsd_fast.train --prompt "an armchair" --seed 0 --resume auto
 python -m dsd_fast.train --preset dsd --model FOLDER --prompt "a toy robot"
+python -m dsd_fast.train --preset mvdream --model FOLDER --prompt "a toy robot"
 python -m dsd_fast.train --config dsd.yaml system.prompt_processor.prompt="a toy robot"
 """
 
@@ -228,7 +229,8 @@ def _build(
 
     dtype = None if cfg.diffusion.dtype == "auto" else getattr(torch, cfg.diffusion.dtype)
     model, prompts = task.load(cfg, device, dtype)
-    latent_shape = (1, model.latent_channels, model.latent_size, model.latent_size)
+    size = model.latent_size
+    latent_shape = (cfg.cameras.n_view, model.latent_channels, size, size)
     states = []
     for scene, rng in zip(scenes, rngs):
         optimizer = task.optimizer(scene.to(device), cfg, device)

@@ -270,7 +270,7 @@ def test_noise_of_a_view_moves_with_it():
 def test_what_a_method_draws_is_asked_for():
     guidance = gaussian_guidance("sds", n_seeds=1)
     x = torch.zeros(1, 4, SIZE, SIZE)
-    with pytest.raises(ValueError, match="sds needs 'eps' of draw_noise for 1 views, got none"):
+    with pytest.raises(ValueError, match="sds needs 'eps' of draw_noise for 1 items, got none"):
         guidance.at_levels(x, torch.zeros(1), torch.zeros(1), 500, 500)
 
 

@@ -18,7 +18,7 @@ from tiny_model import build_tiny_model, build_tiny_view_model
 
 from dsd_fast import checkpoint, outputs, single_view
 from dsd_fast import train as module
-from dsd_fast.cameras import CameraBatch, eval_camera
+from dsd_fast.cameras import CameraBatch, RandomCameras, eval_camera
 from dsd_fast.config import TrainConfig, from_dict, preset
 from dsd_fast.diffusion import load_view_model
 from dsd_fast.diffusion.reference import latent_feature_width, latent_features, relative_pose
@@ -35,7 +35,6 @@ from dsd_fast.guidance.views import (
 from dsd_fast.renderer import RenderOutput
 from dsd_fast.scene import Scene
 from dsd_fast.single_view_step import color_error, normal_smoothness, surface_smoothness
-from dsd_fast.single_view_task import OrbitCameras
 
 REFERENCE = Reference(5.0, 0.0, (-10.0, 80.0), 8, 3)
 
@@ -304,7 +303,7 @@ def test_cameras_stand_on_the_bins_of_cached_trajectories():
     bins = OrbitBins(REFERENCE)
     centres = {(round(e, 3), round(a, 3)) for e, a in (bins.camera(i) for i in range(24))}
     generator = torch.Generator().manual_seed(0)
-    free, fixed = OrbitCameras(cfg, None), OrbitCameras(cfg, bins)
+    free, fixed = RandomCameras(cfg.cameras), RandomCameras(cfg.cameras, bins)
     for step in range(20):
         views = fixed.sample(step, generator)
         at = (round(views.elevation_deg.item(), 3), round(views.azimuth_deg.item(), 3))

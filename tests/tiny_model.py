@@ -127,6 +127,46 @@ def build_tiny_view_model(folder: Path, *, clip: bool = True, seed: int = 0) -> 
     return folder
 
 
+TINY_MULTIVIEW = {
+    "_class_name": "MultiViewUNetModel",
+    "image_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2, 1],
+    "channel_mult": [1, 2],
+    "num_head_channels": 16,
+    "transformer_depth": 1,
+    "context_dim": 16,
+    "camera_dim": 16,
+    "use_checkpoint": False,
+    "ip_dim": 0,
+}
+
+
+def build_tiny_multiview(folder: Path, *, seed: int = 0, **unet: object) -> Path:
+    """The folder of `build_tiny_model` with a UNet of four views in MVDream's layout.
+
+    Args:
+        unet: entries that replace those of the UNet's configuration; its weights stay.
+    """
+    from safetensors.torch import save_file
+
+    from dsd_fast.diffusion.multiview_unet import MultiViewUNet
+
+    build_tiny_model(folder, seed=seed)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index |= {"_class_name": "MVDreamPipeline", "unet": ["mv_unet", "MultiViewUNetModel"]}
+    index |= {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    _write_json(folder / "model_index.json", index)
+    torch.manual_seed(seed)
+    _write_json(folder / "unet" / "config.json", TINY_MULTIVIEW | unet)
+    weights = MultiViewUNet(TINY_MULTIVIEW).state_dict()
+    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
 class ToyUNet(nn.Module):
     """A noise predictor that depends on latents, level and text, and counts its calls."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsd_fast.diffusion import noise_schedule
+from dsd_fast.diffusion import multiview_unet, noise_schedule
 
 _CONFIGS = {
     "unet": "config.json",
@@ -28,7 +28,7 @@ PROJECTIONS = ("camera_projection", "clip_camera_projection", "cc_projection")
 # In model_index.json: a folder to take the VAE from, relative to the model's own.
 _VAE_FOLDER = "_vae_folder"
 _CLASSES = {
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", multiview_unet.CLASS_NAME),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
 # Conditioning of other model families, which the text embedding alone does not provide, with the
@@ -196,12 +196,18 @@ def quiet() -> Iterator[None]:
 
 def latent_size(unet_config: dict[str, Any]) -> int:
     """Side of the latents a UNet was trained on."""
-    size = unet_config.get("sample_size")
+    name = "image_size" if is_multiview(unet_config) else "sample_size"
+    size = unet_config.get(name)
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     if not isinstance(size, int):
-        raise ValueError(f"unet/config.json: sample_size must be one square size, got {size!r}")
+        raise ValueError(f"unet/config.json: {name} must be one square size, got {size!r}")
     return size
+
+
+def is_multiview(unet_config: dict[str, Any]) -> bool:
+    """Whether a UNet predicts the views of an object together (`multiview_unet`)."""
+    return unet_config.get("_class_name") == multiview_unet.CLASS_NAME
 
 
 def _require(root: Path, name: str, why: str = "") -> None:
@@ -268,6 +274,8 @@ def _check_classes(path: Path, configs: dict[str, dict[str, Any]]) -> None:
                 f"{path / 'unet'}: {key} = {unet[key]!r} is not supported; expected a UNet "
                 "conditioned on text embeddings alone, as in Stable Diffusion 1 and 2"
             )
+    if is_multiview(unet):
+        multiview_unet.check_config(unet, str(path / "unet" / "config.json"))
     latent_size(unet)
 
 
@@ -287,9 +295,10 @@ def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
                 "channels; they must be equal (inpainting and depth models are not supported)"
             )
     width = configs["text_encoder"].get("hidden_size")
-    if width is not None and unet.get("cross_attention_dim", 1280) != width:
+    wanted = unet.get("context_dim" if is_multiview(unet) else "cross_attention_dim", 1280)
+    if width is not None and wanted != width:
         raise ValueError(
-            f"{path}: the unet reads text embeddings of width "
-            f"{unet.get('cross_attention_dim', 1280)}, the text encoder gives {width}"
+            f"{path}: the unet reads text embeddings of width {wanted}, "
+            f"the text encoder gives {width}"
         )
     _check_levels(configs)

@@ -204,7 +204,7 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
             FusedUNet supports in half precision, else graph, both with eager as their fallback.
     Raises:
         ValueError: unknown kind, any but "auto" and "eager" on a device that is not CUDA, or
-            "fused" for a UNet that it does not support.
+            "fused" or "tensorrt" for a UNet that it does not support.
         ImportError: "tensorrt" without its package.
     """
     if kind not in ENGINES:
@@ -214,6 +214,8 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
     if device.type != "cuda":
         raise ValueError(f"the {kind} engine needs a CUDA device, got {device}")
     if kind == "tensorrt":
+        if getattr(unet, "n_views", 1) > 1:
+            raise ValueError("the tensorrt engine does not support multi-view UNets: use auto")
         from dsd_fast.diffusion.tensorrt import make_tensorrt  # it imports this module
 
         return make_tensorrt(unet, device, fallback=make_engine(unet, device))

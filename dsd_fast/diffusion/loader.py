@@ -15,11 +15,13 @@ from dsd_fast.diffusion.components import (
     PipelineFolder,
     inspect_folder,
     inspect_view_folder,
+    is_multiview,
     latent_size,
     load_component,
     quiet,
 )
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.multiview_unet import N_VIEWS, load_multiview_unet
 from dsd_fast.diffusion.reference import latent_feature_width
 from dsd_fast.diffusion.text import ClipText
 from dsd_fast.diffusion.view_model import ViewModel, load_projection
@@ -51,8 +53,9 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     engine: str = "auto",
+    n_views: int = 1,
 ) -> DiffusionModel:
-    """Load a Stable Diffusion model for guidance.
+    """Load a Stable Diffusion model, or a multi-view one made from it, for guidance.
 
     Args:
         path_or_id: a folder in diffusers' StableDiffusionPipeline format, a hub id "owner/name"
@@ -62,13 +65,16 @@ def load_model(
             fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
             which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
         engine: one of `dsd_fast.diffusion.engine.ENGINES`, see there.
+        n_views: views that the model is to predict together: 1, or 4 for one of MVDream's kind
+            (a folder whose UNet is a MultiViewUNetModel), which needs cameras beside the text.
     Raises:
         FileNotFoundError: a missing folder or piece, named before anything is loaded.
-        ValueError: unsupported configuration, or weights that do not fit it.
+        ValueError: unsupported configuration, weights that do not fit it, or a model of another
+            number of views.
         ConnectionError: a hub id that can be neither found nor downloaded.
     """
     folder = inspect_folder(resolve(path_or_id))
-    unet, vae, others = _networks(folder, device, dtype)
+    unet, vae, others = _networks(folder, device, dtype, n_views)
     text = ClipText(folder.path, others["device"], folder.variants["text_encoder"])
     return _released(DiffusionModel(unet, vae, text, **others, engine=engine))
 
@@ -121,7 +127,10 @@ def load_view_model(
 
 
 def _networks(
-    folder: PipelineFolder, device: torch.device | str, dtype: torch.dtype | None
+    folder: PipelineFolder,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    n_views: int = 1,
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, Any]]:
     """UNet and VAE on the device, and what else a DiffusionModel is told of them, by name."""
     device = torch.device(device)
@@ -130,6 +139,7 @@ def _networks(
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("float16 is not supported on the CPU; use float32 or bfloat16")
     vae_dtype = dtype if device.type == "cuda" else torch.float32
+    _check_views(folder, n_views)
     with quiet():
         import diffusers
 
@@ -140,7 +150,11 @@ def _networks(
         )
 
     # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
-    unet = read("unet", dtype).to(device, memory_format=torch.channels_last)
+    unet = (
+        load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)
+        if n_views > 1
+        else read("unet", dtype)
+    ).to(device, memory_format=torch.channels_last)
     vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
     return unet, vae, {
         "alphas_cumprod": noise_schedule.alphas_cumprod(folder.configs["scheduler"]),
@@ -221,6 +235,24 @@ def _download(hub_id: str, files: Sequence[str]) -> Path:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
             "; pass the path of a local Stable Diffusion folder, or 'embedded'"
         ) from error
+
+
+def _check_views(folder: PipelineFolder, n_views: int) -> None:
+    """ValueError for a model of another number of views than is asked for."""
+    found = N_VIEWS if is_multiview(folder.configs["unet"]) else 1
+    if found == n_views:
+        return
+    if found > 1:
+        raise ValueError(
+            f"{folder.path}: this model predicts {found} views of an object at once, and {n_views} "
+            "is asked for: train with --preset mvdream (or --cameras.n-view "
+            f"{found}); other commands need a model of single images"
+        )
+    raise ValueError(
+        f"{folder.path}: this model knows one view at a time, and {n_views} together are asked for "
+        "(--cameras.n-view): expected a multi-view model, a folder whose UNet is a "
+        "MultiViewUNetModel, as MVDream's"
+    )
 
 
 def _vae_factor(folder: PipelineFolder) -> int:

@@ -84,6 +84,11 @@ class DiffusionModel:
         self._levels = alphas_cumprod.to(self.device)
         self._encoder = _fused_encoder(vae, self.device, self._vae_dtype)
 
+    @property
+    def n_views(self) -> int:
+        """Views of one object that the UNet predicts together, the rows of a batch side by side."""
+        return getattr(self.unet, "n_views", 1)
+
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Last hidden state of the text encoder: [K,L,D] float32 on the model's device.
 

@@ -14,6 +14,7 @@ from dsd_fast.guidance.base import (
     distillation_loss,
 )
 from dsd_fast.guidance.dsd import DSDGuidance, dsd_gradient
+from dsd_fast.guidance.multiview import MultiViewConfig, MultiViewDSD, MultiViewSDS
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.prompt import combine, view_embeddings
 from dsd_fast.guidance.rivals import ASD, CSD, FSD, ISM, NFSD, SDI, SDS, settings
@@ -27,6 +28,9 @@ __all__ = [
     "Guidance",
     "GuidanceConfig",
     "GuidanceOutput",
+    "MultiViewConfig",
+    "MultiViewDSD",
+    "MultiViewSDS",
     "Plan",
     "PromptEmbeddings",
     "combine",

@@ -29,6 +29,8 @@ from dsd_fast.schedules import Schedule, ScheduleValue
 from dsd_fast.upload import Pack
 
 METHODS = ("dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
+# Of multi-view models alone.
+OWN_METHODS = ("recon",)
 TRAJECTORIES = ("exact", "cached")
 
 
@@ -38,8 +40,8 @@ class GuidanceConfig:
     but for `trajectory`, of which the official one is "exact"."""
 
     # The formulation. Any but "dsd" brings its paper's scale, noise levels and weight along, which
-    # flags change as ever (docs/usage.md has the table).
-    method: Literal["dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd"] = "dsd"
+    # flags change as ever (docs/usage.md has the table); "recon" is MVDream's own loss.
+    method: Literal["dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd", "recon"] = "dsd"
     # Classifier-free guidance scale: of the trajectory and of the target prediction.
     guidance_scale: float = 7.5
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
@@ -81,7 +83,7 @@ class GuidanceConfig:
     def validate(self) -> None:
         """Raise ValueError for a value outside its choices."""
         for name, value, choices in (
-            ("method", self.method, METHODS),
+            ("method", self.method, (*METHODS, *OWN_METHODS)),
             ("trajectory", self.trajectory, TRAJECTORIES),
             ("weighting", self.weighting, WEIGHTINGS),
         ):
@@ -289,13 +291,18 @@ class Guidance:
         """Take over a seed noise."""
         model, noise = self.model, state["noise"]
         size = model.latent_size
-        expected = (self._n_seeds, model.latent_channels, size, size)
+        expected = (self._n_seeds, self._item_channels, size, size)
         if noise.shape != expected:
             raise ValueError(
                 f"guidance: expected seed noise {list(expected)}, the size of the model's latents, "
                 f"got {list(noise.shape)}"
             )
         self.noise = noise.to(model.device, torch.float32)
+
+    @property
+    def _item_channels(self) -> int:
+        """Channels of an item's latents."""
+        return self.model.latent_channels
 
     def learned_state(self) -> dict[str, object]:
         """What a formulation has learned so far, for the checkpoint of its one run."""
@@ -338,7 +345,7 @@ class Guidance:
 
     def _check_latents(self, latents: Tensor, n_items: int) -> None:
         size = self.model.latent_size
-        expected = (n_items, self.model.latent_channels, size, size)
+        expected = (n_items, self._item_channels, size, size)
         if latents.shape != expected:
             raise ValueError(
                 f"guidance: expected latents {list(expected)}, got {list(latents.shape)}"

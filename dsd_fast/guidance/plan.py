@@ -40,6 +40,8 @@ class Plan:
     - tabulated: prediction, below: int64 [B], mix: float32 [B];
     - of other formulations than DSD what they drew (`Guidance.draw_noise`), by name;
     - inverted: path, int64 [strides,2,B], the levels between which each stride goes.
+
+    Of a multi-view model an item is an object: see `multiview.ViewRows` for its text rows.
     """
 
     def __init__(

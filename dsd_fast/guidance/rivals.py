@@ -88,7 +88,7 @@ class Rival(Guidance):
                 got = f"that of {len(chance[name])}" if name in chance else "none"
                 raise ValueError(
                     f"guidance: {self.cfg.method} needs {name!r} of draw_noise for {n_items} "
-                    f"views, got {got}"
+                    f"items, got {got}"
                 )
         strides = self._strides(t, t_delta)
         if strides:
@@ -100,12 +100,8 @@ class Rival(Guidance):
         """As `Guidance.at_plan`."""
         self._check_latents(latents, plan.kind.n_items)
         x = latents.detach().float().contiguous()
-        tensors = plan.tensors
         with torch.no_grad():
-            alpha, sigma = self._signal(tensors["t"])
-            weight = sigma / alpha if self.cfg.weighting == "ddim" else sigma.square()
-            difference, noisy = self._difference(x, plan)
-            grad = weight * difference
+            grad, noisy = self._gradient(x, plan)
             finite = grad.isfinite().all()
             loss = 0.5 * grad.square().sum() / len(x)
         return GuidanceOutput(
@@ -119,6 +115,13 @@ class Rival(Guidance):
             latents_noisy=noisy,
             finite=finite,
         )
+
+    def _gradient(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """w (a - b), and x at the level that a is of: [B,C,h,w] float32."""
+        alpha, sigma = self._signal(plan.tensors["t"])
+        weight = sigma / alpha if self.cfg.weighting == "ddim" else sigma.square()
+        difference, noisy = self._difference(x, plan)
+        return weight * difference, noisy
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """a - b of the formulation, and x at the level that a is of: [B,C,h,w] float32."""

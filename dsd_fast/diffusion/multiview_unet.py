@@ -1,0 +1,426 @@
+"""The UNet of MVDream (Shi et al. 2023, arXiv 2308.16512): four views of one object at once.
+
+Stable Diffusion's UNet with two changes. Every view has a camera, sixteen numbers that a small
+network adds to the embedding of the noise level; and self-attention runs over the tokens of an
+object's views together, so that they agree. Cross-attention and convolutions see one view each.
+
+Module names are those of the weights (`input_blocks`, `middle_block`, `output_blocks`), in which
+MVDream is distributed, so a state dict fits as it is. The camera reaches the UNet as one more row
+of the text (`with_cameras`): engines hand over latents, levels and text, and need not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLASS_NAME = "MultiViewUNetModel"
+# Views of one object; the distributed models are trained on so many, and no configuration says so.
+N_VIEWS = 4
+# A camera-to-world matrix.
+CAMERA_NUMBERS = 16
+
+_NORM_GROUPS = 32
+_BLOCK_EPS, _TRANSFORMER_EPS = 1e-5, 1e-6
+_MAX_PERIOD = 10000.0
+_FEED_FORWARD = 4
+
+_REQUIRED = (
+    "in_channels",
+    "out_channels",
+    "model_channels",
+    "num_res_blocks",
+    "attention_resolutions",
+    "channel_mult",
+    "context_dim",
+)
+# Settings that change the network, and their only value here (or none at all).
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "dims": (2,),
+    "conv_resample": (True,),
+    "num_classes": (None,),
+    "adm_in_channels": (None,),
+    "n_embed": (None,),
+    "use_scale_shift_norm": (False,),
+    "resblock_updown": (False,),
+    "num_attention_blocks": (None,),
+    "use_linear_in_transformer": (True,),
+    "use_spatial_transformer": (True,),
+    "camera_dim": (CAMERA_NUMBERS,),
+}
+
+
+def check_config(config: Mapping[str, Any], where: str = "unet/config.json") -> None:
+    """Raise ValueError, naming `where`, for a configuration that `MultiViewUNet` cannot be."""
+    missing = [name for name in _REQUIRED if config.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{where}: a {CLASS_NAME} needs {', '.join(_REQUIRED)}; {', '.join(missing)} missing"
+        )
+    if config.get("ip_dim"):
+        raise ValueError(
+            f"{where}: ip_dim = {config['ip_dim']!r}: an ImageDream model, which needs a picture "
+            "beside the prompt, is not supported; expected MVDream (ip_dim 0)"
+        )
+    if config.get("camera_dim") is None:
+        raise ValueError(
+            f"{where}: camera_dim is not set; expected {CAMERA_NUMBERS}, a model that is told "
+            "where its cameras are"
+        )
+    for name, known in _FIXED.items():
+        if config.get(name, known[0]) not in known:
+            raise ValueError(
+                f"{where}: {name} = {config[name]!r} is not supported, expected {known[0]!r}"
+            )
+    depth = config.get("transformer_depth", 1)
+    if not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"{where}: transformer_depth must be a positive integer, got {depth!r}")
+    multipliers, blocks = config["channel_mult"], config["num_res_blocks"]
+    if not isinstance(blocks, int) and len(blocks) != len(multipliers):
+        raise ValueError(
+            f"{where}: num_res_blocks must be one number or {len(multipliers)}, one for each of "
+            f"channel_mult, got {blocks!r}"
+        )
+    heads, width = config.get("num_heads", -1), config.get("num_head_channels", -1)
+    if heads == -1 and width == -1:
+        raise ValueError(f"{where}: expected num_heads or num_head_channels, got neither")
+    for channels in {config["model_channels"] * m for m in (1, *multipliers)}:
+        if channels % _NORM_GROUPS:
+            raise ValueError(
+                f"{where}: every level needs a multiple of {_NORM_GROUPS} channels for its group "
+                f"norms, got {channels} (model_channels times channel_mult)"
+            )
+        if channels % (width if width != -1 else heads):
+            raise ValueError(f"{where}: {channels} channels are not a whole number of heads")
+
+
+def with_cameras(text: Tensor, cameras: Tensor) -> Tensor:
+    """Text rows with the cameras as one more row: what `MultiViewUNet` takes for its text.
+
+    Args:
+        text: [R,L,D], D at least 16.
+        cameras: [R,16] (`cameras.camera_condition`), on the device of the text.
+    Returns:
+        [R,L+1,D] in the text's dtype; the last row holds the camera and zeros.
+    """
+    row = F.pad(cameras.to(text.dtype), (0, text.shape[-1] - cameras.shape[-1]))
+    return torch.cat([text, row.unsqueeze(1)], dim=1)
+
+
+class MultiViewUNet(nn.Module):
+    """See the module's text. Rows of a batch are [views of object 0 | views of object 1 | ...].
+
+    Args:
+        config: the content of the model's unet/config.json.
+    Raises:
+        ValueError: a configuration that is not supported (`check_config`).
+    """
+
+    n_views = N_VIEWS
+
+    def __init__(self, config: Mapping[str, Any]):
+        check_config(config)
+        super().__init__()
+        self.config = dict(config)
+        base = config["model_channels"]
+        multipliers = config["channel_mult"]
+        n_blocks = config["num_res_blocks"]
+        n_blocks = [n_blocks] * len(multipliers) if isinstance(n_blocks, int) else list(n_blocks)
+        attended = set(config["attention_resolutions"])
+        embedding = 4 * base
+
+        def residual(channels_in: int, channels: int) -> _Residual:
+            return _Residual(channels_in, channels, embedding)
+
+        def attention(channels: int) -> _SpatialTransformer:
+            width = config.get("num_head_channels", -1)
+            heads = channels // width if width != -1 else config["num_heads"]
+            depth = config.get("transformer_depth", 1)
+            return _SpatialTransformer(channels, heads, config["context_dim"], depth)
+
+        self.time_embed = _embedder(base, embedding)
+        self.camera_embed = _embedder(CAMERA_NUMBERS, embedding)
+        first = nn.Conv2d(config["in_channels"], base, 3, padding=1)
+        self.input_blocks = nn.ModuleList([_Block(first)])
+        channels, kept, factor = base, [base], 1
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(n_blocks[level]):
+                layers: list[nn.Module] = [residual(channels, multiplier * base)]
+                channels = multiplier * base
+                if factor in attended:
+                    layers.append(attention(channels))
+                self.input_blocks.append(_Block(*layers))
+                kept.append(channels)
+            if level != len(multipliers) - 1:
+                self.input_blocks.append(_Block(_Downsample(channels)))
+                kept.append(channels)
+                factor *= 2
+        self.middle_block = _Block(
+            residual(channels, channels), attention(channels), residual(channels, channels)
+        )
+        self.output_blocks = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for i in range(n_blocks[level] + 1):
+                layers = [residual(channels + kept.pop(), multiplier * base)]
+                channels = multiplier * base
+                if factor in attended:
+                    layers.append(attention(channels))
+                if level and i == n_blocks[level]:
+                    layers.append(_Upsample(channels))
+                    factor //= 2
+                self.output_blocks.append(_Block(*layers))
+        self.out = nn.Sequential(
+            nn.GroupNorm(_NORM_GROUPS, channels, _BLOCK_EPS),
+            nn.SiLU(),
+            nn.Conv2d(channels, config["out_channels"], 3, padding=1),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out[2].weight.dtype
+
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """Noise predictions of views; the call is that of diffusers' UNet2DConditionModel.
+
+        Args:
+            latents: [4G,C,h,w] in the weights' dtype, h and w multiples of the deepest level's.
+            t: [4G] int64.
+            encoder_hidden_states: [4G,L+1,D] of `with_cameras`, in the weights' dtype.
+            return_dict: of no effect.
+        Returns:
+            a tuple of [4G,C,h,w].
+        Raises:
+            ValueError: rows that are no whole number of objects.
+        """
+        if latents.shape[0] % N_VIEWS:
+            raise ValueError(
+                f"a multi-view UNet takes {N_VIEWS} rows an object, one a view, got "
+                f"{latents.shape[0]} rows"
+            )
+        text, cameras = encoder_hidden_states[:, :-1], encoder_hidden_states[:, -1, :CAMERA_NUMBERS]
+        level = sinusoids(t, self.time_embed[0].in_features).to(latents.dtype)
+        embedding = self.time_embed(level) + self.camera_embed(cameras)
+        x, kept = latents, []
+        for block in self.input_blocks:
+            x = block(x, embedding, text)
+            kept.append(x)
+        x = self.middle_block(x, embedding, text)
+        for block in self.output_blocks:
+            x = block(torch.cat([x, kept.pop()], dim=1), embedding, text)
+        return (self.out(x),)
+
+
+def load_multiview_unet(
+    config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype
+) -> MultiViewUNet:
+    """The UNet of a folder: unet/config.json and its safetensors files, on the CPU.
+
+    Raises:
+        ValueError: a configuration that is not supported, files that cannot be read, or weights
+            that are not this network's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        unet = MultiViewUNet(config)
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            read = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read {file}: {error}") from error
+        weights |= {name: tensor.to(dtype) for name, tensor in read.items()}
+    wanted = unet.state_dict()
+    folder = files[0].parent
+    missing = sorted(set(wanted) - set(weights))
+    if missing:
+        raise ValueError(
+            f"{folder}: the weights lack {len(missing)} of the tensors that its config.json asks "
+            f"for, first {missing[0]!r}"
+        )
+    unknown = sorted(set(weights) - set(wanted))
+    if unknown:
+        raise ValueError(
+            f"{folder}: the weights hold {len(unknown)} tensors that its config.json does not ask "
+            f"for, first {unknown[0]!r}: it describes another network"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {list(tensor.shape)}, its config.json asks for "
+                f"{list(wanted[name].shape)}"
+            )
+    unet.load_state_dict(weights, assign=True)
+    return unet
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """Embedding of noise levels: cosines, then sines, of falling frequencies (Ho et al. 2020).
+
+    Args:
+        t: [R], any dtype.
+        width: even.
+    Returns:
+        [R,width] float32.
+    """
+    half = width // 2
+    rising = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(_MAX_PERIOD) / half * rising)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _embedder(width: int, embedding: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+    )
+
+
+class _Block(nn.Sequential):
+    """Layers, each given what it needs beside the features."""
+
+    def forward(self, x: Tensor, embedding: Tensor, text: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, _Residual):
+                x = layer(x, embedding)
+            elif isinstance(layer, _SpatialTransformer):
+                x = layer(x, text)
+            else:
+                x = layer(x)
+        return x
+
+
+class _Residual(nn.Module):
+    """Two convolutions around the embedding of level and camera, and a way past them."""
+
+    def __init__(self, channels_in: int, channels: int, embedding: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(_NORM_GROUPS, channels_in, _BLOCK_EPS),
+            nn.SiLU(),
+            nn.Conv2d(channels_in, channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(_NORM_GROUPS, channels, _BLOCK_EPS),
+            nn.SiLU(),
+            nn.Identity(),  # where training has its dropout; it counts in the weights' names
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        same = channels_in == channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        inner = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(inner)
+
+
+class _Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class _Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class _SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of views, [4G,C,h,w]."""
+
+    def __init__(self, channels: int, heads: int, context: int, depth: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(_NORM_GROUPS, channels, _TRANSFORMER_EPS)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            _TransformerBlock(channels, heads, context) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [4G,h*w,C]
+        for block in self.transformer_blocks:
+            tokens = block(tokens, text)
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class _TransformerBlock(nn.Module):
+    """Self-attention over an object's views together, cross-attention and feed-forward in each."""
+
+    def __init__(self, channels: int, heads: int, context: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = _Attention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = _Attention(channels, context, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = _FeedForward(channels)
+
+    def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
+        rows, length, channels = tokens.shape
+        together = tokens.reshape(rows // N_VIEWS, N_VIEWS * length, channels)
+        normed = self.norm1(together)
+        tokens = (together + self.attn1(normed, normed)).reshape(rows, length, channels)
+        tokens = tokens + self.attn2(self.norm2(tokens), text)
+        return tokens + self.ff(self.norm3(tokens))
+
+
+class _Attention(nn.Module):
+    def __init__(self, channels: int, context: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context, channels, bias=False)
+        self.to_v = nn.Linear(context, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        q, k, v = (
+            rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,L,d]
+            for rows in (self.to_q(tokens), self.to_k(context), self.to_v(context))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class _FeedForward(nn.Module):
+    """Twice as wide as its gate leaves over (GEGLU, Shazeer 2020)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        inner = _FEED_FORWARD * channels
+        # Names of the weights: net.0.proj and net.2.
+        self.net = nn.Sequential(_Gated(channels, inner), nn.Identity(), nn.Linear(inner, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class _Gated(nn.Module):
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
