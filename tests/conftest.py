@@ -1,6 +1,7 @@
 """Shared fixtures: devices, golden numbers, and memory that shows who forgot to write it."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,3 +65,26 @@ def golden() -> Callable[[str], tuple[dict[str, torch.Tensor], dict]]:
         return load_file(DATA / f"{name}.safetensors"), settings
 
     return load
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model."""
+    from tiny_model import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def runner(tmp_path: Path, tiny_model: Path) -> object:
+    """The command on that model: a `runs.Runner`."""
+    from runs import Runner
+
+    return Runner(tmp_path / "out", tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """The command installs a log handler on the standard error of the test that runs it."""
+    yield
+    logging.getLogger("dsd_fast").handlers = []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import Runner
 from scipy.linalg import sqrtm
-from test_train import Runner, own_logging, tiny_model  # noqa: F401
 
 from dsd_fast.cameras import eval_camera
 from dsd_fast.config import CameraConfig
@@ -607,7 +607,7 @@ def test_thumbnails_keep_their_shape():
 # The command
 
 
-def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):  # noqa: F811
+def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):
     runner = Runner(tmp_path / "out", tiny_model)
     assert runner("--num-seeds", "2") == 0
     write_views(tmp_path / "other" / "a_chair-seed0", 2)
@@ -632,7 +632,7 @@ def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):  # noqa: F811
     assert "No CLIP score: pass --clip FOLDER." in caplog.text
 
 
-def test_a_checkpoint_alone_over_grey_or_its_own_background(tmp_path, tiny_model):  # noqa: F811
+def test_a_checkpoint_alone_over_grey_or_its_own_background(tmp_path, tiny_model):
     runner = Runner(tmp_path / "out", tiny_model)
     blue = ("--background.eval-color", "0.2", "0.4", "0.6")
     assert runner("--trainer.checkpoint-every", "2", *blue, steps=3) == 0

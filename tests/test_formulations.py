@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cuda_only
-from test_train import Runner, own_logging, tiny_model  # noqa: F401
+from runs import Runner
 from tiny_model import SCHEDULER
 from torch import nn
 
@@ -306,7 +306,7 @@ FLAGS = ["--pictures.no-turntable", "--pictures.no-mesh"]
 
 
 @pytest.mark.parametrize("method", ["sds", "sdi", "nfsd", "fsd"])
-def test_a_run_in_pieces_is_the_run(tmp_path, tiny_model, method):  # noqa: F811
+def test_a_run_in_pieces_is_the_run(tmp_path, tiny_model, method):
     """Bit for bit: the noise comes from the run's own stream."""
     flags = [*FLAGS, "--guidance.method", method, "--text.poor", "ugly"]
     straight, pieces = (Runner(tmp_path / name, tiny_model) for name in ("straight", "pieces"))
@@ -319,7 +319,7 @@ def test_a_run_in_pieces_is_the_run(tmp_path, tiny_model, method):  # noqa: F811
     assert saved["guidance_scale"] == settings(method, 6)["guidance_scale"]
 
 
-def test_runs_side_by_side_are_the_runs_of_each(tmp_path, tiny_model):  # noqa: F811
+def test_runs_side_by_side_are_the_runs_of_each(tmp_path, tiny_model):
     flags = [*FLAGS, "--guidance.method", "sds"]
     alone, together = (Runner(tmp_path / name, tiny_model) for name in ("alone", "together"))
     assert together(*flags, "--num-seeds", "2") == 0 and alone(*flags) == 0
@@ -327,7 +327,7 @@ def test_runs_side_by_side_are_the_runs_of_each(tmp_path, tiny_model):  # noqa: 
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_a_resumed_run_keeps_its_method(tmp_path, tiny_model, caplog):  # noqa: F811
+def test_a_resumed_run_keeps_its_method(tmp_path, tiny_model, caplog):
     runner = Runner(tmp_path, tiny_model)
     assert runner(*FLAGS, "--guidance.method", "sds", "--stop-at", "1") == 0
     assert runner("--resume", "auto", "--guidance.method", "asd") == 2
@@ -353,7 +353,7 @@ def vsd_guidance(model):
     return guidance, step
 
 
-def test_adapters_learn_what_renderings_look_like(tiny_model):  # noqa: F811
+def test_adapters_learn_what_renderings_look_like(tiny_model):
     pytest.importorskip("peft")
     model = load_model(str(tiny_model), torch.device("cpu"))
     before = {name: p.clone() for name, p in model.unet.named_parameters()}
@@ -386,7 +386,7 @@ def test_adapters_learn_what_renderings_look_like(tiny_model):  # noqa: F811
     assert sum(p.data_ptr() in shared for p in guidance._lora.parameters()) == len(before)
 
 
-def test_adapters_leave_out_a_step_that_is_not_finite(tiny_model):  # noqa: F811
+def test_adapters_leave_out_a_step_that_is_not_finite(tiny_model):
     pytest.importorskip("peft")
     guidance, step = vsd_guidance(load_model(str(tiny_model), torch.device("cpu")))
     step(0)
@@ -399,7 +399,7 @@ def test_adapters_leave_out_a_step_that_is_not_finite(tiny_model):  # noqa: F811
     assert not all(torch.equal(before[name], p) for name, p in guidance._learned.items())
 
 
-def test_vsd_is_the_difference_of_two_predictions(tiny_model):  # noqa: F811
+def test_vsd_is_the_difference_of_two_predictions(tiny_model):
     pytest.importorskip("peft")
     model = load_model(str(tiny_model), torch.device("cpu"))
     guidance, _ = vsd_guidance(model)
@@ -420,7 +420,7 @@ def test_vsd_is_the_difference_of_two_predictions(tiny_model):  # noqa: F811
     torch.testing.assert_close(got, (1 - abar) * (target - own), rtol=1e-4, atol=1e-5)
 
 
-def test_a_vsd_run_in_pieces_is_the_run(tmp_path, tiny_model, caplog):  # noqa: F811
+def test_a_vsd_run_in_pieces_is_the_run(tmp_path, tiny_model, caplog):
     pytest.importorskip("peft")
     flags = [*FLAGS, "--guidance.method", "vsd"]
     straight, pieces = (Runner(tmp_path / name, tiny_model) for name in ("straight", "pieces"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from test_train import CLOCK, equal, own_logging, tiny_model  # noqa: F401
+from runs import CLOCK, equal
 from tiny_model import build_tiny_model
 
 from dsd_fast import checkpoint, image_task, outputs, task, train
@@ -61,7 +61,7 @@ class Runner:
 
 
 @pytest.fixture
-def runner(tmp_path, tiny_model) -> Runner:  # noqa: F811
+def runner(tmp_path, tiny_model) -> Runner:
     return Runner(tmp_path / "out", tiny_model)
 
 
@@ -132,7 +132,7 @@ def optimised(guidance: ExactForm, azimuths: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_exact_form_of_a_view_is_ddim_with_its_perp_neg_prediction(tiny_model):  # noqa: F811
+def test_exact_form_of_a_view_is_ddim_with_its_perp_neg_prediction(tiny_model):
     """Against the sampler written out, in float64 but for the UNet, with Perp-Neg's combination."""
     from dsd_fast.diffusion import embed_views
     from dsd_fast.guidance import combine, view_embeddings
@@ -160,7 +160,7 @@ def test_exact_form_of_a_view_is_ddim_with_its_perp_neg_prediction(tiny_model): 
     assert relative_error(got[:1], clean[1:]) > 0.1
 
 
-def test_exact_form_refuses_what_is_no_sampling(tiny_model):  # noqa: F811
+def test_exact_form_refuses_what_is_no_sampling(tiny_model):
     model = load_model(tiny_model, CPU, engine="eager")
     guidance = exact_form(model, use_perp_neg=False)
     one = torch.zeros(1)
@@ -178,7 +178,7 @@ def test_exact_form_refuses_what_is_no_sampling(tiny_model):  # noqa: F811
         ddim_levels(model, 1000)
 
 
-def test_a_step_that_is_not_finite_leaves_the_link_of_its_item(tiny_model, monkeypatch):  # noqa: F811
+def test_a_step_that_is_not_finite_leaves_the_link_of_its_item(tiny_model, monkeypatch):
     model = load_model(tiny_model, CPU, engine="eager")
     guidance = exact_form(model, n_seeds=2, use_perp_neg=False)
     azimuths, x = torch.zeros(2), torch.zeros_like(guidance.noise)
@@ -262,7 +262,7 @@ def test_a_run_writes_its_image_and_the_way_there(runner):
     ],
     ids=["latent", "rgb", "view", "exact"],
 )
-def test_n_plus_n_steps_equal_2n_steps(tmp_path, tiny_model, flags):  # noqa: F811
+def test_n_plus_n_steps_equal_2n_steps(tmp_path, tiny_model, flags):
     name = f"{NAME}-exact" if "--image.exact" in flags else NAME
     straight, pieces = (Runner(tmp_path / n, tiny_model, name) for n in ("straight", "pieces"))
     flags = [*flags, "--image.cosine-length", "1.5", "--image.warm-up", "0.3"]
@@ -279,7 +279,7 @@ def test_n_plus_n_steps_equal_2n_steps(tmp_path, tiny_model, flags):  # noqa: F8
 
 
 @pytest.mark.parametrize("flags", [[], ["--image.exact"]], ids=["practical", "exact"])
-def test_seeds_side_by_side_are_the_runs_of_each(tmp_path, tiny_model, flags):  # noqa: F811
+def test_seeds_side_by_side_are_the_runs_of_each(tmp_path, tiny_model, flags):
     name = f"{NAME}-exact" if flags else NAME
     alone, together = (Runner(tmp_path / n, tiny_model, name) for n in ("alone", "together"))
     assert together(*flags, "--seed", "3", "--num-seeds", "2", "--stop-at", "2") == 0
@@ -294,7 +294,7 @@ def test_seeds_side_by_side_are_the_runs_of_each(tmp_path, tiny_model, flags):  
     assert relative_error(together.tensors(4, 3)[kind], together.tensors(4, 4)[kind]) > 0.1
 
 
-def test_where_an_image_starts(tmp_path, tiny_model):  # noqa: F811
+def test_where_an_image_starts(tmp_path, tiny_model):
     """DSD_SPEC 11.1: noise, or the clean image seen in the seed noise at the last level."""
     still = ["--image.lr", "1e-12", "--image.eps", "1"]
     latent, rgb, seen, seen_rgb = (Runner(tmp_path / str(i), tiny_model) for i in range(4))
@@ -359,7 +359,7 @@ def test_one_step_is_adam_with_the_share_of_its_rate(runner):
     assert max(rates) == pytest.approx(0.2) and rates[0] < 0.1 and rates[-1] < 0.1
 
 
-def test_the_view_decides_the_text(tmp_path, tiny_model, monkeypatch):  # noqa: F811
+def test_the_view_decides_the_text(tmp_path, tiny_model, monkeypatch):
     asked = []
     embed = task.embed_views
 
@@ -435,7 +435,7 @@ def test_interruption_saves_the_image_too(runner, monkeypatch, caplog):
     assert runner("--resume", "auto") == 0 and "nothing to do" in caplog.text
 
 
-def test_steps_of_nan_are_left_out(tmp_path, tiny_model, monkeypatch, caplog):  # noqa: F811
+def test_steps_of_nan_are_left_out(tmp_path, tiny_model, monkeypatch, caplog):
     call = DSDGuidance.at_plan
 
     def second_is_nan(self, latents, plan):
@@ -645,7 +645,7 @@ def test_samples_that_cannot_be(tmp_path, monkeypatch, caplog, flags, message):
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_samples_of_prompts_and_views(tmp_path, tiny_model):  # noqa: F811
+def test_samples_of_prompts_and_views(tmp_path, tiny_model):
     flags = ["--model", str(tiny_model), "--output", str(tmp_path), "--device", "cpu"]
     flags += ["--prompt", "a chair", "a cup", "--num-seeds", "2", "--seed", "5", "--steps", "2"]
     assert sample_command.main([*flags, "--view", "back", "--name", "backs"]) == 0

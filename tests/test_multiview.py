@@ -1,14 +1,13 @@
 """Multi-view diffusion (MVDream): UNet against diffusers' blocks, cameras, guidance, the run."""
 
 import json
-import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import CLOCK, SMALL
+from runs import CLOCK, SMALL
 from tiny_model import (
     SCHEDULER,
     TINY_MULTIVIEW,
@@ -866,13 +865,6 @@ TINY_RUN = [*SMALL, "--cameras.resolution-milestones", "2", "--text.negative", "
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return build_tiny_multiview(tmp_path_factory.mktemp("model") / "mv")
-
-
-@pytest.fixture(autouse=True)
-def own_logging():
-    """The command installs a log handler on this test's stderr."""
-    yield
-    logging.getLogger("dsd_fast").handlers = []
 
 
 def run(output: Path, model: Path, *flags: str) -> tuple[int, outputs.RunFolder]:

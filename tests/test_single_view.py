@@ -1,7 +1,6 @@
 """Reconstruction from one picture: the model of views, its guidance, the picture, whole runs."""
 
 import json
-import logging
 import math
 import shutil
 import sys
@@ -460,13 +459,6 @@ SMALL = """
     --trainer.log-every 1 --trainer.no-progress --single-view.azimuth-bins 4
     --single-view.elevation-bins 2
 """.split()  # noqa: SIM905
-
-
-@pytest.fixture(autouse=True)
-def own_logging():
-    """The command installs a log handler on this test's stderr."""
-    yield
-    logging.getLogger("dsd_fast").handlers = []
 
 
 def run(folder: Path, picture: Path | None, model: Path, *flags: str, steps: int = 6) -> int:

@@ -42,13 +42,6 @@ def fake_library(name="tensorrt_rtx", members=("SM80", "SM86", "SM89", "SM120"),
     )
 
 
-@pytest.fixture(autouse=True)
-def own_logging():
-    """The command installs a log handler on this test's stderr."""
-    yield
-    logging.getLogger("dsd_fast").handlers = []
-
-
 @pytest.fixture
 def only(monkeypatch):
     """only("tensorrt_rtx"): that is the one package that can be imported, and it does nothing."""

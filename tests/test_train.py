@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import trimesh
+from runs import Runner, equal
 from tiny_model import build_tiny_model
 
 from dsd_fast import checkpoint, export, outputs
@@ -23,74 +23,6 @@ from dsd_fast.step import TrainStep
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
 DATA = Path(__file__).parent / "data"
-
-# The smallest run that still goes through every phase.
-SMALL = """
-    --device cpu --cameras.width 8 12 --cameras.height 8 12 --cameras.eval-height 16
-    --cameras.eval-width 16 --cameras.n-test-views 3 --field.grid.n-levels 3
-    --field.grid.start-level 2 --field.grid.log2-table-size 10 --renderer.num-samples-per-ray 48
-    --renderer.occupancy.resolution 16 --mesh.resolution 24 --pictures.preview-size 16
-    --pictures.sheet-views 2 --trainer.log-every 1 --trainer.no-progress
-""".split()  # noqa: SIM905
-
-# Metrics that a second run of the same steps need not repeat.
-CLOCK = {"seconds", "steps_per_second", "memory_mib"}
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def own_logging():
-    """The command installs a log handler on this test's stderr."""
-    yield
-    logging.getLogger("dsd_fast").handlers = []
-
-
-class Runner:
-    """Runs the command in a folder of its own."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder = folder
-        self.model = model
-        self.run = outputs.RunFolder.named(folder, "diverse-score-distillation", "a chair", 0)
-
-    def __call__(self, *flags: str, prompt: str | None = "a chair", steps: int | None = 4) -> int:
-        argv = [*SMALL, "--output", str(self.folder), *flags]
-        if "--model" not in flags and "--config" not in flags:
-            argv += ["--model", str(self.model)]
-        if prompt is not None:
-            argv += ["--prompt", prompt]
-        if steps is not None:
-            argv += ["--max-steps", str(steps)]
-        return module.main(argv)
-
-    def metrics(self) -> list[dict]:
-        records = [json.loads(line) for line in self.run.metrics.read_text().splitlines()]
-        return [{k: v for k, v in r.items() if k not in CLOCK} for r in records]
-
-    def tensors(self, step: int) -> dict:
-        flat: dict = {}
-        checkpoint._flatten(
-            checkpoint.load(checkpoint.step_path(self.run.checkpoints, step)), "", flat
-        )
-        return flat
-
-    def files(self) -> set[str]:
-        if not self.run.path.exists():
-            return set()
-        return {str(p.relative_to(self.run.path)) for p in self.run.path.rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def runner(tmp_path, tiny_model) -> Runner:
-    return Runner(tmp_path / "out", tiny_model)
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def decoded_size(video: Path) -> int:
