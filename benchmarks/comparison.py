@@ -76,6 +76,7 @@ COLUMNS = (
     ("cosine", "distance of seeds", 3),
     ("ratio", "over SDS@7.5", 2),
     ("share", "of real", 2),
+    ("silhouette", "silhouettes apart", 3),
     ("vendi", "Vendi score", 2),
     ("noun", "prompt accuracy", 3),
     ("frechet", "Fréchet distance", 1),

@@ -49,6 +49,23 @@ def test_distances_compare_the_same_view_alone():
     assert metrics.vendi(x) == pytest.approx((3 + 1) / 2)
 
 
+def test_outlines_are_compared_at_one_size():
+    """A square, the same elsewhere and larger, its left half, and nothing."""
+    masks = np.zeros((5, 1, 80, 100), bool)
+    masks[0, 0, 10:30, 10:30] = True
+    masks[1, 0, 20:80, 40:100] = True
+    masks[2, 0, 10:30, 10:20] = True  # in its square a bar of half the width, in the middle
+    masks[3, 0, :60, :60] = True
+    masks[3, 0, :60, :15] = masks[3, 0, :60, 45:] = False
+    apart = metrics.silhouettes_apart
+    assert apart(masks[[0, 1]]) == 0 and apart(masks[[2, 3]]) == 0
+    assert apart(masks[[0, 2]]) == pytest.approx(0.5)
+    assert apart(masks[[0, 4]]) == 1 and apart(masks[[4, 4]]) == 0
+    assert apart(masks[[0, 1, 2]]) == pytest.approx(2 * 0.5 / 3)
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        apart(masks[:1])
+
+
 def test_one_seed_has_no_distance():
     for figure in (metrics.pairwise_cosine, metrics.pairwise_euclidean, metrics.vendi):
         with pytest.raises(ValueError, match=r"at least 2 seeds, got \[1, 2, 3\]"):
@@ -167,7 +184,8 @@ def write_box(path: Path, size=(1.0, 1.0, 1.0), colours=None, at=(0.0, 0.0, 0.0)
 def middles(path: Path, size: int = 64) -> np.ndarray:
     """The colour [4,3] in the middle of the four sides, of a mesh seen at its own height."""
     cfg = CameraConfig(eval_elevation_deg=0.0)
-    return meshes.render_views(path, np.arange(4) * 90.0, size, 0.7, cfg)[:, size // 2, size // 2]
+    images, _ = meshes.render_views(path, np.arange(4) * 90.0, size, 0.7, cfg)
+    return images[:, size // 2, size // 2]
 
 
 SIX = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]])
@@ -186,9 +204,14 @@ def test_meshes_fill_the_same_part_of_a_view(tmp_path):
     for i, side in enumerate((0.01, 100.0)):
         path = write_box(tmp_path / f"{i}.ply", (side, side, side), SIX, at=(side, 0, 0))
         views.append(meshes.render_views(path, np.zeros(1), 128, 0.7))
-    np.testing.assert_array_equal(*views)
+    for one, other in zip(*views):
+        np.testing.assert_array_equal(one, other)
+    images, masks = views[0]
+    touched = (images[0] != 178).any(-1)
+    # of pixels on the edge those that are covered by more than half
+    assert not (masks[0] & ~touched).any() and 0 < (touched & ~masks[0]).mean() < 0.01
     cfg = CameraConfig(eval_elevation_deg=0.0)
-    image = meshes.render_views(path, np.zeros(1), 512, 0.7, cfg)[0]
+    image = meshes.render_views(path, np.zeros(1), 512, 0.7, cfg)[0][0]
     # the front face of a cube of side 1, seen from 2 away under 70 degrees
     side = 512 / (2 * np.tan(np.radians(35)) * 1.5)
     green = (image[..., 1] > 180) & (image[..., 0] < 90)
@@ -224,7 +247,7 @@ def test_texture_is_drawn_in_perspective(tmp_path):
     floor = trimesh.Trimesh(points, [[0, 1, 2], [0, 2, 3]], visual=visual, process=False)
     floor.export(tmp_path / "floor.glb")
     size, cfg = 256, CameraConfig(eval_elevation_deg=40.0)
-    got = meshes.render_views(tmp_path / "floor.glb", np.zeros(1), size, 0.7, cfg)[0]
+    got = meshes.render_views(tmp_path / "floor.glb", np.zeros(1), size, 0.7, cfg)[0][0]
     camera = eval_camera(cfg, 0.0, size=(size, size))
     origin, direction = camera.rays_o[0].numpy(), camera.rays_d[0].numpy()
     t = -origin[..., 2] / direction[..., 2]

@@ -22,6 +22,7 @@ from dsd_fast.config import CameraConfig, TrainConfig, from_dict
 from dsd_fast.evaluate import meshes
 from dsd_fast.outputs import RunFolder
 from dsd_fast.pictures import to_uint8
+from dsd_fast.renderer import OPAQUE
 from dsd_fast.scene import Scene
 
 log = logging.getLogger("dsd_fast.evaluate")
@@ -65,7 +66,8 @@ class Asset:
     """Views of one object.
 
     images: [V,H,W,3] uint8; azimuths: [V] degrees, 0 the front; elevation in degrees. A picture has
-    one image, whose azimuth says nothing. seconds and memory_mib are None where nothing tells them.
+    one image, whose azimuth says nothing. seconds and memory_mib are None where nothing tells them;
+    masks: [V,H,W] bool, where the object is, None of images without transparency.
     """
 
     source: Source
@@ -76,6 +78,7 @@ class Asset:
     memory_mib: float | None = None
     # Of a run that had not come to its end: the step of the checkpoint and that of the end.
     unfinished: tuple[int, int] | None = None
+    masks: np.ndarray | None = None
 
 
 def numbered_images(folder: Path) -> list[Path]:
@@ -299,19 +302,26 @@ def _render(
     except (CheckpointError, ValueError) as error:
         raise EvaluateError(f"{source.path}: {error}") from error
     azimuths = np.arange(views) * (360 / views)
+    images, masks = [], []
     with torch.no_grad():
-        images = [
-            to_uint8(
-                scene.render(
-                    eval_camera(cfg.cameras, azimuth, size=(size, size), device=device), step
-                ).rgb[0]
-            )
-            for azimuth in azimuths.tolist()
-        ]
+        for azimuth in azimuths.tolist():
+            camera = eval_camera(cfg.cameras, azimuth, size=(size, size), device=device)
+            view = scene.render(camera, step)
+            images.append(to_uint8(view.rgb[0]))
+            masks.append((view.opacity[0, ..., 0] > OPAQUE).cpu().numpy())
     seconds, memory_mib = cost(folder.metrics)
     elevation = float(cfg.cameras.eval_elevation_deg)
     unfinished = (step, cfg.max_steps) if step < cfg.max_steps else None
-    return Asset(source, np.stack(images), azimuths, elevation, seconds, memory_mib, unfinished)
+    return Asset(
+        source,
+        np.stack(images),
+        azimuths,
+        elevation,
+        seconds,
+        memory_mib,
+        unfinished,
+        np.stack(masks),
+    )
 
 
 def _render_mesh(source: Source, views: int, size: int) -> Asset:
@@ -320,12 +330,13 @@ def _render_mesh(source: Source, views: int, size: int) -> Asset:
         cfg.eval_elevation_deg = float(source.about["elevation"])
     azimuths = np.arange(views) * (360 / views)
     try:
-        images = meshes.render_views(source.path, azimuths, size, GREY, cfg)
+        images, masks = meshes.render_views(source.path, azimuths, size, GREY, cfg)
     except (ValueError, ImportError) as error:
         raise EvaluateError(f"{source.path}: {error}") from error
     about = source.about
     cost = about.get("seconds"), about.get("memory_mib")
-    return Asset(source, images, azimuths, float(cfg.eval_elevation_deg), *cost)
+    elevation = float(cfg.eval_elevation_deg)
+    return Asset(source, images, azimuths, elevation, *cost, masks=masks)
 
 
 def _picture(source: Source) -> Asset:
@@ -409,17 +420,22 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         EvaluateError: not an image.
     """
+    return over_grey(_read_rgba(path))
+
+
+def _read_rgba(path: Path) -> np.ndarray:
+    """[H,W,4] uint8, straight alpha; EvaluateError: not an image."""
     from PIL import Image
 
     try:
         with Image.open(path) as file:
-            return over_grey(np.asarray(file.convert("RGBA")))
+            return np.asarray(file.convert("RGBA"))
     except OSError as error:
         raise EvaluateError(f"cannot read {path}: {error}") from error
 
 
 def over_grey(rgba: np.ndarray) -> np.ndarray:
-    """An image [H,W,4] uint8 of straight alpha over GREY: [H,W,3] uint8."""
+    """Images [...,H,W,4] uint8 of straight alpha over GREY: [...,H,W,3] uint8."""
     image = rgba.astype(np.float32) / 255
     colour, alpha = image[..., :3], image[..., 3:]
     return ((colour * alpha + GREY * (1 - alpha)) * 255).round().astype(np.uint8)
@@ -447,18 +463,20 @@ def _read(source: Source, views: int) -> Asset:
             f"{source.path}: {len(paths)} images do not give {views} views evenly spaced around "
             "the object; pass a smaller --views"
         )
-    images = [read_image(paths[row]) for row in rows]
+    images = [_read_rgba(paths[row]) for row in rows]
     shape = images[0].shape
     if any(image.shape != shape for image in images):
         images = [_resized(image, shape[:2]) for image in images]
+    rgba = np.stack(images)
     about = source.about
     return Asset(
         source,
-        np.stack(images),
+        over_grey(rgba),
         azimuths[rows],
         float(about.get("elevation", 0.0)),
         about.get("seconds"),
         about.get("memory_mib"),
+        masks=rgba[..., 3] > 127 if (rgba[..., 3] < 255).any() else None,
     )
 
 

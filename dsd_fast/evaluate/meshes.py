@@ -126,22 +126,26 @@ def _srgb(linear: np.ndarray) -> np.ndarray:
 
 def render_views(
     path: Path, azimuths: np.ndarray, size: int, grey: float, cfg: CameraConfig | None = None
-) -> np.ndarray:
-    """[V,size,size,3] uint8 views of a mesh over grey, by evaluation cameras at azimuths [V].
+) -> tuple[np.ndarray, np.ndarray]:
+    """Views of a mesh over grey by evaluation cameras at azimuths [V].
 
+    Returns:
+        [V,size,size,3] uint8, and where the mesh is, [V,size,size] bool.
     Args:
         cfg: distance, height and field of view of the cameras; default the configuration's own.
     Raises: as `read_mesh`.
     """
     parts = read_mesh(path)
-    return np.stack(
-        [_view(parts, azimuth, size, grey, cfg or CameraConfig()) for azimuth in azimuths.tolist()]
-    )
+    views = [
+        _view(parts, azimuth, size, grey, cfg or CameraConfig()) for azimuth in azimuths.tolist()
+    ]
+    images, masks = zip(*views)
+    return np.stack(images), np.stack(masks)
 
 
 def _view(
     parts: list[Textured], azimuth: float, size: int, grey: float, cfg: CameraConfig
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     n = size * SUPERSAMPLING
     camera = eval_camera(cfg, azimuth, size=(n, n))
     c2w = camera.c2w[0].double().numpy()
@@ -156,7 +160,8 @@ def _view(
         if len(pixels):
             image[pixels] = _shaded(part, triangle, weights, c2w[:3, 3])
     image = image.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
-    return (image.clip(0, 1) * 255).round().astype(np.uint8)
+    hit = np.isfinite(depth).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING).mean((1, 3))
+    return (image.clip(0, 1) * 255).round().astype(np.uint8), hit > 0.5
 
 
 def _covered(

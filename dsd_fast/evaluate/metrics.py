@@ -13,6 +13,8 @@ from scipy.ndimage import gaussian_filter
 
 # Fewer images say nothing about a covariance, shrunk or not.
 MIN_FRECHET = 16
+# Pixels along a side of an outline.
+OUTLINE = 96
 # The window of the structural similarity, in pixels: its sigma, and how far it reaches each way.
 _SSIM_SIGMA = 1.5
 _SSIM_REACH = 5
@@ -60,6 +62,43 @@ def pairwise_euclidean(features: np.ndarray) -> float:
     x = _same_views(features)
     first, second = np.triu_indices(x.shape[1], 1)
     return float(np.mean(np.linalg.norm(x[:, first] - x[:, second], axis=-1)))
+
+
+def silhouettes_apart(masks: np.ndarray) -> float:
+    """Mean distance of seeds' outlines seen from the same side: how far shapes differ, whatever
+    their colours.
+
+    mean_v 2/(S(S-1)) Σ_{s<t} (1 - |a_sv ∩ a_tv| / |a_sv ∪ a_tv|), in [0, 1], each outline first
+    cropped to the square that holds it.
+
+    Args:
+        masks: [S,V,H,W] bool, S >= 2. Of two views with nothing in them the distance is 0.
+    """
+    masks = np.asarray(masks, bool)
+    if masks.ndim != 4 or masks.shape[0] < 2:
+        raise ValueError(f"expected masks [S,V,H,W] of at least 2 seeds, got {list(masks.shape)}")
+    cropped = np.stack([[_outline(view) for view in seed] for seed in masks])
+    first, second = np.triu_indices(len(masks), 1)
+    both = (cropped[first] & cropped[second]).sum((-1, -2))
+    either = (cropped[first] | cropped[second]).sum((-1, -2))
+    return float(np.mean(np.where(either > 0, 1 - both / np.maximum(either, 1), 0.0)))
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """[OUTLINE,OUTLINE] bool: what of a mask [H,W] lies in the square around all that is set."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    out = np.zeros((OUTLINE, OUTLINE), bool)
+    if not len(rows):
+        return out
+    side = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    steps = (np.arange(OUTLINE) + 0.5) / OUTLINE - 0.5
+    at = [
+        np.floor(0.5 * (ends[0] + ends[-1] + 1) + side * steps).astype(int)
+        for ends in (rows, columns)
+    ]
+    inside = [(i >= 0) & (i < n) for i, n in zip(at, mask.shape)]
+    i, j = (a.clip(0, n - 1) for a, n in zip(at, mask.shape))
+    return mask[np.ix_(i, j)] & inside[0][:, None] & inside[1]
 
 
 def vendi_score(kernel: np.ndarray) -> float:

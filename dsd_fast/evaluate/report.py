@@ -39,6 +39,7 @@ class Column:
 COLUMNS = (
     Column("cosine", "cosine distance", "mean between seeds, of features of the same view", 1, 3),
     Column("euclidean", "Euclidean distance", "mean between seeds, as the cosine distance", 1),
+    Column("silhouette", "silhouettes apart", "1 - overlap of outlines, mean between seeds", 1, 3),
     Column("vendi", "Vendi score", "effective number of different seeds, 1 to the seeds made", 1),
     Column("nearest", "nearest models", "different training models nearest to the seeds", 1, 1),
     Column("frechet", "Fréchet distance", "of all views to the reference images", -1, 1),
@@ -254,6 +255,9 @@ def _figures(
         figures["cosine"] = metrics.pairwise_cosine(x)
         figures["euclidean"] = metrics.pairwise_euclidean(x)
         figures["vendi"] = metrics.vendi(x)
+        masks = [assets[i].masks for i in members]
+        if len({None if m is None else m.shape for m in masks}) == 1 and masks[0] is not None:
+            figures["silhouette"] = metrics.silhouettes_apart(np.stack(masks))
     if models[members[0]] is not None:
         figures["nearest"] = len({models[i] for i in members})
     if scores[members[0]] is not None:
