@@ -131,6 +131,8 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
                 *("--output", str(arguments.out / method)),
                 *("--device", arguments.device, "--resume", "auto"),
                 *("--trainer.preview-every", "0", "--trainer.no-progress"),
+                # One at the end, for the evaluation; and on Ctrl-C.
+                *("--trainer.checkpoint-every", "1000000"),
                 *arguments.flags,
             ]
             if arguments.steps is not None:
