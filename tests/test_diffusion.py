@@ -15,7 +15,7 @@ from conftest import cuda_only
 from safetensors.torch import load_file, save_file
 from tiny_model import SCHEDULER, build_tiny_model, toy_model
 
-from dsd_fast.diffusion import embed_views, load_model, noise_schedule, view_prompts
+from dsd_fast.diffusion import embed_views, int8, load_model, noise_schedule, view_prompts
 from dsd_fast.diffusion.engine import EagerEngine, GraphEngine, make_engine
 from dsd_fast.diffusion.fused_vae import FusedEncoder
 from dsd_fast.diffusion.loader import resolve
@@ -377,3 +377,49 @@ def test_spelled_words_are_named(caplog: pytest.LogCaptureFixture) -> None:
         encode(["a red zombie, front view"])
     assert "'zombie'" in caplog.text
     assert "'red'" not in caplog.text
+
+
+# Weights in 8 bits
+
+
+def test_weights_in_8_bits_are_off_by_half_a_step():
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "conv.weight": torch.randn(6, 4, 3, 3, generator=generator),
+        "norm.weight": torch.randn(6, generator=generator),
+    }
+    state["conv.weight"][2] = 0
+    state["conv.weight"][3] *= 1e-4
+    packed = int8.pack(state)
+    assert packed["conv.weight"].dtype == torch.int8 and packed["norm.weight"].dtype == torch.half
+    again = int8.unpack(packed)
+    assert again.keys() == state.keys()
+    torch.testing.assert_close(again["norm.weight"], state["norm.weight"].half().float())
+    error = (again["conv.weight"] - state["conv.weight"]).abs().flatten(1).amax(1)
+    step = state["conv.weight"].abs().flatten(1).amax(1) / 127
+    assert (error <= 0.505 * step + 2**-24).all() and error[2] == 0
+    with pytest.raises(ValueError, match=r"conv.weight: expected finite"):
+        int8.pack({"conv.weight": torch.full((2, 2), float("nan"))})
+    del packed["conv.weight.scale"]
+    with pytest.raises(ValueError, match=r"conv.weight: expected scales \[6\]"):
+        int8.unpack(packed)
+
+
+def test_a_folder_of_8_bits_is_loaded(tmp_path):
+    folder = build_tiny_model(tmp_path / "tiny")
+    plain = load_model(folder)
+    source = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    packed = folder / "unet" / "diffusion_pytorch_model.int8.safetensors"
+    save_file(int8.pack(load_file(source)), packed)
+    source.unlink()
+    drawn = torch.random.get_rng_state()
+    model = load_model(folder)
+    assert torch.equal(drawn, torch.random.get_rng_state())
+    for (name, p), q in zip(plain.unet.named_parameters(), model.unet.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=float(p.abs().max()) / 250, rtol=0, msg=name)
+    save_file({k: v for k, v in load_file(packed).items() if "conv_in" not in k}, packed)
+    with pytest.raises(ValueError, match=r"the weights lack 2 of the tensors.*conv_in.bias"):
+        load_model(folder)
+    packed.write_bytes(packed.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot load UNet2DConditionModel"):
+        load_model(folder)

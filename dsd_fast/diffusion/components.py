@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsd_fast.diffusion import multiview_unet, noise_schedule
+import torch
+from safetensors.torch import load_file
+
+from dsd_fast.diffusion import int8, multiview_unet, noise_schedule
 
 _CONFIGS = {
     "unet": "config.json",
@@ -153,6 +156,8 @@ def load_component(cls: type, folder: Path, *, variant: str | None = None, **kwa
         ValueError: weights that cannot be read, or that leave a parameter without a value (the
             libraries would fill it at random and only warn).
     """
+    if variant == int8.VARIANT:
+        return _from_int8(cls, folder, **kwargs)
     if variant is not None:
         kwargs["variant"] = variant
     with quiet():
@@ -163,13 +168,33 @@ def load_component(cls: type, folder: Path, *, variant: str | None = None, **kwa
         # The readers raise many unrelated types (OSError, SafetensorError, KeyError, ...).
         except Exception as error:
             raise ValueError(f"cannot load {cls.__name__} from {folder}: {error}") from error
-    missing = sorted(info["missing_keys"])
+    _refuse_missing(folder, info["missing_keys"])
+    return module
+
+
+def _from_int8(cls: type, folder: Path, torch_dtype: torch.dtype) -> Any:
+    """The same of a network of diffusers whose weights are kept in 8 bits (`int8`)."""
+    (file,) = folder.glob(f"*.{int8.VARIANT}.safetensors")
+    try:
+        state = {k: v.to(torch_dtype) for k, v in int8.unpack(load_file(file)).items()}
+        # No numbers are drawn for weights that are replaced.
+        with quiet(), torch.device("meta"):
+            module = cls.from_config(cls.load_config(folder, local_files_only=True))
+        missing, _ = module.load_state_dict(state, strict=False, assign=True)
+    except Exception as error:
+        raise ValueError(f"cannot load {cls.__name__} from {folder}: {error}") from error
+    _refuse_missing(folder, missing)
+    return module
+
+
+def _refuse_missing(folder: Path, missing: Iterable[str]) -> None:
+    """ValueError for weights that leave a parameter without a value."""
+    missing = sorted(missing)
     if missing:
         raise ValueError(
             f"{folder}: the weights lack {len(missing)} of the tensors that its config.json asks "
             f"for, first {missing[0]!r}"
         )
-    return module
 
 
 @contextmanager
@@ -240,8 +265,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
-    """Safetensors files of one piece, and the file name variant ("fp16") they carry, if any."""
-    for variant in (None, "fp16"):
+    """Safetensors files of one piece, and the file name variant they carry, if any: "fp16", or that
+    of `int8`."""
+    for variant in (None, "fp16", int8.VARIANT):
         infix = f".{variant}" if variant else ""
         single = folder / f"{stem}{infix}.safetensors"
         if single.is_file():

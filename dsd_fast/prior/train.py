@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from dsd_fast.diffusion import noise_schedule
+from dsd_fast.diffusion import int8, noise_schedule
 from dsd_fast.graphs import captured
 from dsd_fast.prior import models
 from dsd_fast.prior.dataset import CaptionTable, Views, composite
@@ -322,11 +322,12 @@ def load_part(folder: Path, name: str) -> dict[str, torch.Tensor]:
     candidates = [
         folder / f"{name}.safetensors",
         folder / name / "diffusion_pytorch_model.safetensors",
+        folder / name / f"diffusion_pytorch_model.{int8.VARIANT}.safetensors",
         folder / name / "model.safetensors",
     ]
     for path in candidates:
         if path.is_file():
-            return {k: v.float() for k, v in load_file(path).items()}
+            return int8.unpack(load_file(path))
     raise FileNotFoundError(
         f"no weights of the {name}: expected one of {', '.join(map(str, candidates))}; "
         "pass a folder that a training wrote, or a diffusers folder"

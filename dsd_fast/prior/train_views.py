@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from dsd_fast.diffusion import noise_schedule
+from dsd_fast.diffusion import int8, noise_schedule
 from dsd_fast.diffusion.components import quiet
 from dsd_fast.diffusion.loader import EMBEDDED, resolve
 from dsd_fast.diffusion.reference import (
@@ -76,6 +77,8 @@ class ViewExportConfig:
     text_model: str = EMBEDDED
     # Refer to that folder's autoencoder by a relative path instead of copying it: where both ship.
     share_vae: bool = False
+    # Keep the UNet's weights in 8 bits, half the size: for the folder that ships.
+    int8: bool = False
 
 
 def train_views(cfg: ViewTrainConfig) -> None:
@@ -139,7 +142,7 @@ def train_views(cfg: ViewTrainConfig) -> None:
 
 
 def export_views(cfg: ViewExportConfig) -> None:
-    """Write a trained state as a diffusers folder, safetensors in float16.
+    """Write a trained state as a diffusers folder, safetensors in float16 or 8 bits (`int8`).
 
     Raises:
         FileNotFoundError: the state or the text model lacks a piece.
@@ -155,8 +158,15 @@ def export_views(cfg: ViewExportConfig) -> None:
     load_weights(projection, cfg.state, "camera_projection")
     vae, _ = _autoencoder(text_model)
 
-    with quiet():
-        unet.to(torch.float16).save_pretrained(cfg.out / "unet", safe_serialization=True)
+    weights = cfg.out / "unet" / f"diffusion_pytorch_model.{int8.VARIANT}.safetensors"
+    weights.unlink(missing_ok=True)
+    if cfg.int8:
+        unet.save_config(cfg.out / "unet")
+        save_file(int8.pack(unet.state_dict()), weights)
+        (cfg.out / "unet" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
+    else:
+        with quiet():
+            unet.to(torch.float16).save_pretrained(cfg.out / "unet", safe_serialization=True)
     DDIMScheduler(**models.SCHEDULER).save_pretrained(cfg.out / "scheduler")
     folder = cfg.out / "camera_projection"
     folder.mkdir(parents=True, exist_ok=True)
