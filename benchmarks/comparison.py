@@ -6,12 +6,12 @@ python -m benchmarks.comparison single-view --out runs/views --objects objects
 
 Every prompt and method is a job of its own, its seeds side by side where a process can make several
 at once; jobs run on all GPUs, several at once on each, and those that an earlier call has finished
-are not done again. Every method has
-its paper's settings, the same steps and the same engine; `sds@7.5` is SDS at DSD's official scale,
-since at its paper's 100 the small model's pictures burst. `--real` are the turntables of real
-models (`python -m dsd_fast.prior turntables`), which the diversity is held against; `--judge` is
-what `python -m dsd_fast.prior evaluate` writes. Of single views `--prompts` are names of
-`--objects` (`python -m dsd_fast.prior render-objects`), whose true views they are held against.
+are not done again. Every method has its paper's settings, the same steps and the same engine;
+`sds@7.5` is SDS at DSD's official scale, since at its paper's 100 the small model's pictures burst.
+`--real` are the turntables of real models (`python -m dsd_fast.prior turntables`), which the
+diversity is held against; `--judge` is what `python -m dsd_fast.prior evaluate` writes. Of single
+views `--prompts` are names of `--objects` (`python -m dsd_fast.prior render-objects`), whose true
+views they are held against.
 """
 
 from __future__ import annotations
@@ -256,11 +256,11 @@ def markdown(
 
 def evaluate_views(arguments: argparse.Namespace) -> str:
     """Scores of single views against the true ones, and their table."""
-    from dsd_fast.evaluate.truth import FIGURES, TruthCommand, compare
+    from dsd_fast.evaluate.truth import TruthCommand, compare
 
     methods = {}
     for method in arguments.methods:
-        runs = compare(
+        report = compare(
             TruthCommand(
                 runs=(arguments.out / method,),
                 truth=arguments.objects,
@@ -268,12 +268,8 @@ def evaluate_views(arguments: argparse.Namespace) -> str:
                 sheets=arguments.out / "sheets" / method,
                 device=arguments.device,
             )
-        )["runs"]
-        methods[method] = {
-            name: sum(run[name] for run in runs) / len(runs)
-            for name in (*FIGURES, "seconds")
-            if all(run.get(name) is not None for run in runs)
-        }
+        )
+        (methods[method],) = report["methods"].values()
     return markdown(methods, VIEW_COLUMNS)
 
 

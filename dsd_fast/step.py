@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from dsd_fast.graphs import give_up_pool, shared_pool, side_stream, tuned_convol
 from dsd_fast.guidance import Guidance, Plan, distillation_loss
 from dsd_fast.losses import REGULARIZERS, regularizer_weights
 from dsd_fast.memory import PhaseMemory
-from dsd_fast.renderer import Draws
+from dsd_fast.renderer import Draws, RenderOutput
 from dsd_fast.schedules import Schedule
 from dsd_fast.state import TrainState
 from dsd_fast.upload import Pack
@@ -34,9 +34,8 @@ from dsd_fast.upload import Pack
 log = logging.getLogger(__name__)
 
 LOSSES = ("dsd", *REGULARIZERS)
-# Names of a run's numbers, in their order.
-NUMBERS = (
-    *LOSSES,
+# Beside the losses, what a step tells of a run, in its order.
+FIGURES = (
     "loss",
     "guidance_norm",
     "gradient_norm",
@@ -55,8 +54,8 @@ class StepOutput:
     # float32 on the device, one for each of `names`; the next step writes to it.
     numbers: Tensor
     names: tuple[str, ...]
-    # The losses that counted.
-    losses: tuple[str, ...]
+    # The losses that did not count.
+    left_out: frozenset[str]
     # Means of the levels t and t_delta.
     t: float
     t_delta: float
@@ -66,11 +65,11 @@ class StepOutput:
     def values(self) -> dict[str, float]:
         """The numbers by name, losses of weight zero left out, in one transfer."""
         named = zip(self.names, self.numbers.tolist(), strict=True)
-        return {name: v for name, v in named if name in self.losses or name not in LOSSES}
+        return {name: v for name, v in named if name not in self.left_out}
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
     """What chance decided for one run, on the CPU."""
 
     views: CameraBatch
@@ -93,20 +92,16 @@ class _Drawn:
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def replaced(self, tensors: dict[str, Tensor]) -> _Drawn:
+    def replaced(self, tensors: dict[str, Tensor]) -> Drawn:
         """The same with tensors on the device."""
-        views = CameraBatch(
+        views = replace(
+            self.views,
             c2w=tensors["c2w"],
             fovy=tensors["fovy"],
             light_positions=tensors["lights"],
-            elevation_deg=self.views.elevation_deg,
-            azimuth_deg=self.views.azimuth_deg,
-            distance=self.views.distance,
-            height=self.views.height,
-            width=self.views.width,
         )
         draws = Draws(tensors.get("jitter"), tensors["shading"], tensors.get("paint"))
-        return _Drawn(views, draws, tensors.get("noise"), self.t, self.t_delta, self.chance)
+        return replace(self, views=views, draws=draws, noise=tensors.get("noise"))
 
 
 class TrainStep:
@@ -118,11 +113,17 @@ class TrainStep:
         capture: hold the device's part in CUDA graphs where that is possible.
         phase: told of each phase of a step that is not replayed.
 
-    Another task has a class of its own for what it draws (`_draw`) and does (`_run`).
+    Another task has a class of its own for what it draws (`_draw`), for the losses that it has
+    beside that of the guidance (`_losses`), or for all that it does (`_run`).
     """
 
-    # Of a run's numbers, in their order.
-    names = NUMBERS
+    # Names of all losses, the guidance's first.
+    losses: tuple[str, ...] = LOSSES
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of a run's numbers, in their order."""
+        return (*self.losses, *FIGURES)
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class TrainStep:
             StepOutput(
                 numbers,
                 self.names,
-                tuple(weights),
+                frozenset(self.losses) - weights.keys(),
                 float(d.t.float().mean()),
                 float(d.t_delta.float().mean()),
                 d.views.height,
@@ -187,28 +188,34 @@ class TrainStep:
         """What a step multiplies by, by name: the weights of the losses."""
         return {"dsd": self._dsd_weight(step), **regularizer_weights(self.cfg.loss, step)}
 
-    def _draw(self, state: TrainState, step: int) -> _Drawn:
+    def _draw(self, state: TrainState, step: int) -> Drawn:
         """In the official order: cameras, level mask, occupancy, rendering, posterior, levels; then
         what else the guidance draws."""
         scene, rng = state.scene, state.rng
-        views = self.cameras.sample(step, rng.cameras)
+        views = self._views(step, rng.cameras)
+        n_items = len(views.elevation_deg)
         scene.field.set_step(step)
         scene.renderer.update_occupancy(scene.field, step, rng.sampler)
         draws = scene.renderer.draw(scene.background, views, step, rng.sampler)
         noise = None
         if self.cfg.guidance.sample_posterior:
-            noise = self.guidance.model.draw_posterior(len(views), rng.guidance)
-        t, t_delta = self.guidance.levels(len(views), step, rng.guidance)
-        chance = self.guidance.draw_noise(len(views), rng.guidance)
-        return _Drawn(views, draws, noise, t, t_delta, chance)
+            noise = self.guidance.model.draw_posterior(n_items, rng.guidance)
+        t, t_delta = self.guidance.levels(n_items, step, rng.guidance)
+        chance = self.guidance.draw_noise(n_items, rng.guidance)
+        return Drawn(views, draws, noise, t, t_delta, chance)
+
+    def _views(self, step: int, generator: torch.Generator) -> CameraBatch:
+        """The cameras of a step; their angles are those of the views that guidance is asked about.
+        """
+        return self.cameras.sample(step, generator)
 
     def _run(
         self,
-        drawn: Sequence[_Drawn],
+        drawn: Sequence[Drawn],
         plan: Plan,
         weights: dict[str, float] | dict[str, Tensor],
     ) -> Tensor:
-        """The device's part; the numbers [runs, len(NUMBERS)]."""
+        """The device's part; the numbers [runs, len(names)]."""
         images, latents = [], []
         for state, d in zip(self.states, drawn):
             scene = state.scene
@@ -217,28 +224,42 @@ class TrainStep:
                     scene.renderer.render(scene.field, scene.background, d.views, d.draws, True)
                 )
             with self._phase("encode"):
-                latents.append(self.guidance.encode(images[-1].rgb, d.noise))
+                latents.append(self.guidance.encode(self._guided(images[-1].rgb), d.noise))
         with self._phase("guidance"):
             guided = self.guidance.at_plan(torch.cat(latents).detach(), plan)
         gradients = guided.grad.split([len(part) for part in latents])
         rows = []
-        for state, image, x, gradient in zip(self.states, images, latents, gradients):
-            losses = {name: REGULARIZERS[name](image) for name in weights if name != "dsd"}
+        for state, d, image, x, gradient in zip(self.states, drawn, images, latents, gradients):
+            losses = self._losses(state, d, image, weights)
             losses["dsd"] = distillation_loss(x, gradient)
             loss = sum(weights[name] * value for name, value in losses.items())
             # One run's bad gradient leaves the others' steps alone.
             with self._phase("backward and update"):
                 norm = state.optimizer.step(loss, gradient.isfinite().all())
             missing = loss.new_full((), float("nan"))
-            values = [losses.get(name, missing) for name in LOSSES]
+            values = [losses.get(name, missing) for name in self.losses]
             values += [loss, gradient.norm(), norm, image.opacity.mean(), state.optimizer.scale]
             values += [state.optimizer.skipped, state.optimizer.bad_run, image.n_samples]
             rows.append(torch.stack([value.detach().reshape(()).float() for value in values]))
         return torch.stack(rows)
 
+    def _guided(self, rgb: Tensor) -> Tensor:
+        """Those of the rendered views [B,H,W,3] that guidance is asked about."""
+        return rgb
+
+    def _losses(
+        self,
+        state: TrainState,
+        drawn: Drawn,
+        image: RenderOutput,
+        weights: Mapping[str, float | Tensor],
+    ) -> dict[str, Tensor]:
+        """The losses that count, but for that of the guidance."""
+        return {name: REGULARIZERS[name](image) for name in weights if name != "dsd"}
+
     # ---- CUDA -----------------------------------------------------------------------------------
 
-    def _on_cuda(self, drawn: list[_Drawn], plan: Plan, weights: dict[str, float]) -> None:
+    def _on_cuda(self, drawn: list[Drawn], plan: Plan, weights: dict[str, float]) -> None:
         tensors = {"weights": torch.tensor(list(weights.values()))}
         for i, d in enumerate(drawn):
             tensors |= {f"{i}.{name}": tensor for name, tensor in d.tensors().items()}
@@ -301,12 +322,12 @@ class TrainStep:
         """Active levels of every run."""
         return tuple(state.scene.field.grid.n_active_levels for state in self.states)
 
-    def _watch_replay(self, drawn: Sequence[_Drawn]) -> None:
+    def _watch_replay(self, drawn: Sequence[Drawn]) -> None:
         """A graph has rendered: have its counts looked at."""
         for state, d in zip(self.states, drawn):
             state.scene.renderer.watch_replay(_n_rays(d))
 
-    def _rooms(self, drawn: Sequence[_Drawn]) -> tuple[int, ...] | None:
+    def _rooms(self, drawn: Sequence[Drawn]) -> tuple[int, ...] | None:
         """Room for the samples of every run; None where steps shall not be captured (yet)."""
         if not self._captures:
             return None
@@ -338,9 +359,9 @@ class TrainStep:
         return graph
 
 
-def _n_rays(drawn: _Drawn) -> int:
+def _n_rays(drawn: Drawn) -> int:
     return len(drawn.views) * drawn.views.height * drawn.views.width
 
 
-def _of_guidance(drawn: _Drawn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _of_guidance(drawn: Drawn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return drawn.views.elevation_deg, drawn.views.azimuth_deg, drawn.t, drawn.t_delta

@@ -68,15 +68,29 @@ def sample_latents(
     """
     if len(prompts) != len(noise):
         raise ValueError(f"DDIM: expected a noise for each of {len(prompts)} prompts")
-    scheduler = ddim_scheduler(model, n_steps)
     unique = sorted(set(prompts))
     index = torch.tensor([unique.index(p) for p in prompts])
     embeddings = model.encode_prompt([*unique, negative]).to(noise.device)
     text, empty = embeddings[index.to(noise.device)], embeddings[-1:]
+    return guided_latents(model, text, empty.expand_as(text), noise, n_steps, scale)
+
+
+@torch.no_grad()
+def guided_latents(
+    model: DiffusionModel,
+    context: Tensor,
+    without: Tensor,
+    noise: Tensor,
+    n_steps: int,
+    scale: float,
+) -> Tensor:
+    """The same for what predictions are conditioned on, with and without: both [B,L,D]."""
+    scheduler = ddim_scheduler(model, n_steps)
     latents = []
     together = max(SAMPLE_PIXELS // noise[0, 0].numel(), 1)
-    for z, rows in zip(noise.split(together), text.split(together), strict=True):
-        both = torch.cat([rows, empty.expand(len(rows), -1, -1)])
+    parts = (tensor.split(together) for tensor in (noise, context, without))
+    for z, *rows in zip(*parts, strict=True):
+        both = torch.cat(rows)
         for t in scheduler.timesteps:
             times = torch.full((2 * len(z),), int(t), device=z.device)
             cond, uncond = model.predict_noise(torch.cat([z, z]), times, both).chunk(2)

@@ -209,8 +209,8 @@ def _by_method(entries: list[dict]) -> dict[str, dict[str, float]]:
         mine = [entry for entry in entries if entry["method"] == method]
         methods[method] = {"runs": len(mine)} | {
             name: float(np.mean([entry[name] for entry in mine]))
-            for name in FIGURES
-            if name in mine[0]
+            for name in (*FIGURES, "seconds")
+            if all(entry.get(name) is not None for entry in mine)
         }
     return methods
 

@@ -65,4 +65,6 @@ def make_guidance(
 ) -> Guidance:
     """The formulation that `cfg.method` names; arguments and errors as of `Guidance`."""
     cfg.validate()
+    if cfg.method not in _CLASSES:
+        raise ValueError(f"guidance.method {cfg.method} is for a multi-view model alone")
     return _CLASSES[cfg.method](cfg, model, prompts, noise, max_steps)

@@ -322,11 +322,6 @@ def _linked_gradient(
     return weight * (eps_t - eps_delta)
 
 
-def _row_columns(mix: TextMix) -> tuple[str, ...]:
-    """The fields of a mix that have an entry a row."""
-    return tuple(name for name in mix._fields if name != "weights")
-
-
 def _per_item(noise: Tensor, latents: Tensor) -> Tensor:
     if (
         noise.ndim != 4

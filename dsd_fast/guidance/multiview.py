@@ -37,6 +37,7 @@ from dsd_fast.guidance.fused import Batch
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.prompt import text_mix
 from dsd_fast.guidance.rivals import SDS
+from dsd_fast.guidance.trajectory import CameraGrid
 from dsd_fast.upload import Pack
 
 # Keeps the ratio of two standard deviations finite.
@@ -67,11 +68,10 @@ class MultiViewConfig:
             )
 
 
-class QuarterBins:
+class QuarterBins(CameraGrid):
     """Cameras of objects grouped into bins of elevation and of the first view's azimuth.
 
-    A bin's middle stands for it, and its trajectory is that of the four cameras there. Index
-    elevation_bin * azimuth_bins + azimuth_bin. Elevations beyond the range take its ends.
+    A bin's trajectory is that of the four cameras of its middle.
 
     Args:
         cfg: how many bins.
@@ -83,32 +83,8 @@ class QuarterBins:
         self, cfg: MultiViewConfig, elevation_range: tuple[float, float], n_views: int
     ) -> None:
         cfg.validate()
-        self.n_azimuth, self.n_elevation = cfg.azimuth_bins, cfg.elevation_bins
-        self.low, self.high = elevation_range
-        self.part = 360.0 / n_views
-
-    def __len__(self) -> int:
-        return self.n_azimuth * self.n_elevation
-
-    def index(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> list[int]:
-        """Bin of each object; elevation and first azimuth [G] on the CPU."""
-        # In float64, so that no middle is rounded out of its own bin.
-        around = azimuth_deg.double() % self.part / self.part
-        across = (around * self.n_azimuth).long().clamp(max=self.n_azimuth - 1)
-        height = (elevation_deg.double() - self.low) / max(self.high - self.low, 1e-9)
-        up = (height * self.n_elevation).floor().long().clamp(0, self.n_elevation - 1)
-        return (up * self.n_azimuth + across).tolist()
-
-    def camera(self, index: int) -> tuple[float, float]:
-        """(elevation, first azimuth) in degrees of a bin's middle."""
-        up, across = divmod(index, self.n_azimuth)
-        elevation = self.low + (up + 0.5) * (self.high - self.low) / self.n_elevation
-        return elevation, (across + 0.5) * self.part / self.n_azimuth
-
-    def snap(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
-        """The middles of the bins of objects, float32 [G] each: `cameras.Lattice`."""
-        middles = torch.tensor([self.camera(i) for i in self.index(elevation_deg, azimuth_deg)])
-        return middles[:, 0], middles[:, 1]
+        quarter = (0.0, 360.0 / n_views)
+        super().__init__(cfg.azimuth_bins, cfg.elevation_bins, quarter, elevation_range)
 
 
 class ViewRows(NamedTuple):
@@ -240,7 +216,7 @@ class _MultiView(Guidance):
     # ---- rows of the UNet's batch ---------------------------------------------------------------
 
     def _condition(self, prompts: PromptEmbeddings) -> None:
-        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(self.model.device)
+        Guidance._condition(self, prompts)  # past DSD's, whose bins are of single views
         if self._bank.shape[-1] < CAMERA_NUMBERS:
             raise ValueError(
                 f"multi-view guidance: expected text embeddings at least {CAMERA_NUMBERS} wide, "

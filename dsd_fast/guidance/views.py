@@ -19,8 +19,8 @@ from dsd_fast.diffusion.reference import relative_pose
 from dsd_fast.diffusion.view_model import ViewModel
 from dsd_fast.guidance.base import Guidance, GuidanceConfig
 from dsd_fast.guidance.dsd import DSDGuidance
-from dsd_fast.guidance.prompt import wrapped
 from dsd_fast.guidance.rivals import SDS
+from dsd_fast.guidance.trajectory import CameraGrid
 from dsd_fast.upload import Pack
 
 
@@ -43,48 +43,16 @@ class Reference:
     polar: bool = False
 
 
-class OrbitBins:
+class OrbitBins(CameraGrid):
     """Cameras grouped into bins of azimuth, all around, and elevation; each has one trajectory.
 
-    Index elevation_bin * azimuth_bins + azimuth_bin; a bin's centre stands for it. Unlike text,
-    which sees |azimuth| alone, a picture tells left from right and how high the camera is.
-
-    Raises:
-        ValueError: fewer than one bin, or an empty range.
+    Unlike text, which sees |azimuth| alone, a picture tells left from right and how high the camera
+    is.
     """
 
     def __init__(self, reference: Reference) -> None:
-        self.n_azimuth, self.n_elevation = reference.azimuth_bins, reference.elevation_bins
-        self.low, self.high = reference.elevation_range
-        if min(self.n_azimuth, self.n_elevation) < 1 or self.low > self.high:
-            raise ValueError(
-                "view bins: expected at least one of azimuth and of elevation and a range of "
-                f"elevations, got {self.n_azimuth}, {self.n_elevation}, {self.low} to {self.high}"
-            )
-
-    def __len__(self) -> int:
-        return self.n_azimuth * self.n_elevation
-
-    def index(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> list[int]:
-        """Bin of each camera; angles [B] on the CPU. Elevations beyond the range take its ends."""
-        # In float64, so that no centre is rounded out of its own bin.
-        share = (wrapped(azimuth_deg.double()) + 180) / 360
-        across = (share * self.n_azimuth).long().clamp(0, self.n_azimuth - 1)
-        span = max(self.high - self.low, 1e-9)
-        height = (elevation_deg.double() - self.low) / span
-        up = (height * self.n_elevation).floor().long().clamp(0, self.n_elevation - 1)
-        return (up * self.n_azimuth + across).tolist()
-
-    def camera(self, index: int) -> tuple[float, float]:
-        """(elevation, azimuth) in degrees of a bin's centre."""
-        up, across = divmod(index, self.n_azimuth)
-        elevation = self.low + (up + 0.5) * (self.high - self.low) / self.n_elevation
-        return elevation, (across + 0.5) * 360 / self.n_azimuth - 180
-
-    def snap(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
-        """The centres of the bins that cameras fall into, float32 [B] each."""
-        centres = torch.tensor([self.camera(i) for i in self.index(elevation_deg, azimuth_deg)])
-        return centres[:, 0], centres[:, 1]
+        bins = (reference.azimuth_bins, reference.elevation_bins)
+        super().__init__(*bins, (-180.0, 180.0), reference.elevation_range)
 
 
 class PoseRows(NamedTuple):

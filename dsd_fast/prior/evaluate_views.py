@@ -12,6 +12,7 @@ import torch
 
 from dsd_fast.diffusion import ViewModel, load_view_model
 from dsd_fast.diffusion.reference import relative_pose
+from dsd_fast.diffusion.sampling import guided_latents
 from dsd_fast.evaluate.metrics import psnr, ssim
 from dsd_fast.prior.evaluate import SampleConfig, check_device
 from dsd_fast.prior.orbits import Orbits
@@ -65,19 +66,8 @@ def sample_view(
     Returns:
         [B,3,H,W] float32 in [0,1].
     """
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_pretrained(
-        model.path, subfolder="scheduler", prediction_type="epsilon"
-    )
-    scheduler.set_timesteps(steps)
     context = model.context(poses)
-    both = torch.cat([context, torch.zeros_like(context)])
-    z = noise
-    for t in scheduler.timesteps:
-        times = torch.full((2 * len(z),), int(t), device=z.device)
-        known, unknown = model.predict_noise(torch.cat([z, z]), times, both).chunk(2)
-        z = scheduler.step(unknown + scale * (known - unknown), int(t), z, return_dict=False)[0]
+    z = guided_latents(model, context, torch.zeros_like(context), noise, steps, scale)
     return model.decode_latents(z)
 
 
