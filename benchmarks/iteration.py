@@ -36,7 +36,7 @@ from dsd_fast.optimizer import Optimizer
 from dsd_fast.rng import RngStreams
 from dsd_fast.scene import Scene
 from dsd_fast.state import TrainState
-from dsd_fast.step import NUMBERS, TrainStep
+from dsd_fast.step import TrainStep
 
 WIDTHS = (128, 512)
 # Iterations before any is timed: the renderer learns its room from the first ones, engines capture.
@@ -97,7 +97,7 @@ class Loop:
         """One iteration; the number of samples that it kept, 0-dim on the device."""
         (output,) = self._step()
         # The next iteration writes to the numbers.
-        return output.numbers[NUMBERS.index("samples")].clone()
+        return output.numbers[output.names.index("samples")].clone()
 
     def without_graphs(self) -> Loop:
         """The same iterations in plain calls, which can be looked into; the graphs go."""
