@@ -104,10 +104,13 @@ class Job:
 
 
 def method_flags(method: str) -> list[str]:
-    """Flags of a method's name: "sds" has its paper's scale, "sds@7.5" one of its own."""
-    name, _, scale = method.partition("@")
+    """Flags of a method's name: "sds" has its paper's scale, "sds@7.5" one of its own, and
+    "dsd+trajectory" compares with the trajectory (`GuidanceConfig.compare_with`)."""
+    name, _, compare_with = method.partition("+")
+    name, _, scale = name.partition("@")
     flags = ["--guidance.method", name]
-    return [*flags, "--guidance.guidance-scale", scale] if scale else flags
+    flags += ["--guidance.guidance-scale", scale] if scale else []
+    return flags + (["--guidance.compare-with", compare_with] if compare_with else [])
 
 
 def shown(arguments: argparse.Namespace, prompt: str) -> tuple[str, str]:

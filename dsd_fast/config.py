@@ -427,6 +427,8 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         guidance_scale=3.0,
         use_perp_neg=False,
         standard_cfg=True,
+        # Against the rendering's own prediction the small model's contrast has no bound.
+        compare_with="trajectory" if small else "rendering",
         # Views come from so many directions that a table would be filled more often than read.
         noise_table_step=0,
     )

@@ -25,6 +25,8 @@ from torch import Tensor
 POSITIVE, PLAIN, STANDARD, PERP_NEG = range(4)
 # What a combined prediction is weighted by in the gradient.
 SDS, DDIM = range(2)
+# What the rendering is linked for: see `dsd_fast.guidance.fused.LINKS`.
+LINKS = {"pair": 0, "shared": 1, "noise": 2}
 
 # Elements of a tile: with 8 warps, 8 to a thread and row, one 16-byte load in half precision.
 BLOCK = 2048
@@ -36,6 +38,8 @@ _POSITIVE = tl.constexpr(POSITIVE)
 _STANDARD = tl.constexpr(STANDARD)
 _PERP_NEG = tl.constexpr(PERP_NEG)
 _DDIM = tl.constexpr(DDIM)
+_PAIR = tl.constexpr(LINKS["pair"])
+_NOISE = tl.constexpr(LINKS["noise"])
 # As guidance.prompt: keeps the projection defined where positive and unconditional agree.
 _MIN_SQUARED_NORM = tl.constexpr(1e-6)
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
@@ -154,12 +158,12 @@ def _store_levels(p_levels, t, i_b, n_items, ROWS: tl.constexpr):
 
 @triton.jit
 def _store_pair_levels(
-    p_levels, p_t, p_t_delta, i_b, n_items, ROWS: tl.constexpr, PAIR: tl.constexpr
+    p_levels, p_t, p_t_delta, i_b, n_items, ROWS: tl.constexpr, LINK: tl.constexpr
 ):
     """Levels of the pair's rows, by the first program of the item."""
     if tl.program_id(1) == 0:
         t = tl.load(p_t + i_b)
-        if PAIR:
+        if LINK == _PAIR:
             _store_levels(p_levels, tl.load(p_t_delta + i_b), i_b, n_items, ROWS)
             _store_levels(p_levels + ROWS * n_items, t, i_b, n_items, ROWS)
         else:
@@ -179,7 +183,7 @@ def _mirrored(o_x, p_mirrored, i_b, width, MIRROR: tl.constexpr):
 @triton.jit
 def _store_linked(
     p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
-    ROWS: tl.constexpr, PAIR: tl.constexpr,
+    ROWS: tl.constexpr, LINK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the rendering at t_delta and at t, with noise b_eps, and of their rows."""
     alpha, sigma = _signal_and_noise(p_abar, tl.load(p_t + i_b))
@@ -188,8 +192,8 @@ def _store_linked(
     b_x = tl.load(p_x + o_item, mask=m_x, other=0.0)
     b_delta = alpha_delta * b_x + sigma_delta * b_eps
     b_t = alpha * b_x + sigma * b_eps
-    tl.store(p_x_delta + o_item, b_delta, mask=m_x)
-    if PAIR:
+    tl.store(p_x_delta + o_item, b_eps if LINK == _NOISE else b_delta, mask=m_x)
+    if LINK == _PAIR:
         _store_rows(p_rows, b_delta, i_b, n_items, n, o_x, m_x, ROWS)
         p_rows_t = p_rows + (ROWS * n_items).to(tl.int64) * n
         _store_rows(p_rows_t, b_t, i_b, n_items, n, o_x, m_x, ROWS)
@@ -286,18 +290,18 @@ def state_kernel(
 
 
 # Program (item, split): reads the item's rows and x, writes x at t_delta, and the rows and levels
-# of both noisy latents, those of t_delta first; without PAIR those of t alone.
+# of both noisy latents, those of t_delta first; but for a pair those of t alone.
 @triton.jit(do_not_specialize=_COUNTS)
 def link_kernel(
     p_eps, p_weights, p_dots, p_x, p_t, p_t_delta, p_mirrored, p_abar,
     p_x_delta, p_rows, p_levels, scale, n_items, n, width, split, n_splits,
-    ROWS: tl.constexpr, MODE: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr,
+    ROWS: tl.constexpr, MODE: tl.constexpr, MIRROR: tl.constexpr, LINK: tl.constexpr,
     SUMMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     begin = tl.program_id(1) * split
     end = tl.minimum(begin + split, n)
-    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, PAIR)
+    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, LINK)
     k_0, k_1 = _parallel_shares(p_eps, p_dots, i_b, n_items, n, n_splits, MODE, SUMMED, BLOCK)
     for start in range(begin, end, BLOCK):
         o_x = start + tl.arange(0, BLOCK)  # [BLOCK]
@@ -307,7 +311,7 @@ def link_kernel(
         b_eps = _guided(p_eps, p_weights, i_b, n_items, n, o_eps, m_x, scale, k_0, k_1, MODE)
         _store_linked(
             p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
-            ROWS, PAIR,
+            ROWS, LINK,
         )  # fmt: skip
 
 
@@ -317,19 +321,19 @@ def link_kernel(
 def link_table_kernel(
     p_eps, p_slot, p_slot_next, p_mix, p_x, p_t, p_t_delta, p_mirrored, p_abar,
     p_x_delta, p_rows, p_levels, n_items, n, width,
-    ROWS: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, MIRROR: tl.constexpr, LINK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_x = o_x < n
-    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, PAIR)
+    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, LINK)
     o_eps = _mirrored(o_x, p_mirrored, i_b, width, MIRROR)
     b_eps = _load_row(p_eps, tl.load(p_slot + i_b), n, o_eps, m_x)
     b_next = _load_row(p_eps, tl.load(p_slot_next + i_b), n, o_eps, m_x)
     b_eps += tl.load(p_mix + i_b) * (b_next - b_eps)
     _store_linked(
         p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
-        ROWS, PAIR,
+        ROWS, LINK,
     )  # fmt: skip
 
 
@@ -457,11 +461,11 @@ def state_fwd(
 def link_fwd(
     eps: Tensor, weights: Tensor | None, scale: float, mode: int, rows: int,
     x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
-    dtype: torch.dtype, pair: bool,
+    dtype: torch.dtype, which: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(x at t_delta, rows of x at t_delta and at t, their levels) from the trajectory's stack."""
     n_items, n = x.shape[0], x[0].numel()
-    x_delta, out, levels = _next_batch(x, (1 + pair) * rows, dtype)
+    x_delta, out, levels = _next_batch(x, (1 + (which == "pair")) * rows, dtype)
     with _on(eps):
         split, n_splits, dots = _splits(eps, n_items, n, 1, mode == PERP_NEG)
         link_kernel[(n_items, n_splits)](
@@ -469,7 +473,7 @@ def link_fwd(
             p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
             p_abar=abar, p_x_delta=x_delta, p_rows=out, p_levels=levels,
             scale=scale, n_items=n_items, n=n, width=x.shape[-1], split=split, n_splits=n_splits,
-            ROWS=rows, MODE=mode, MIRROR=mirrored is not None, PAIR=pair,
+            ROWS=rows, MODE=mode, MIRROR=mirrored is not None, LINK=LINKS[which],
             SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return x_delta, out, levels
@@ -478,18 +482,18 @@ def link_fwd(
 def link_table_fwd(
     predictions: Tensor, slot: Tensor, slot_next: Tensor, mix: Tensor, rows: int,
     x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
-    dtype: torch.dtype, pair: bool,
+    dtype: torch.dtype, which: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `link_fwd` from guided predictions [S,C,h,w]: slot's, moved by mix to slot_next's."""
     n_items, n = x.shape[0], x[0].numel()
-    x_delta, out, levels = _next_batch(x, (1 + pair) * rows, dtype)
+    x_delta, out, levels = _next_batch(x, (1 + (which == "pair")) * rows, dtype)
     with _on(x):
         link_table_kernel[(n_items, triton.cdiv(n, BLOCK))](
             p_eps=predictions, p_slot=slot, p_slot_next=slot_next, p_mix=mix, p_x=x, p_t=t,
             p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
             p_abar=abar, p_x_delta=x_delta, p_rows=out, p_levels=levels,
             n_items=n_items, n=n, width=x.shape[-1], ROWS=rows, MIRROR=mirrored is not None,
-            PAIR=pair, BLOCK=BLOCK, **_OPTIONS,
+            LINK=LINKS[which], BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return x_delta, out, levels
 
@@ -511,11 +515,13 @@ def text_fwd(
 def gradient_fwd(
     eps: Tensor, weights: Tensor | None, scales: tuple[float, float], modes: tuple[int, int],
     rows: int, x: Tensor, t: Tensor, abar: Tensor, weighting: int, done: Tensor,
+    eps_o: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad, target, [loss, norm of grad], whether grad is finite) from the pair's stack.
 
     eps [2*rows*B,C,h,w], t_delta first, or [rows*B,C,h,w] where one stack serves both levels.
-    `done` is an int32 zero that the launch needs to itself, and leaves at zero.
+    `done` is an int32 zero that the launch needs to itself, and leaves at zero. With eps_o
+    [B,C,h,w], already combined, that is what the prediction at t is compared with.
     """
     n_items, n = x.shape[0], x[0].numel()
     groups = eps.shape[0] // (rows * n_items)
@@ -523,12 +529,15 @@ def gradient_fwd(
     grad, target = torch.empty_like(x), torch.empty_like(x)
     numbers = x.new_empty(2)
     finite = x.new_empty((), dtype=torch.uint8)
+    beside = eps if eps_o is None else eps_o
+    if eps_o is not None:
+        modes = (POSITIVE, modes[1])  # its items lie as positive rows do
     with _on(eps):
         split, n_splits, dots = _splits(eps, n_items, n, groups, PERP_NEG in modes)
         dots_t = None if dots is None else dots[groups - 1]
         sums = x.new_empty((n_items, n_splits, 2))
         gradient_kernel[(n_items, n_splits)](
-            p_eps_delta=eps, p_eps_t=eps_t, p_weights=_or(weights, eps),
+            p_eps_delta=beside, p_eps_t=eps_t, p_weights=_or(weights, eps),
             p_dots_delta=_or(dots, eps), p_dots_t=_or(dots_t, eps), p_x=x, p_t=t, p_abar=abar,
             p_grad=grad, p_target=target, p_sums=sums, p_done=done,
             p_numbers=numbers, p_finite=finite,

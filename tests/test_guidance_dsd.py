@@ -274,8 +274,9 @@ class TestGuidance:
         assert bool(output.finite) and not output.target.requires_grad
 
     @pytest.mark.parametrize("perp_neg", [True, False])
-    def test_public_function_is_the_same_code(self, perp_neg: bool) -> None:
-        guidance = make_guidance(use_perp_neg=perp_neg)
+    @pytest.mark.parametrize("compare_with", ["rendering", "trajectory"])
+    def test_public_function_is_the_same_code(self, perp_neg: bool, compare_with: str) -> None:
+        guidance = make_guidance(use_perp_neg=perp_neg, compare_with=compare_with)
         latents = randn(1, 4, 6, 6)
         text = PromptEmbeddings(*guidance._bank.chunk(2))
         rows, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, perp_neg)
@@ -294,9 +295,36 @@ class TestGuidance:
                 predict=predict,
                 alphas_cumprod=guidance.model.alphas_cumprod,
                 weighting=weighting,
+                compare_with=compare_with,
             )
             ours = guidance.at_levels(latents, 10.0, 50.0, 620, 640).grad
             torch.testing.assert_close(ours, grad)
+
+    @pytest.mark.parametrize("t_delta", [500, 520])
+    def test_beside_the_trajectory_it_rests_at_what_is_predicted(self, t_delta: int) -> None:
+        """At DDIM's weight the gradient is x - x0(x_t), with half the rows of the UNet."""
+        flags = {"compare_with": "trajectory", "weighting": "ddim", "noise_table_step": 20}
+        guidance, rows = make_guidance(**flags, trajectory="cached"), []
+        engine, x = guidance.model.engine, randn(1, 4, 6, 6)
+
+        def counted(z: Tensor, *conditions: Tensor) -> Tensor:
+            rows.append(len(z))
+            return engine(z, *conditions)
+
+        guidance.model.engine = counted
+        guidance.at_levels(x, 10.0, 50.0, 500, t_delta)  # fills the table
+        rows.clear()
+        output = guidance.at_levels(x, 10.0, 50.0, 500, t_delta)
+        abar = guidance.model.alphas_cumprod[[500, t_delta]].double()
+        (alpha, alpha_delta), (sigma, sigma_delta) = abar.sqrt(), (1 - abar).sqrt()
+        eps_o = (output.latents_noisy - alpha_delta * x) / sigma_delta
+        x_t = alpha * x + sigma * eps_o
+        text = PromptEmbeddings(*guidance._bank.chunk(2))
+        context, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, True)
+        eps = engine(expand_rows(x_t.float(), True), torch.full((4,), 500), context)
+        clean = (x_t - sigma * combine(eps, weights, guidance.cfg.guidance_scale)) / alpha
+        torch.testing.assert_close(output.grad, (x - clean).float(), rtol=1e-4, atol=1e-4)
+        assert sum(rows) == 4
 
     def test_ddim_weight(self) -> None:
         official, ddim = (at(make_guidance(weighting=w), 0, 500, 520) for w in ("sds", "ddim"))

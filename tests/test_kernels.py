@@ -195,16 +195,16 @@ def test_link(n_items, shape, dtype, kind, walk) -> None:
 
 @CASES
 @pytest.mark.parametrize("perp_neg", [True, False])
-@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("which", fused.LINKS)
 @pytest.mark.parametrize("mirror", [False, True])
-def test_link_table(n_items, shape, dtype, perp_neg, pair, mirror) -> None:
+def test_link_table(n_items, shape, dtype, perp_neg, which, mirror) -> None:
     table, x = randn(5, *shape), randn(n_items, *shape, seed=1)
     slot, slot_next = levels(*[4, 0, 2][:n_items]), levels(*[3, 0, 1][:n_items])
     mix = torch.linspace(0, 0.7, n_items, device=DEVICE)
     t = spread(700, n_items)
-    t_delta = t + 57 if pair else t
+    t_delta = t if which == "shared" else t + 57
     mirrored = (levels(1, 0, 1) > 0)[:n_items] if mirror else None
-    flags = (perp_neg, mirrored, pair)
+    flags = (perp_neg, mirrored, which)
     got, twin = (
         link(table, slot, slot_next, mix, x, t, t_delta, ABAR, dtype, *flags)
         for link in (fused.link_table, fused.link_table_reference)
@@ -217,8 +217,8 @@ def test_link_table(n_items, shape, dtype, perp_neg, pair, mirror) -> None:
     assert got.rows.shape == twin.rows.shape and got.rows.dtype == dtype
     if dtype != torch.bfloat16:
         assert_as_good(got.rows, twin.rows, exact.rows, 1e-6)
-    if pair:
-        first = got.rows.chunk(2)[0]
+    if which != "noise":
+        first = got.rows.chunk(2)[0] if which == "pair" else got.rows
         assert_rows(first, expand_rows(got.value, perp_neg).to(dtype))
     assert torch.equal(got.levels, twin.levels)
 
@@ -230,10 +230,16 @@ def test_link_of_one_level(mirror, walk) -> None:
     eps, t = randn(8, 3, 5, 7), levels(700, 420)
     mirrored = levels(0, 1) > 0 if mirror else None
     arguments = (eps, guide, 7.5, x, t, t, ABAR, torch.float16, mirrored)
-    one, pair = (fused.link(*arguments, pair=pair) for pair in (False, True))
+    pair, one, noise = (fused.link(*arguments, which=which) for which in fused.LINKS)
+    for other in (one, noise):
+        assert torch.equal(other.rows, pair.rows.chunk(2)[1])
+        assert torch.equal(other.levels, pair.levels.chunk(2)[1])
     assert torch.equal(one.value, pair.value)
-    assert torch.equal(one.rows, pair.rows.chunk(2)[1])
-    assert torch.equal(one.levels, pair.levels.chunk(2)[1])
+    eps_o = fused.combine(eps, guide, 7.5)
+    eps_o = eps_o if mirrored is None else torch.stack([eps_o[0], eps_o[1].flip(-1)])
+    torch.testing.assert_close(noise.value, eps_o)
+    with pytest.raises(ValueError, match="expected one of pair, shared, noise, got 'both'"):
+        fused.link(*arguments, which="both")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -266,6 +272,22 @@ def test_gradient(n_items, shape, dtype, kind, weighting, one_level, walk) -> No
             assert_as_good(getattr(got, name), getattr(twin, name), getattr(exact, name), 2e-6)
         assert got.finite.dtype == torch.bool and bool(got.finite)
         assert int(done) == 0
+
+
+@CASES
+@GUIDES
+def test_gradient_beside_given_noise(n_items, shape, dtype, kind, walk) -> None:
+    guide, t, scales = guide_of(kind, n_items), spread(700, n_items), (1.0, 7.5)
+    eps, x = randn(guide.rows * n_items, *shape).to(dtype), randn(n_items, *shape, seed=1)
+    eps_o = randn(n_items, *shape, seed=2)
+    arguments = (scales, x, t, ABAR, "sds")
+    got = fused.gradient(eps, guide, *arguments, eps_o=eps_o)
+    twin = fused.gradient_reference(eps, guide, *arguments, eps_o)
+    exact = fused.gradient_reference(
+        eps.double(), doubled(guide), scales, x.double(), t, ABAR.double(), "sds", eps_o.double()
+    )
+    for name in ("grad", "target", "loss", "grad_norm"):
+        assert_as_good(getattr(got, name), getattr(twin, name), getattr(exact, name), 2e-6)
 
 
 @overflows

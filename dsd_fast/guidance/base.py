@@ -32,6 +32,7 @@ METHODS = ("dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
 # Of multi-view models alone.
 OWN_METHODS = ("recon",)
 TRAJECTORIES = ("exact", "cached")
+COMPARISONS = ("rendering", "trajectory")
 
 
 @dataclass
@@ -73,6 +74,12 @@ class GuidanceConfig:
     # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
     # that the trajectory itself takes.
     weighting: Literal["sds", "ddim"] = "sds"
+    # What the target prediction is compared with. "rendering" (official) asks the UNet anew, at
+    # scale 1, for the rendering put at t_delta; where t_delta = t, as late in a run, only the
+    # classifier's direction is left, which has no rest. "trajectory" takes the trajectory's own
+    # noise, as DDIM does: the gradient rests where a rendering is what is predicted of it, and half
+    # of the UNet's rows are saved.
+    compare_with: Literal["rendering", "trajectory"] = "rendering"
     # Draw the rendering's latents from the VAE's posterior; False takes its mean.
     sample_posterior: bool = True
     # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
@@ -85,6 +92,7 @@ class GuidanceConfig:
         for name, value, choices in (
             ("method", self.method, (*METHODS, *OWN_METHODS)),
             ("trajectory", self.trajectory, TRAJECTORIES),
+            ("compare_with", self.compare_with, COMPARISONS),
             ("weighting", self.weighting, WEIGHTINGS),
         ):
             if value not in choices:

@@ -4,7 +4,8 @@ One step (DSD_SPEC 3.3), for a rendering x in latent space at level t:
 1. simulate the seed's own trajectory from 999 down to t_delta >= t, and take its noise
    prediction eps_o there;
 2. put the rendering on that trajectory: x_delta = alpha x + sigma eps_o at t_delta, x_t at t;
-3. gradient = (1 - abar_t) (eps(x_t; scale) - eps(x_delta; 1)).
+3. gradient = (1 - abar_t) (eps(x_t; scale) - eps(x_delta; 1)), or (eps(x_t; scale) - eps_o) with
+   the trajectory's own noise (`compare_with`).
 
 A step has two parts. `DSDGuidance.plan`, the host's, draws levels, looks up where the trajectories
 of its views are in the tables, and adds what they lack. `DSDGuidance.at_plan`, the device's, takes
@@ -13,7 +14,7 @@ latents and plan to the loss without a look at the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -24,6 +25,7 @@ from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import fused
 from dsd_fast.guidance.base import (
+    COMPARISONS,
     Guidance,
     GuidanceConfig,
     GuidanceOutput,
@@ -56,6 +58,7 @@ def dsd_gradient(
     n_ddim_steps: int = 10,
     guidance_scale: float = 7.5,
     weighting: str = "sds",
+    compare_with: str = "rendering",
 ) -> Tensor:
     """The gradient of Diverse Score Distillation with respect to latents, without a model.
 
@@ -69,10 +72,11 @@ def dsd_gradient(
         n_ddim_steps: intervals of the full trajectory.
         guidance_scale: scale of the trajectory and of the target prediction.
         weighting: "sds" (official) or "ddim".
+        compare_with: "rendering" (official), or "trajectory" for eps_o in the place of eps_delta.
     Returns:
         (1 - abar_t) (eps_t - eps_delta), [B,C,h,w].
     Raises:
-        ValueError: shapes or levels that do not fit.
+        ValueError: shapes, levels or choices that do not fit.
 
     Example:
         >>> abar = torch.linspace(0.999, 0.005, 1000)
@@ -86,15 +90,22 @@ def dsd_gradient(
     abar = alphas_cumprod.cpu()
     t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
-    def pair(x_delta: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            predict(x_delta, t_delta_device, _RENDERING_SCALE),
-            predict(x_t, t_device, guidance_scale),
+    if weighting not in WEIGHTINGS or compare_with not in COMPARISONS:
+        raise ValueError(
+            f"weighting: expected one of {', '.join(WEIGHTINGS)}, and compare_with one of "
+            f"{', '.join(COMPARISONS)}; got {weighting!r} and {compare_with!r}"
         )
-
     z = simulate(noise, t_delta, predict, abar, n_ddim_steps, guidance_scale)
     eps_o = predict(z, t_delta_device, guidance_scale)
-    return _linked_gradient(latents, eps_o, t, t_delta, pair, abar, weighting)
+    alpha, sigma = signal_and_noise(abar, t, latents)
+    eps_delta = eps_o
+    if compare_with == "rendering":
+        alpha_delta, sigma_delta = signal_and_noise(abar, t_delta, latents)
+        x_delta = alpha_delta * latents + sigma_delta * eps_o
+        eps_delta = predict(x_delta, t_delta_device, _RENDERING_SCALE)
+    eps_t = predict(alpha * latents + sigma * eps_o, t_device, guidance_scale)
+    weight = sigma / alpha if weighting == "ddim" else sigma.square()
+    return weight * (eps_t - eps_delta)
 
 
 class DSDGuidance(Guidance):
@@ -126,7 +137,7 @@ class DSDGuidance(Guidance):
         n_items = elevation.numel()
         self._check_seeds(n_items)
         t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
-        shared = torch.equal(t, t_delta)
+        shared = self._rests or torch.equal(t, t_delta)
         views = self._rows_of(elevation, azimuth)
         tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(azimuth) < 0}
         calls = [views] if shared else [views, views]
@@ -175,10 +186,12 @@ class DSDGuidance(Guidance):
             text = self._text(tensors)
             linked = self._link(x, plan, guide, text)
             eps = self._predict(linked, text[-len(linked.rows) :])
+            eps_o = linked.value if self._rests else None
             scales = (_RENDERING_SCALE, cfg.guidance_scale)
             result = fused.gradient(
-                eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done
+                eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done, eps_o
             )
+            noisy = linked.value if eps_o is None else self._noisy(x, eps_o, tensors["t_delta"])
         return GuidanceOutput(
             loss=distillation_loss(latents, result.grad, result.loss),
             grad_norm=result.grad_norm,
@@ -187,7 +200,7 @@ class DSDGuidance(Guidance):
             latents=x,
             target=result.target,
             grad=result.grad,
-            latents_noisy=linked.value,
+            latents_noisy=noisy,
             finite=result.finite,
         )
 
@@ -219,7 +232,7 @@ class DSDGuidance(Guidance):
         tensors, cfg, kind = plan.tensors, self.cfg, plan.kind
         levels = (tensors["t"], tensors["t_delta"], self._abar, self.model.dtype)
         mirrored = tensors["mirrored"] if cfg.mirror_trajectory else None
-        pair = not kind.shared
+        which = "noise" if self._rests else "shared" if kind.shared else "pair"
         if kind.noise == "tabulated":
             return fused.link_table(
                 self._tables.predictions,
@@ -230,7 +243,7 @@ class DSDGuidance(Guidance):
                 *levels,
                 cfg.use_perp_neg,
                 mirrored,
-                pair,
+                which,
             )
         n_rows = guide.rows * kind.n_items
         own = guide
@@ -250,7 +263,7 @@ class DSDGuidance(Guidance):
         else:
             at_z = self._simulate(x, plan, guide, text[:n_rows])
         eps = self._predict(at_z, text[:n_rows])
-        return fused.link(eps, own, cfg.guidance_scale, x, *levels, mirrored, pair)
+        return fused.link(eps, own, cfg.guidance_scale, x, *levels, mirrored, which)
 
     def _simulate(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
         """z at t_delta from the seed noise, each step taken anew: `trajectory.simulate`."""
@@ -291,35 +304,17 @@ class DSDGuidance(Guidance):
         super()._condition(prompts)
         self._bins = ViewBins(self.cfg.azimuth_bins, self.cfg.use_perp_neg)
 
+    @property
+    def _rests(self) -> bool:
+        """Whether the trajectory's own noise is what predictions are compared with."""
+        return self.cfg.compare_with == "trajectory"
+
+    def _noisy(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        abar = self._abar[t].view(-1, 1, 1, 1)
+        return abar.sqrt() * x + (1 - abar).sqrt() * eps
+
     def _guide(self, weights: Tensor | None) -> Guide:
         return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)
-
-
-def _linked_gradient(
-    x: Tensor,
-    eps_o: Tensor,
-    t: Tensor,
-    t_delta: Tensor,
-    pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    alphas_cumprod: Tensor,
-    weighting: str,
-) -> Tensor:
-    """Gradient for renderings linked to a trajectory by its noise eps_o.
-
-    `pair(x_delta, x_t)` predicts the noise of both. Levels [B] and alphas_cumprod on the CPU.
-    """
-    alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta, x)
-    alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
-    x_delta = alpha_delta * x + sigma_delta * eps_o
-    x_t = alpha * x + sigma * eps_o
-    eps_delta, eps_t = pair(x_delta, x_t)
-    if weighting == "sds":
-        weight = sigma.square()
-    elif weighting == "ddim":
-        weight = sigma / alpha
-    else:
-        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    return weight * (eps_t - eps_delta)
 
 
 def _per_item(noise: Tensor, latents: Tensor) -> Tensor:

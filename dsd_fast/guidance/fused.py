@@ -33,6 +33,9 @@ from dsd_fast.guidance.prompt import expand_rows, mixed_rows
 from dsd_fast.guidance.trajectory import ddim_step, signal_and_noise
 
 WEIGHTINGS = ("sds", "ddim")
+# What `link` makes: rows at both levels; rows that serve both, for t = t_delta in every item (Q8);
+# or rows at t and, in the place of x at t_delta, the trajectory's noise.
+LINKS = ("pair", "shared", "noise")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Guide:
 class Batch(NamedTuple):
     """A pass's own result and the UNet's next batch."""
 
-    # [B,C,h,w] float32: z at t_next, or x at t_delta.
+    # [B,C,h,w] float32: z at t_next, or x at t_delta, or the noise that links it.
     value: Tensor
     # [R*B,C,h,w] in the UNet's dtype; of a linked pair [2*R*B,C,h,w], the rows of t_delta first.
     rows: Tensor
@@ -171,7 +174,7 @@ def link(
     alphas_cumprod: Tensor,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
-    pair: bool = True,
+    which: str = "pair",
 ) -> Batch:
     """Combine to the trajectory's noise eps_o, and put renderings on it at two levels.
 
@@ -182,11 +185,12 @@ def link(
         x: renderings [B,C,h,w] float32.
         t, t_delta: int64 [B], on the device of x.
         mirrored: bool [B], items that take eps_o flipped left to right, or None.
-        pair: without it, for t = t_delta in every item, rows of one level serve both (Q8).
+        which: one of LINKS.
     """
+    _check_link("link", which)
     if not _on_kernels(eps):
         return link_reference(
-            eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored, pair
+            eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored, which
         )
     eps, weights, n_items = _stack("link", eps, guide)
     x = _item("link: x", x, eps, n_items)
@@ -196,7 +200,7 @@ def link(
     rows = guide.rows
     return Batch(
         *_kernels().link_fwd(
-            eps, weights, scale, mode, rows, x, t, t_delta, alphas_cumprod, mirrored, dtype, pair
+            eps, weights, scale, mode, rows, x, t, t_delta, alphas_cumprod, mirrored, dtype, which
         )
     )
 
@@ -213,7 +217,7 @@ def link_table(
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None = None,
-    pair: bool = True,
+    which: str = "pair",
 ) -> Batch:
     """`link` with eps_o from a table: eps = p[slot], eps_o = eps + mix (p[slot_next] - eps).
 
@@ -223,6 +227,7 @@ def link_table(
         mix: float32 [B], 0 to 1.
     """
     rows = 4 if perp_neg else 2
+    _check_link("link_table", which)
     if not _on_kernels(predictions):
         return link_table_reference(
             predictions,
@@ -236,7 +241,7 @@ def link_table(
             dtype,
             perp_neg,
             mirrored,
-            pair,
+            which,
         )
     n_items = len(t)
     x = _item("link_table: x", x, predictions, n_items)
@@ -259,7 +264,7 @@ def link_table(
             alphas_cumprod,
             mirrored,
             dtype,
-            pair,
+            which,
         )
     )
 
@@ -289,6 +294,7 @@ def gradient(
     alphas_cumprod: Tensor,
     weighting: str = "sds",
     done: Tensor | None = None,
+    eps_o: Tensor | None = None,
 ) -> Gradient:
     """Combine both levels, and their weighted difference with its loss and norm (DSD_SPEC 3.3).
 
@@ -301,14 +307,18 @@ def gradient(
         x: renderings [B,C,h,w] float32.
         done: int32 zero, 0-dim, on the device; one for each stream that calls this, kept from call
             to call. Without it a fresh one costs a launch.
+        eps_o: [B,C,h,w] float32, the trajectory's noise, to stand for eps_delta; eps is then of one
+            level.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if not _on_kernels(eps):
-        return gradient_reference(eps, guide, scales, x, t, alphas_cumprod, weighting)
+        return gradient_reference(eps, guide, scales, x, t, alphas_cumprod, weighting, eps_o)
     one_level = eps.shape[0] == guide.rows * x.shape[0]
     first, weights, n_items = _stack("gradient", eps if one_level else eps.chunk(2)[0], guide)
     x = _item("gradient: x", x, first, n_items)
+    if eps_o is not None:
+        eps_o = _item("gradient: eps_o", eps_o, eps, n_items)
     _check_levels("gradient", x, alphas_cumprod, t)
     if done is None:
         done = torch.zeros((), dtype=torch.int32, device=x.device)
@@ -323,6 +333,7 @@ def gradient(
         alphas_cumprod,
         WEIGHTINGS.index(weighting),
         done,
+        eps_o,
     )
     return Gradient(grad, target, numbers[0], numbers[1], finite)
 
@@ -367,11 +378,11 @@ def link_reference(
     alphas_cumprod: Tensor,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
-    pair: bool = True,
+    which: str = "pair",
 ) -> Batch:
     """`link` in torch, any device."""
     eps_o = _combine(eps, guide, scale)
-    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, guide.rows == 4, mirrored, pair)
+    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, guide.rows == 4, mirrored, which)
 
 
 def link_table_reference(
@@ -386,12 +397,12 @@ def link_table_reference(
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None = None,
-    pair: bool = True,
+    which: str = "pair",
 ) -> Batch:
     """`link_table` in torch, any device."""
     eps = _at_least_float(predictions[slot])
     eps_o = eps + mix.view(-1, 1, 1, 1) * (predictions[slot_next] - eps)
-    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, perp_neg, mirrored, pair)
+    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, perp_neg, mirrored, which)
 
 
 def gradient_reference(
@@ -402,13 +413,15 @@ def gradient_reference(
     t: Tensor,
     alphas_cumprod: Tensor,
     weighting: str = "sds",
+    eps_o: Tensor | None = None,
 ) -> Gradient:
     """`gradient` in torch, any device."""
     one_level = eps.shape[0] == guide.rows * x.shape[0]
     eps_delta, eps_t = (eps, eps) if one_level else eps.chunk(2)
+    beside = _combine(eps_delta, guide, scales[0]) if eps_o is None else eps_o
     alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
     weight = sigma.square() if weighting == "sds" else sigma / alpha
-    grad = weight * (_combine(eps_t, guide, scales[1]) - _combine(eps_delta, guide, scales[0]))
+    grad = weight * (_combine(eps_t, guide, scales[1]) - beside)
     loss = 0.5 * grad.square().sum() / x.shape[0]
     return Gradient(grad, x - grad, loss, grad.norm(), grad.isfinite().all())
 
@@ -447,7 +460,7 @@ def _linked(
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None,
-    pair: bool,
+    which: str,
 ) -> Batch:
     if mirrored is not None:
         eps_o = torch.where(mirrored.view(-1, 1, 1, 1), eps_o.flip(-1), eps_o)
@@ -456,10 +469,10 @@ def _linked(
     x_delta = alpha_delta * x + sigma_delta * eps_o
     rows = expand_rows(alpha * x + sigma * eps_o, perp_neg)
     levels = expand_rows(t, perp_neg)
-    if pair:
+    if which == "pair":
         rows = torch.cat([expand_rows(x_delta, perp_neg), rows])
         levels = torch.cat([expand_rows(t_delta, perp_neg), levels])
-    return Batch(x_delta, rows.to(dtype), levels)
+    return Batch(eps_o if which == "noise" else x_delta, rows.to(dtype), levels)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:
@@ -513,6 +526,11 @@ def _item(name: str, tensor: Tensor, eps: Tensor, n_items: int) -> Tensor:
             f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
     return tensor.detach().contiguous()
+
+
+def _check_link(op: str, which: str) -> None:
+    if which not in LINKS:
+        raise ValueError(f"{op}: expected one of {', '.join(LINKS)}, got {which!r}")
 
 
 def _check_mirrored(op: str, mirrored: Tensor | None, n_items: int) -> None:

@@ -21,7 +21,8 @@ class PlanKind(NamedTuple):
 
     n_items: int
     noise: Noise
-    # Whether t = t_delta for every item, so that one batch serves both levels (Q8).
+    # Whether one batch, that of t, is all the UNet is asked for beside the trajectory: t = t_delta
+    # for every item (Q8), or the trajectory's own noise stands in for the prediction at t_delta.
     shared: bool
     # UNet calls of an inversion.
     strides: int = 0
