@@ -213,13 +213,14 @@ def predictor(model, elevation: torch.Tensor, azimuth: torch.Tensor):
 
 
 @pytest.mark.parametrize("trajectory, table", [("exact", 0), ("cached", 0), ("cached", 1)])
-def test_dsd_is_the_official_gradient_with_poses_for_text(small_folder, trajectory, table):
+@pytest.mark.parametrize("beside", ["rendering", "trajectory"])
+def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table, beside):
     """On the bins' centres, where the cached trajectory is the view's own."""
     model, _ = conditioned(small_folder)
     bins = OrbitBins(REFERENCE)
     elevation, azimuth = bins.snap(torch.tensor([12.0, 70.0, 3.0]), torch.tensor([5.0, -100, 179]))
     noise = torch.randn(1, 4, 8, 8)
-    cfg = config(trajectory=trajectory, noise_table_step=table)
+    cfg = config(trajectory=trajectory, noise_table_step=table, compare_with=beside)
     guidance = ViewDSD(cfg, model, REFERENCE, noise, 100)
     x = torch.randn(3, 4, 8, 8, requires_grad=True)
     t, t_delta = torch.tensor([700, 640, 400]), torch.tensor([730, 640, 405])
@@ -232,6 +233,7 @@ def test_dsd_is_the_official_gradient_with_poses_for_text(small_folder, trajecto
         predict=predictor(model, elevation, azimuth),
         alphas_cumprod=model.alphas_cumprod,
         guidance_scale=3.0,
+        compare_with=beside,
     )
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(output.grad, expected, atol=2e-5, rtol=1e-4)
@@ -565,6 +567,9 @@ def test_the_presets_are_zero123s():
     assert sds.max_step_percent == (0, 0.85, 0.5, 200) and sds.guidance_scale == 3
     assert (cfg.single_view.lambda_rgb, cfg.single_view.lambda_mask) == (500, 50)
     assert (cfg.loss.lambda_dsd, cfg.loss.lambda_orient) == (0.1, 1.0)
+    small = preset("embedded", 100, True, "single-view")
+    compared = (small.guidance.compare_with, cfg.guidance.compare_with)
+    assert compared == ("trajectory", "rendering")
     assert preset("embedded", 100, True).task == "text"
 
 
