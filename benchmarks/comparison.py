@@ -316,7 +316,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--prompts", nargs="+", help="of single views names of --objects")
     parser.add_argument(
-        "--methods", nargs="+", help="such as dsd sds@7.5; default: all that the task compares"
+        "--methods",
+        nargs="+",
+        help="such as dsd sds@7.5 dsd+trajectory; default: all that the task compares",
     )
     parser.add_argument("--seeds", type=int, help="of every prompt (default: 8, single views 1)")
     parser.add_argument("--steps", type=int, help="steps of every run (default: the preset's)")
