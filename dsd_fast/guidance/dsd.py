@@ -191,7 +191,10 @@ class DSDGuidance(Guidance):
             result = fused.gradient(
                 eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done, eps_o
             )
-            noisy = linked.value if eps_o is None else self._noisy(x, eps_o, tensors["t_delta"])
+            noisy = linked.value
+            if eps_o is not None:
+                alpha, sigma = signal_and_noise(self._abar, tensors["t_delta"], x)
+                noisy = alpha * x + sigma * eps_o
         return GuidanceOutput(
             loss=distillation_loss(latents, result.grad, result.loss),
             grad_norm=result.grad_norm,
@@ -228,7 +231,8 @@ class DSDGuidance(Guidance):
             )
 
     def _link(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
-        """Renderings put on their trajectories: x at t_delta, and the UNet's batch of the pair."""
+        """Renderings put on their trajectories: x at t_delta, or eps_o alone where that is compared
+        with, and the UNet's batch."""
         tensors, cfg, kind = plan.tensors, self.cfg, plan.kind
         levels = (tensors["t"], tensors["t_delta"], self._abar, self.model.dtype)
         mirrored = tensors["mirrored"] if cfg.mirror_trajectory else None
@@ -308,10 +312,6 @@ class DSDGuidance(Guidance):
     def _rests(self) -> bool:
         """Whether the trajectory's own noise is what predictions are compared with."""
         return self.cfg.compare_with == "trajectory"
-
-    def _noisy(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        abar = self._abar[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * x + (1 - abar).sqrt() * eps
 
     def _guide(self, weights: Tensor | None) -> Guide:
         return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)
