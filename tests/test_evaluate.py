@@ -415,6 +415,8 @@ def test_cost_of_a_run_that_was_resumed(tmp_path):
     [
         ({"trajectory": "cached"}, "dsd cached"),
         ({"trajectory": "exact", "method": "dsd"}, "dsd exact"),
+        ({"trajectory": "cached", "compare_with": "rendering"}, "dsd cached"),
+        ({"trajectory": "cached", "compare_with": "trajectory"}, "dsd+trajectory cached"),
         ({"trajectory": "cached", "method": "sds"}, "sds"),
         ({}, "dsd"),
     ],

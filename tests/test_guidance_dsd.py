@@ -315,13 +315,11 @@ class TestGuidance:
         guidance.at_levels(x, 10.0, 50.0, 500, t_delta)  # fills the table
         rows.clear()
         output = guidance.at_levels(x, 10.0, 50.0, 500, t_delta)
-        abar = guidance.model.alphas_cumprod[[500, t_delta]].double()
-        (alpha, alpha_delta), (sigma, sigma_delta) = abar.sqrt(), (1 - abar).sqrt()
-        eps_o = (output.latents_noisy - alpha_delta * x) / sigma_delta
-        x_t = alpha * x + sigma * eps_o
+        abar = guidance.model.alphas_cumprod[500].double()
+        (alpha, sigma), x_t = (abar.sqrt(), (1 - abar).sqrt()), output.latents_noisy
         text = PromptEmbeddings(*guidance._bank.chunk(2))
         context, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, True)
-        eps = engine(expand_rows(x_t.float(), True), torch.full((4,), 500), context)
+        eps = engine(expand_rows(x_t, True), torch.full((4,), 500), context)
         clean = (x_t - sigma * combine(eps, weights, guidance.cfg.guidance_scale)) / alpha
         torch.testing.assert_close(output.grad, (x - clean).float(), rtol=1e-4, atol=1e-4)
         assert sum(rows) == 4

@@ -288,6 +288,8 @@ def test_gradient_beside_given_noise(n_items, shape, dtype, kind, walk) -> None:
     )
     for name in ("grad", "target", "loss", "grad_norm"):
         assert_as_good(getattr(got, name), getattr(twin, name), getattr(exact, name), 2e-6)
+    with pytest.raises(ValueError, match="beside eps_o"):
+        fused.gradient(torch.cat([eps, eps]), guide, *arguments, eps_o=eps_o)
 
 
 @overflows

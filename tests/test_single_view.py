@@ -607,11 +607,12 @@ def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
         assert truth.main(argv) == 0
         figures.append(json.loads((tmp_path / "t.json").read_text()))
     right, wrong = (entry["runs"][0] for entry in figures)
-    assert right["object"] == "disc" and right["method"] == "dsd cached"
+    assert right["object"] == "disc" and right["method"] == "dsd+trajectory cached"
     assert right["psnr_db"] > 50 > wrong["psnr_db"] and right["ssim"] > wrong["ssim"]
     assert right["by_view"]["azimuth"] == [0, 90, 200]
-    assert figures[0]["methods"]["dsd cached"]["psnr_db"] == right["psnr_db"]
-    assert imageio.imread(tmp_path / "sheets" / "disc-dsd-cached-seed0.png").shape == (32, 48, 3)
+    assert figures[0]["methods"]["dsd+trajectory cached"]["psnr_db"] == right["psnr_db"]
+    sheet = imageio.imread(tmp_path / "sheets" / "disc-dsd+trajectory-cached-seed0.png")
+    assert sheet.shape == (32, 48, 3)
 
     assert truth.main([str(out), "--truth", str(tmp_path), "--device", "cpu"]) == 2
     assert "render-objects" in caplog.text

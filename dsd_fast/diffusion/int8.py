@@ -2,8 +2,7 @@
 
 Of a tensor with two or more dimensions each row (what lies under one index of its first dimension)
 is int8 numbers times one float16 scale, the row's largest magnitude over 127; other tensors are
-float16. Predictions of the small priors change by 0.2 to 1.2 % of their norm, about as much as in
-bfloat16.
+float16. Predictions of the model of views change by 0.2 to 1.2 % of their norm.
 """
 
 from __future__ import annotations

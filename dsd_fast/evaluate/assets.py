@@ -143,7 +143,8 @@ def find_assets(path: Path) -> list[Path]:
 
 
 def method_of(config: dict) -> str:
-    """A name for the way a run was guided, from its config: the method and its trajectory.
+    """A name for the way a run was guided, from its config: the method, what it is compared with
+    where that is not the official, and its trajectory.
 
     Of 2D runs it begins with "2D"; the exact form is "dsd*", as on the paper's page.
     """
@@ -153,7 +154,11 @@ def method_of(config: dict) -> str:
     if in_2d and config.get("image", {}).get("exact"):
         return "2D dsd*"
     # Only DSD follows a trajectory.
-    name = f"{method} {guidance.get('trajectory', '')}".strip() if "dsd" in method else method
+    name = method
+    if "dsd" in method:
+        if guidance.get("compare_with", "rendering") != "rendering":
+            name += f"+{guidance['compare_with']}"
+        name = f"{name} {guidance.get('trajectory', '')}".strip()
     return f"2D {name}" if in_2d else name
 
 

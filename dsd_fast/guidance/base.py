@@ -128,7 +128,8 @@ class GuidanceOutput(NamedTuple):
     # Levels, int64 [B] on the CPU.
     t: Tensor
     t_delta: Tensor
-    # x, target = x - grad, grad, and x at level t_delta: [B,C,h,w] float32.
+    # x, target = x - grad, grad, and x at level t_delta, or at t where nothing is asked about that:
+    # [B,C,h,w] float32.
     latents: Tensor
     target: Tensor
     grad: Tensor

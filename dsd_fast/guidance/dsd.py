@@ -191,10 +191,7 @@ class DSDGuidance(Guidance):
             result = fused.gradient(
                 eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done, eps_o
             )
-            noisy = linked.value
-            if eps_o is not None:
-                alpha, sigma = signal_and_noise(self._abar, tensors["t_delta"], x)
-                noisy = alpha * x + sigma * eps_o
+            noisy = linked.value if eps_o is None else linked.rows[: len(x)].float()
         return GuidanceOutput(
             loss=distillation_loss(latents, result.grad, result.loss),
             grad_norm=result.grad_norm,

@@ -312,9 +312,14 @@ def gradient(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    one_level = eps.shape[0] == guide.rows * x.shape[0]
+    if eps_o is not None and not one_level:
+        raise ValueError(
+            f"gradient: expected eps [{guide.rows * x.shape[0]},C,h,w] beside eps_o, "
+            f"got {list(eps.shape)}"
+        )
     if not _on_kernels(eps):
         return gradient_reference(eps, guide, scales, x, t, alphas_cumprod, weighting, eps_o)
-    one_level = eps.shape[0] == guide.rows * x.shape[0]
     first, weights, n_items = _stack("gradient", eps if one_level else eps.chunk(2)[0], guide)
     x = _item("gradient: x", x, first, n_items)
     if eps_o is not None:
