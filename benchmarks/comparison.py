@@ -105,12 +105,12 @@ class Job:
 
 def method_flags(method: str) -> list[str]:
     """Flags of a method's name: "sds" has its paper's scale, "sds@7.5" one of its own, and
-    "dsd+trajectory" compares with the trajectory (`GuidanceConfig.compare_with`)."""
-    name, _, compare_with = method.partition("+")
+    "dsd+0" is DSD of the official form (`GuidanceConfig.trajectory_share`)."""
+    name, _, share = method.partition("+")
     name, _, scale = name.partition("@")
     flags = ["--guidance.method", name]
     flags += ["--guidance.guidance-scale", scale] if scale else []
-    return flags + (["--guidance.compare-with", compare_with] if compare_with else [])
+    return flags + (["--guidance.trajectory-share", share] if share else [])
 
 
 def shown(arguments: argparse.Namespace, prompt: str) -> tuple[str, str]:
@@ -318,7 +318,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="such as dsd sds@7.5 dsd+trajectory; default: all that the task compares",
+        help="such as dsd sds@7.5 dsd+0; default: all that the task compares",
     )
     parser.add_argument("--seeds", type=int, help="of every prompt (default: 8, single views 1)")
     parser.add_argument("--steps", type=int, help="steps of every run (default: the preset's)")

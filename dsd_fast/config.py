@@ -364,6 +364,9 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
             mirror_trajectory=True,
             # The step at which a run this short needs fewest rows, as near the exact gradient.
             noise_table_step=25,
+            # From the highest level to the lowest, in proportion to the steps. At first views agree
+            # on one object, whose colours and edges then come to rest.
+            trajectory_share=(320, 1.0, 0.25, 650, 0.0, 980),
         ),
         # Each trajectory has a background of its own. Learned too slowly, it is made up for by
         # floating shapes of its colour.
@@ -428,7 +431,7 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         use_perp_neg=False,
         standard_cfg=True,
         # Against the rendering's own prediction the small model's contrast has no bound.
-        compare_with="trajectory" if small else "rendering",
+        trajectory_share=1.0 if small else 0.0,
         # Views come from so many directions that a table would be filled more often than read.
         noise_table_step=0,
     )

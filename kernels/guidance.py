@@ -25,8 +25,6 @@ from torch import Tensor
 POSITIVE, PLAIN, STANDARD, PERP_NEG = range(4)
 # What a combined prediction is weighted by in the gradient.
 SDS, DDIM = range(2)
-# What the rendering is linked for: see `dsd_fast.guidance.fused.LINKS`.
-LINKS = {"pair": 0, "shared": 1, "noise": 2}
 
 # Elements of a tile: with 8 warps, 8 to a thread and row, one 16-byte load in half precision.
 BLOCK = 2048
@@ -38,8 +36,6 @@ _POSITIVE = tl.constexpr(POSITIVE)
 _STANDARD = tl.constexpr(STANDARD)
 _PERP_NEG = tl.constexpr(PERP_NEG)
 _DDIM = tl.constexpr(DDIM)
-_PAIR = tl.constexpr(LINKS["pair"])
-_NOISE = tl.constexpr(LINKS["noise"])
 # As guidance.prompt: keeps the projection defined where positive and unconditional agree.
 _MIN_SQUARED_NORM = tl.constexpr(1e-6)
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
@@ -157,13 +153,13 @@ def _store_levels(p_levels, t, i_b, n_items, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_pair_levels(
-    p_levels, p_t, p_t_delta, i_b, n_items, ROWS: tl.constexpr, LINK: tl.constexpr
+def _store_linked_levels(
+    p_levels, p_t, p_t_delta, i_b, n_items, ROWS: tl.constexpr, PAIR: tl.constexpr
 ):
-    """Levels of the pair's rows, by the first program of the item."""
+    """Levels of the rows of linked renderings, by the first program of the item."""
     if tl.program_id(1) == 0:
         t = tl.load(p_t + i_b)
-        if LINK == _PAIR:
+        if PAIR:
             _store_levels(p_levels, tl.load(p_t_delta + i_b), i_b, n_items, ROWS)
             _store_levels(p_levels + ROWS * n_items, t, i_b, n_items, ROWS)
         else:
@@ -182,18 +178,18 @@ def _mirrored(o_x, p_mirrored, i_b, width, MIRROR: tl.constexpr):
 
 @triton.jit
 def _store_linked(
-    p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
-    ROWS: tl.constexpr, LINK: tl.constexpr,
+    p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+    ROWS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the rendering at t_delta and at t, with noise b_eps, and of their rows."""
+    """A tile of the noise b_eps, and of the rows of the rendering with it, at t_delta and at t."""
     alpha, sigma = _signal_and_noise(p_abar, tl.load(p_t + i_b))
-    alpha_delta, sigma_delta = _signal_and_noise(p_abar, tl.load(p_t_delta + i_b))
     o_item = i_b.to(tl.int64) * n + o_x
     b_x = tl.load(p_x + o_item, mask=m_x, other=0.0)
-    b_delta = alpha_delta * b_x + sigma_delta * b_eps
     b_t = alpha * b_x + sigma * b_eps
-    tl.store(p_x_delta + o_item, b_eps if LINK == _NOISE else b_delta, mask=m_x)
-    if LINK == _PAIR:
+    tl.store(p_eps_o + o_item, b_eps, mask=m_x)
+    if PAIR:
+        alpha_delta, sigma_delta = _signal_and_noise(p_abar, tl.load(p_t_delta + i_b))
+        b_delta = alpha_delta * b_x + sigma_delta * b_eps
         _store_rows(p_rows, b_delta, i_b, n_items, n, o_x, m_x, ROWS)
         p_rows_t = p_rows + (ROWS * n_items).to(tl.int64) * n
         _store_rows(p_rows_t, b_t, i_b, n_items, n, o_x, m_x, ROWS)
@@ -289,19 +285,19 @@ def state_kernel(
     _store_rows(p_rows, b_z, i_b, n_items, n, o_x, m_x, ROWS)
 
 
-# Program (item, split): reads the item's rows and x, writes x at t_delta, and the rows and levels
-# of both noisy latents, those of t_delta first; but for a pair those of t alone.
+# Program (item, split): reads the item's rows and x, writes the trajectory's noise, and the rows
+# and levels of both noisy latents, those of t_delta first; but for a pair those of t alone.
 @triton.jit(do_not_specialize=_COUNTS)
 def link_kernel(
     p_eps, p_weights, p_dots, p_x, p_t, p_t_delta, p_mirrored, p_abar,
-    p_x_delta, p_rows, p_levels, scale, n_items, n, width, split, n_splits,
-    ROWS: tl.constexpr, MODE: tl.constexpr, MIRROR: tl.constexpr, LINK: tl.constexpr,
+    p_eps_o, p_rows, p_levels, scale, n_items, n, width, split, n_splits,
+    ROWS: tl.constexpr, MODE: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr,
     SUMMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     begin = tl.program_id(1) * split
     end = tl.minimum(begin + split, n)
-    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, LINK)
+    _store_linked_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, PAIR)
     k_0, k_1 = _parallel_shares(p_eps, p_dots, i_b, n_items, n, n_splits, MODE, SUMMED, BLOCK)
     for start in range(begin, end, BLOCK):
         o_x = start + tl.arange(0, BLOCK)  # [BLOCK]
@@ -310,8 +306,8 @@ def link_kernel(
         o_eps = _mirrored(o_x, p_mirrored, i_b, width, MIRROR)
         b_eps = _guided(p_eps, p_weights, i_b, n_items, n, o_eps, m_x, scale, k_0, k_1, MODE)
         _store_linked(
-            p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
-            ROWS, LINK,
+            p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+            ROWS, PAIR,
         )  # fmt: skip
 
 
@@ -320,20 +316,20 @@ def link_kernel(
 @triton.jit(do_not_specialize=["n_items"])
 def link_table_kernel(
     p_eps, p_slot, p_slot_next, p_mix, p_x, p_t, p_t_delta, p_mirrored, p_abar,
-    p_x_delta, p_rows, p_levels, n_items, n, width,
-    ROWS: tl.constexpr, MIRROR: tl.constexpr, LINK: tl.constexpr, BLOCK: tl.constexpr,
+    p_eps_o, p_rows, p_levels, n_items, n, width,
+    ROWS: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_x = o_x < n
-    _store_pair_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, LINK)
+    _store_linked_levels(p_levels, p_t, p_t_delta, i_b, n_items, ROWS, PAIR)
     o_eps = _mirrored(o_x, p_mirrored, i_b, width, MIRROR)
     b_eps = _load_row(p_eps, tl.load(p_slot + i_b), n, o_eps, m_x)
     b_next = _load_row(p_eps, tl.load(p_slot_next + i_b), n, o_eps, m_x)
     b_eps += tl.load(p_mix + i_b) * (b_next - b_eps)
     _store_linked(
-        p_rows, p_x_delta, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
-        ROWS, LINK,
+        p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+        ROWS, PAIR,
     )  # fmt: skip
 
 
@@ -349,15 +345,16 @@ def text_kernel(p_bank, p_first, p_second, p_share, p_rows, n, BLOCK: tl.constex
     tl.store(p_rows + i_r.to(tl.int64) * n + o_x, b_row.to(p_rows.dtype.element_ty), mask=m_x)
 
 
-# Program (item, split): reads the item's rows of both levels and x, writes gradient and target and
-# its sums. The program that finishes last adds up the sums of all, in their order.
+# Program (item, split): reads the item's rows of both levels and x, and with OWN the trajectory's
+# noise, writes gradient and target and its sums. The program that finishes last adds up the sums of
+# all, in their order.
 @triton.jit(do_not_specialize=_COUNTS)
 def gradient_kernel(
-    p_eps_delta, p_eps_t, p_weights, p_dots_delta, p_dots_t, p_x, p_t, p_abar,
+    p_eps_delta, p_eps_t, p_weights, p_dots_delta, p_dots_t, p_eps_o, p_share, p_x, p_t, p_abar,
     p_grad, p_target, p_sums, p_done, p_numbers, p_finite,
     scale_delta, scale_t, n_items, n, split, n_splits,
     MODE_DELTA: tl.constexpr, MODE_T: tl.constexpr, WEIGHTING: tl.constexpr,
-    SUMMED: tl.constexpr, BLOCK: tl.constexpr,
+    OWN: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     begin = tl.program_id(1) * split
@@ -377,9 +374,13 @@ def gradient_kernel(
             p_eps_delta, p_weights, i_b, n_items, n, o_x, m_x, scale_delta, d_0, d_1, MODE_DELTA
         )
         b_t = _guided(p_eps_t, p_weights, i_b, n_items, n, o_x, m_x, scale_t, k_0, k_1, MODE_T)
+        o_item = i_b.to(tl.int64) * n + o_x
+        if OWN:
+            share = tl.load(p_share + i_b)
+            b_o = tl.load(p_eps_o + o_item, mask=m_x, other=0.0)
+            b_delta = (1.0 - share) * b_delta + share * b_o
         # lanes past the end are 0 unless a whole row is NaN by its shares
         b_grad = tl.where(m_x, weight * (b_t - b_delta), 0.0)
-        o_item = i_b.to(tl.int64) * n + o_x
         b_x = tl.load(p_x + o_item, mask=m_x, other=0.0)
         tl.store(p_grad + o_item, b_grad, mask=m_x)
         tl.store(p_target + o_item, b_x - b_grad, mask=m_x)
@@ -461,41 +462,41 @@ def state_fwd(
 def link_fwd(
     eps: Tensor, weights: Tensor | None, scale: float, mode: int, rows: int,
     x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
-    dtype: torch.dtype, which: str,
+    dtype: torch.dtype, pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x at t_delta, rows of x at t_delta and at t, their levels) from the trajectory's stack."""
+    """(eps_o, rows of x at t_delta and at t, their levels) from the trajectory's stack."""
     n_items, n = x.shape[0], x[0].numel()
-    x_delta, out, levels = _next_batch(x, (1 + (which == "pair")) * rows, dtype)
+    eps_o, out, levels = _next_batch(x, (1 + pair) * rows, dtype)
     with _on(eps):
         split, n_splits, dots = _splits(eps, n_items, n, 1, mode == PERP_NEG)
         link_kernel[(n_items, n_splits)](
             p_eps=eps, p_weights=_or(weights, eps), p_dots=_or(dots, eps), p_x=x, p_t=t,
             p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
-            p_abar=abar, p_x_delta=x_delta, p_rows=out, p_levels=levels,
+            p_abar=abar, p_eps_o=eps_o, p_rows=out, p_levels=levels,
             scale=scale, n_items=n_items, n=n, width=x.shape[-1], split=split, n_splits=n_splits,
-            ROWS=rows, MODE=mode, MIRROR=mirrored is not None, LINK=LINKS[which],
+            ROWS=rows, MODE=mode, MIRROR=mirrored is not None, PAIR=pair,
             SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
-    return x_delta, out, levels
+    return eps_o, out, levels
 
 
 def link_table_fwd(
     predictions: Tensor, slot: Tensor, slot_next: Tensor, mix: Tensor, rows: int,
     x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
-    dtype: torch.dtype, which: str,
+    dtype: torch.dtype, pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `link_fwd` from guided predictions [S,C,h,w]: slot's, moved by mix to slot_next's."""
     n_items, n = x.shape[0], x[0].numel()
-    x_delta, out, levels = _next_batch(x, (1 + (which == "pair")) * rows, dtype)
+    eps_o, out, levels = _next_batch(x, (1 + pair) * rows, dtype)
     with _on(x):
         link_table_kernel[(n_items, triton.cdiv(n, BLOCK))](
             p_eps=predictions, p_slot=slot, p_slot_next=slot_next, p_mix=mix, p_x=x, p_t=t,
             p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
-            p_abar=abar, p_x_delta=x_delta, p_rows=out, p_levels=levels,
+            p_abar=abar, p_eps_o=eps_o, p_rows=out, p_levels=levels,
             n_items=n_items, n=n, width=x.shape[-1], ROWS=rows, MIRROR=mirrored is not None,
-            LINK=LINKS[which], BLOCK=BLOCK, **_OPTIONS,
+            PAIR=pair, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
-    return x_delta, out, levels
+    return eps_o, out, levels
 
 
 def text_fwd(
@@ -515,13 +516,13 @@ def text_fwd(
 def gradient_fwd(
     eps: Tensor, weights: Tensor | None, scales: tuple[float, float], modes: tuple[int, int],
     rows: int, x: Tensor, t: Tensor, abar: Tensor, weighting: int, done: Tensor,
-    eps_o: Tensor | None = None,
+    eps_o: Tensor | None, share: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad, target, [loss, norm of grad], whether grad is finite) from the pair's stack.
 
     eps [2*rows*B,C,h,w], t_delta first, or [rows*B,C,h,w] where one stack serves both levels.
-    `done` is an int32 zero that the launch needs to itself, and leaves at zero. With eps_o
-    [B,C,h,w], already combined, that is what the prediction at t is compared with.
+    `done` is an int32 zero that the launch needs to itself, and leaves at zero. eps_o [B,C,h,w]
+    takes a `share` [B] of what the prediction at t is compared with.
     """
     n_items, n = x.shape[0], x[0].numel()
     groups = eps.shape[0] // (rows * n_items)
@@ -529,21 +530,19 @@ def gradient_fwd(
     grad, target = torch.empty_like(x), torch.empty_like(x)
     numbers = x.new_empty(2)
     finite = x.new_empty((), dtype=torch.uint8)
-    beside = eps if eps_o is None else eps_o
-    if eps_o is not None:
-        modes = (POSITIVE, modes[1])  # its items lie as positive rows do
     with _on(eps):
         split, n_splits, dots = _splits(eps, n_items, n, groups, PERP_NEG in modes)
         dots_t = None if dots is None else dots[groups - 1]
         sums = x.new_empty((n_items, n_splits, 2))
         gradient_kernel[(n_items, n_splits)](
-            p_eps_delta=beside, p_eps_t=eps_t, p_weights=_or(weights, eps),
-            p_dots_delta=_or(dots, eps), p_dots_t=_or(dots_t, eps), p_x=x, p_t=t, p_abar=abar,
+            p_eps_delta=eps, p_eps_t=eps_t, p_weights=_or(weights, eps),
+            p_dots_delta=_or(dots, eps), p_dots_t=_or(dots_t, eps),
+            p_eps_o=_or(eps_o, x), p_share=_or(share, x), p_x=x, p_t=t, p_abar=abar,
             p_grad=grad, p_target=target, p_sums=sums, p_done=done,
             p_numbers=numbers, p_finite=finite,
             scale_delta=scales[0], scale_t=scales[1], n_items=n_items, n=n, split=split,
             n_splits=n_splits, MODE_DELTA=modes[0], MODE_T=modes[1], WEIGHTING=weighting,
-            SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
+            OWN=eps_o is not None, SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return grad, target, numbers, finite.view(torch.bool)
 

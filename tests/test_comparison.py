@@ -30,10 +30,10 @@ def test_every_method_gets_the_same_work(tmp_path):
 
 def test_a_method_may_have_a_scale_of_its_own():
     assert comparison.method_flags("sds") == ["--guidance.method", "sds"]
-    against = ["--guidance.method", "dsd", "--guidance.compare-with", "trajectory"]
-    assert comparison.method_flags("dsd+trajectory") == against
+    against = ["--guidance.method", "dsd", "--guidance.trajectory-share", "1"]
+    assert comparison.method_flags("dsd+1") == against
     scaled = [*against[:2], "--guidance.guidance-scale", "7.5", *against[2:]]
-    assert comparison.method_flags("dsd@7.5+trajectory") == scaled
+    assert comparison.method_flags("dsd@7.5+1") == scaled
     assert comparison.method_flags("sds@7.5") == [
         "--guidance.method", "sds", "--guidance.guidance-scale", "7.5"
     ]  # fmt: skip

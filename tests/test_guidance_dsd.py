@@ -274,9 +274,9 @@ class TestGuidance:
         assert bool(output.finite) and not output.target.requires_grad
 
     @pytest.mark.parametrize("perp_neg", [True, False])
-    @pytest.mark.parametrize("compare_with", ["rendering", "trajectory"])
-    def test_public_function_is_the_same_code(self, perp_neg: bool, compare_with: str) -> None:
-        guidance = make_guidance(use_perp_neg=perp_neg, compare_with=compare_with)
+    @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+    def test_public_function_is_the_same_code(self, perp_neg: bool, share: float) -> None:
+        guidance = make_guidance(use_perp_neg=perp_neg, trajectory_share=share)
         latents = randn(1, 4, 6, 6)
         text = PromptEmbeddings(*guidance._bank.chunk(2))
         rows, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, perp_neg)
@@ -295,7 +295,7 @@ class TestGuidance:
                 predict=predict,
                 alphas_cumprod=guidance.model.alphas_cumprod,
                 weighting=weighting,
-                compare_with=compare_with,
+                trajectory_share=share,
             )
             ours = guidance.at_levels(latents, 10.0, 50.0, 620, 640).grad
             torch.testing.assert_close(ours, grad)
@@ -303,7 +303,7 @@ class TestGuidance:
     @pytest.mark.parametrize("t_delta", [500, 520])
     def test_beside_the_trajectory_it_rests_at_what_is_predicted(self, t_delta: int) -> None:
         """At DDIM's weight the gradient is x - x0(x_t), with half the rows of the UNet."""
-        flags = {"compare_with": "trajectory", "weighting": "ddim", "noise_table_step": 20}
+        flags = {"trajectory_share": 1.0, "weighting": "ddim", "noise_table_step": 20}
         guidance, rows = make_guidance(**flags, trajectory="cached"), []
         engine, x = guidance.model.engine, randn(1, 4, 6, 6)
 
@@ -323,6 +323,38 @@ class TestGuidance:
         clean = (x_t - sigma * combine(eps, weights, guidance.cfg.guidance_scale)) / alpha
         torch.testing.assert_close(output.grad, (x - clean).float(), rtol=1e-4, atol=1e-4)
         assert sum(rows) == 4
+
+    def test_share_follows_the_level(self) -> None:
+        """Linear between the forms, and at a full share nothing is asked at t_delta."""
+        guidance = make_guidance(trajectory_share=(320, 1.0, 0.25, 650, 0.0, 980))
+        x = randn(1, 4, 6, 6)
+        for t, share in ((980, 0.0), (650, 0.25), (485, 0.625), (320, 1.0)):
+            grad = guidance.at_levels(x, 10.0, 50.0, t, t + 10).grad
+            official, own = (
+                make_guidance(trajectory_share=s).at_levels(x, 10.0, 50.0, t, t + 10).grad
+                for s in (0.0, 1.0)
+            )
+            torch.testing.assert_close(grad, torch.lerp(official, own, share))
+            assert float((official - own).norm() / official.norm()) > 1e-2
+            plan = guidance.plan_levels(10.0, 50.0, t, t + 10)
+            assert plan.kind.shared == (share == 1)
+
+    @pytest.mark.parametrize("share", [-0.1, 1.5, (0, 0.5, 2.0, 900)])
+    def test_share_beyond_its_range(self, share) -> None:
+        with pytest.raises(ValueError, match=r"trajectory_share: expected shares of 0 to 1, got"):
+            make_guidance(trajectory_share=share)
+        if isinstance(share, float):
+            x = randn(1, 4, 6, 6)
+            with pytest.raises(ValueError, match="trajectory_share: expected a share of 0 to 1"):
+                dsd_gradient(
+                    x,
+                    noise=x,
+                    t=500,
+                    t_delta=500,
+                    predict=lambda z, t, scale: z,
+                    alphas_cumprod=toy_model().alphas_cumprod,
+                    trajectory_share=share,
+                )
 
     def test_ddim_weight(self) -> None:
         official, ddim = (at(make_guidance(weighting=w), 0, 500, 520) for w in ("sds", "ddim"))

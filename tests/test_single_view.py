@@ -33,6 +33,7 @@ from dsd_fast.guidance.views import (
 )
 from dsd_fast.renderer import RenderOutput
 from dsd_fast.scene import Scene
+from dsd_fast.schedules import Schedule
 from dsd_fast.single_view_step import color_error, normal_smoothness, surface_smoothness
 
 REFERENCE = Reference(5.0, 0.0, (-10.0, 80.0), 8, 3)
@@ -213,14 +214,14 @@ def predictor(model, elevation: torch.Tensor, azimuth: torch.Tensor):
 
 
 @pytest.mark.parametrize("trajectory, table", [("exact", 0), ("cached", 0), ("cached", 1)])
-@pytest.mark.parametrize("beside", ["rendering", "trajectory"])
-def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table, beside):
+@pytest.mark.parametrize("share", [0.0, 1.0, (400, 1.0, 0.2, 700)])
+def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table, share):
     """On the bins' centres, where the cached trajectory is the view's own."""
     model, _ = conditioned(small_folder)
     bins = OrbitBins(REFERENCE)
     elevation, azimuth = bins.snap(torch.tensor([12.0, 70.0, 3.0]), torch.tensor([5.0, -100, 179]))
     noise = torch.randn(1, 4, 8, 8)
-    cfg = config(trajectory=trajectory, noise_table_step=table, compare_with=beside)
+    cfg = config(trajectory=trajectory, noise_table_step=table, trajectory_share=share)
     guidance = ViewDSD(cfg, model, REFERENCE, noise, 100)
     x = torch.randn(3, 4, 8, 8, requires_grad=True)
     t, t_delta = torch.tensor([700, 640, 400]), torch.tensor([730, 640, 405])
@@ -233,7 +234,7 @@ def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table
         predict=predictor(model, elevation, azimuth),
         alphas_cumprod=model.alphas_cumprod,
         guidance_scale=3.0,
-        compare_with=beside,
+        trajectory_share=torch.tensor([Schedule.parse(share)(level) for level in t.tolist()]),
     )
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(output.grad, expected, atol=2e-5, rtol=1e-4)
@@ -568,8 +569,7 @@ def test_the_presets_are_zero123s():
     assert (cfg.single_view.lambda_rgb, cfg.single_view.lambda_mask) == (500, 50)
     assert (cfg.loss.lambda_dsd, cfg.loss.lambda_orient) == (0.1, 1.0)
     small = preset("embedded", 100, True, "single-view")
-    compared = (small.guidance.compare_with, cfg.guidance.compare_with)
-    assert compared == ("trajectory", "rendering")
+    assert (small.guidance.trajectory_share, cfg.guidance.trajectory_share) == (1.0, 0.0)
     assert preset("embedded", 100, True).task == "text"
 
 
@@ -607,11 +607,11 @@ def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
         assert truth.main(argv) == 0
         figures.append(json.loads((tmp_path / "t.json").read_text()))
     right, wrong = (entry["runs"][0] for entry in figures)
-    assert right["object"] == "disc" and right["method"] == "dsd+trajectory cached"
+    assert right["object"] == "disc" and right["method"] == "dsd+1 cached"
     assert right["psnr_db"] > 50 > wrong["psnr_db"] and right["ssim"] > wrong["ssim"]
     assert right["by_view"]["azimuth"] == [0, 90, 200]
-    assert figures[0]["methods"]["dsd+trajectory cached"]["psnr_db"] == right["psnr_db"]
-    sheet = imageio.imread(tmp_path / "sheets" / "disc-dsd+trajectory-cached-seed0.png")
+    assert figures[0]["methods"]["dsd+1 cached"]["psnr_db"] == right["psnr_db"]
+    sheet = imageio.imread(tmp_path / "sheets" / "disc-dsd+1-cached-seed0.png")
     assert sheet.shape == (32, 48, 3)
 
     assert truth.main([str(out), "--truth", str(tmp_path), "--device", "cpu"]) == 2

@@ -24,6 +24,7 @@ from dsd_fast.outputs import RunFolder
 from dsd_fast.pictures import to_uint8
 from dsd_fast.renderer import OPAQUE
 from dsd_fast.scene import Scene
+from dsd_fast.schedules import Schedule
 
 log = logging.getLogger("dsd_fast.evaluate")
 
@@ -143,8 +144,8 @@ def find_assets(path: Path) -> list[Path]:
 
 
 def method_of(config: dict) -> str:
-    """A name for the way a run was guided, from its config: the method, what it is compared with
-    where that is not the official, and its trajectory.
+    """A name for the way a run was guided, from its config: the method, the trajectory's share at
+    the first and last level where it is not the official 0, and the trajectory.
 
     Of 2D runs it begins with "2D"; the exact form is "dsd*", as on the paper's page.
     """
@@ -156,8 +157,9 @@ def method_of(config: dict) -> str:
     # Only DSD follows a trajectory.
     name = method
     if "dsd" in method:
-        if guidance.get("compare_with", "rendering") != "rendering":
-            name += f"+{guidance['compare_with']}"
+        shares = [value for _, value in Schedule.parse(guidance.get("trajectory_share", 0)).knots]
+        if any(shares):
+            name += "+" + "-".join(f"{share:g}" for share in dict.fromkeys((shares[-1], shares[0])))
         name = f"{name} {guidance.get('trajectory', '')}".strip()
     return f"2D {name}" if in_2d else name
 

@@ -32,7 +32,6 @@ METHODS = ("dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
 # Of multi-view models alone.
 OWN_METHODS = ("recon",)
 TRAJECTORIES = ("exact", "cached")
-COMPARISONS = ("rendering", "trajectory")
 
 
 @dataclass
@@ -74,12 +73,12 @@ class GuidanceConfig:
     # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
     # that the trajectory itself takes.
     weighting: Literal["sds", "ddim"] = "sds"
-    # What the target prediction is compared with. "rendering" (official) asks the UNet anew, at
-    # scale 1, for the rendering put at t_delta; where t_delta = t, as late in a run, only the
-    # classifier's direction is left, which has no rest. "trajectory" takes the trajectory's own
-    # noise, as DDIM does: the gradient rests where a rendering is what is predicted of it, and half
-    # of the UNet's rows are saved.
-    compare_with: Literal["rendering", "trajectory"] = "rendering"
+    # Share of the trajectory's own noise in what the target prediction is compared with: a number,
+    # or a schedule over the level t in place of the step. At 0 (official) the UNet is asked anew,
+    # at scale 1, for the rendering put at t_delta; where t_delta = t, as late in a run, only the
+    # classifier's direction is left, which has no rest. At 1 the gradient rests where a rendering
+    # is what is predicted of it, as in DDIM, and half of the UNet's rows are saved.
+    trajectory_share: ScheduleValue = 0.0
     # Draw the rendering's latents from the VAE's posterior; False takes its mean.
     sample_posterior: bool = True
     # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
@@ -92,13 +91,15 @@ class GuidanceConfig:
         for name, value, choices in (
             ("method", self.method, (*METHODS, *OWN_METHODS)),
             ("trajectory", self.trajectory, TRAJECTORIES),
-            ("compare_with", self.compare_with, COMPARISONS),
             ("weighting", self.weighting, WEIGHTINGS),
         ):
             if value not in choices:
                 raise ValueError(
                     f"guidance.{name}: expected one of {', '.join(choices)}, got {value!r}"
                 )
+        shares = [value for _, value in Schedule.parse(self.trajectory_share).knots]
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"guidance.trajectory_share: expected shares of 0 to 1, got {shares}")
         if not 0 <= self.delta_min < NUM_TRAIN_TIMESTEPS:
             raise ValueError(f"guidance.delta_min: expected 0 to 999, got {self.delta_min}")
         if self.noise_table_step < 0:
@@ -128,8 +129,8 @@ class GuidanceOutput(NamedTuple):
     # Levels, int64 [B] on the CPU.
     t: Tensor
     t_delta: Tensor
-    # x, target = x - grad, grad, and x at level t_delta, or at t where nothing is asked about that:
-    # [B,C,h,w] float32.
+    # x, target = x - grad, grad, and x at level t_delta, or at t where nothing is asked about that,
+    # as exact as the UNet's input: [B,C,h,w] float32.
     latents: Tensor
     target: Tensor
     grad: Tensor

@@ -4,8 +4,8 @@ One step (DSD_SPEC 3.3), for a rendering x in latent space at level t:
 1. simulate the seed's own trajectory from 999 down to t_delta >= t, and take its noise
    prediction eps_o there;
 2. put the rendering on that trajectory: x_delta = alpha x + sigma eps_o at t_delta, x_t at t;
-3. gradient = (1 - abar_t) (eps(x_t; scale) - eps(x_delta; 1)), or (eps(x_t; scale) - eps_o) with
-   the trajectory's own noise (`compare_with`).
+3. gradient = (1 - abar_t) (eps(x_t; scale) - eps(x_delta; 1)). Of what is subtracted a share may be
+   the trajectory's own noise: (1 - share) eps(x_delta; 1) + share eps_o (`trajectory_share`).
 
 A step has two parts. `DSDGuidance.plan`, the host's, draws levels, looks up where the trajectories
 of its views are in the tables, and adds what they lack. `DSDGuidance.at_plan`, the device's, takes
@@ -25,7 +25,6 @@ from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import fused
 from dsd_fast.guidance.base import (
-    COMPARISONS,
     Guidance,
     GuidanceConfig,
     GuidanceOutput,
@@ -40,6 +39,7 @@ from dsd_fast.guidance.prompt import TextMix, expand_rows, wrapped
 from dsd_fast.guidance.schedule import ode_grid
 from dsd_fast.guidance.tables import TrajectoryTables
 from dsd_fast.guidance.trajectory import Predictor, ViewBins, signal_and_noise, simulate
+from dsd_fast.schedules import Schedule
 from dsd_fast.upload import upload
 
 # The rendering's own noise prediction is taken at this scale, the target's at guidance_scale.
@@ -58,7 +58,7 @@ def dsd_gradient(
     n_ddim_steps: int = 10,
     guidance_scale: float = 7.5,
     weighting: str = "sds",
-    compare_with: str = "rendering",
+    trajectory_share: Tensor | float = 0.0,
 ) -> Tensor:
     """The gradient of Diverse Score Distillation with respect to latents, without a model.
 
@@ -72,11 +72,11 @@ def dsd_gradient(
         n_ddim_steps: intervals of the full trajectory.
         guidance_scale: scale of the trajectory and of the target prediction.
         weighting: "sds" (official) or "ddim".
-        compare_with: "rendering" (official), or "trajectory" for eps_o in the place of eps_delta.
+        trajectory_share: share of eps_o in what is subtracted, 0 (official) to 1: one or [B].
     Returns:
-        (1 - abar_t) (eps_t - eps_delta), [B,C,h,w].
+        (1 - abar_t) (eps_t - (1 - share) eps_delta - share eps_o), [B,C,h,w].
     Raises:
-        ValueError: shapes, levels or choices that do not fit.
+        ValueError: shapes, levels, shares or choices that do not fit.
 
     Example:
         >>> abar = torch.linspace(0.999, 0.005, 1000)
@@ -90,22 +90,23 @@ def dsd_gradient(
     abar = alphas_cumprod.cpu()
     t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
-    if weighting not in WEIGHTINGS or compare_with not in COMPARISONS:
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    share = torch.as_tensor(trajectory_share, dtype=torch.float32).reshape(-1)
+    if len(share) not in (1, n_items) or not bool(((share >= 0) & (share <= 1)).all()):
         raise ValueError(
-            f"weighting: expected one of {', '.join(WEIGHTINGS)}, and compare_with one of "
-            f"{', '.join(COMPARISONS)}; got {weighting!r} and {compare_with!r}"
+            f"trajectory_share: expected a share of 0 to 1, or {n_items}, got {share.tolist()}"
         )
+    share = share.to(latents.device).view(-1, 1, 1, 1)
     z = simulate(noise, t_delta, predict, abar, n_ddim_steps, guidance_scale)
     eps_o = predict(z, t_delta_device, guidance_scale)
     alpha, sigma = signal_and_noise(abar, t, latents)
-    eps_delta = eps_o
-    if compare_with == "rendering":
-        alpha_delta, sigma_delta = signal_and_noise(abar, t_delta, latents)
-        x_delta = alpha_delta * latents + sigma_delta * eps_o
-        eps_delta = predict(x_delta, t_delta_device, _RENDERING_SCALE)
+    alpha_delta, sigma_delta = signal_and_noise(abar, t_delta, latents)
+    x_delta = alpha_delta * latents + sigma_delta * eps_o
+    eps_delta = predict(x_delta, t_delta_device, _RENDERING_SCALE)
     eps_t = predict(alpha * latents + sigma * eps_o, t_device, guidance_scale)
     weight = sigma / alpha if weighting == "ddim" else sigma.square()
-    return weight * (eps_t - eps_delta)
+    return weight * (eps_t - ((1 - share) * eps_delta + share * eps_o))
 
 
 class DSDGuidance(Guidance):
@@ -120,6 +121,7 @@ class DSDGuidance(Guidance):
         max_steps: int,
     ):
         self._grid = ode_grid(cfg.n_ddim_steps)
+        self._share = Schedule.parse(cfg.trajectory_share)
         self._done = torch.zeros((), dtype=torch.int32, device=model.device)
         super().__init__(cfg, model, prompts, noise, max_steps)
 
@@ -137,9 +139,12 @@ class DSDGuidance(Guidance):
         n_items = elevation.numel()
         self._check_seeds(n_items)
         t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
-        shared = self._rests or torch.equal(t, t_delta)
+        share = torch.tensor([self._share(level) for level in t.tolist()])
+        shared = torch.equal(t, t_delta) or bool((share == 1).all())
         views = self._rows_of(elevation, azimuth)
         tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(azimuth) < 0}
+        if self._share.maximum > 0:
+            tensors["trajectory_share"] = share
         calls = [views] if shared else [views, views]
         if self.cfg.trajectory == "exact":
             noise = "simulated"
@@ -186,12 +191,19 @@ class DSDGuidance(Guidance):
             text = self._text(tensors)
             linked = self._link(x, plan, guide, text)
             eps = self._predict(linked, text[-len(linked.rows) :])
-            eps_o = linked.value if self._rests else None
-            scales = (_RENDERING_SCALE, cfg.guidance_scale)
+            share = tensors["trajectory_share"] if self._share.maximum > 0 else None
             result = fused.gradient(
-                eps, guide, scales, x, tensors["t"], self._abar, cfg.weighting, self._done, eps_o
+                eps,
+                guide,
+                (_RENDERING_SCALE, cfg.guidance_scale),
+                x,
+                tensors["t"],
+                self._abar,
+                cfg.weighting,
+                self._done,
+                None if share is None else linked.value,
+                share,
             )
-            noisy = linked.value if eps_o is None else linked.rows[: len(x)].float()
         return GuidanceOutput(
             loss=distillation_loss(latents, result.grad, result.loss),
             grad_norm=result.grad_norm,
@@ -200,7 +212,7 @@ class DSDGuidance(Guidance):
             latents=x,
             target=result.target,
             grad=result.grad,
-            latents_noisy=noisy,
+            latents_noisy=linked.rows[: len(x)].float(),
             finite=result.finite,
         )
 
@@ -228,12 +240,11 @@ class DSDGuidance(Guidance):
             )
 
     def _link(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
-        """Renderings put on their trajectories: x at t_delta, or eps_o alone where that is compared
-        with, and the UNet's batch."""
+        """The trajectories' noise, and the UNet's batch of renderings put on them."""
         tensors, cfg, kind = plan.tensors, self.cfg, plan.kind
         levels = (tensors["t"], tensors["t_delta"], self._abar, self.model.dtype)
         mirrored = tensors["mirrored"] if cfg.mirror_trajectory else None
-        which = "noise" if self._rests else "shared" if kind.shared else "pair"
+        pair = not kind.shared
         if kind.noise == "tabulated":
             return fused.link_table(
                 self._tables.predictions,
@@ -244,7 +255,7 @@ class DSDGuidance(Guidance):
                 *levels,
                 cfg.use_perp_neg,
                 mirrored,
-                which,
+                pair,
             )
         n_rows = guide.rows * kind.n_items
         own = guide
@@ -264,7 +275,7 @@ class DSDGuidance(Guidance):
         else:
             at_z = self._simulate(x, plan, guide, text[:n_rows])
         eps = self._predict(at_z, text[:n_rows])
-        return fused.link(eps, own, cfg.guidance_scale, x, *levels, mirrored, which)
+        return fused.link(eps, own, cfg.guidance_scale, x, *levels, mirrored, pair)
 
     def _simulate(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
         """z at t_delta from the seed noise, each step taken anew: `trajectory.simulate`."""
@@ -304,11 +315,6 @@ class DSDGuidance(Guidance):
     def _condition(self, prompts: PromptEmbeddings) -> None:
         super()._condition(prompts)
         self._bins = ViewBins(self.cfg.azimuth_bins, self.cfg.use_perp_neg)
-
-    @property
-    def _rests(self) -> bool:
-        """Whether the trajectory's own noise is what predictions are compared with."""
-        return self.cfg.compare_with == "trajectory"
 
     def _guide(self, weights: Tensor | None) -> Guide:
         return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)

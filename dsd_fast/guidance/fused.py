@@ -33,9 +33,6 @@ from dsd_fast.guidance.prompt import expand_rows, mixed_rows
 from dsd_fast.guidance.trajectory import ddim_step, signal_and_noise
 
 WEIGHTINGS = ("sds", "ddim")
-# What `link` makes: rows at both levels; rows that serve both, for t = t_delta in every item (Q8);
-# or rows at t and, in the place of x at t_delta, the trajectory's noise.
-LINKS = ("pair", "shared", "noise")
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Guide:
 class Batch(NamedTuple):
     """A pass's own result and the UNet's next batch."""
 
-    # [B,C,h,w] float32: z at t_next, or x at t_delta, or the noise that links it.
+    # [B,C,h,w] float32: z at t_next, or the noise eps_o that renderings are linked by.
     value: Tensor
     # [R*B,C,h,w] in the UNet's dtype; of a linked pair [2*R*B,C,h,w], the rows of t_delta first.
     rows: Tensor
@@ -67,7 +64,7 @@ class Batch(NamedTuple):
 class Gradient(NamedTuple):
     """What `GuidanceOutput` names the same."""
 
-    # weight (eps_t - eps_delta), and x - grad: [B,C,h,w] float32.
+    # weight (eps_t - what it is compared with), and x - grad: [B,C,h,w] float32.
     grad: Tensor
     target: Tensor
     # 0.5 sum grad^2 / B and the norm over all elements, 0-dim float32.
@@ -174,7 +171,7 @@ def link(
     alphas_cumprod: Tensor,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
-    which: str = "pair",
+    pair: bool = True,
 ) -> Batch:
     """Combine to the trajectory's noise eps_o, and put renderings on it at two levels.
 
@@ -185,12 +182,12 @@ def link(
         x: renderings [B,C,h,w] float32.
         t, t_delta: int64 [B], on the device of x.
         mirrored: bool [B], items that take eps_o flipped left to right, or None.
-        which: one of LINKS.
+        pair: rows of x at both levels; else of x_t alone, where nothing is asked about t_delta or
+            t = t_delta for every item (Q8).
     """
-    _check_link("link", which)
     if not _on_kernels(eps):
         return link_reference(
-            eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored, which
+            eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored, pair
         )
     eps, weights, n_items = _stack("link", eps, guide)
     x = _item("link: x", x, eps, n_items)
@@ -200,7 +197,7 @@ def link(
     rows = guide.rows
     return Batch(
         *_kernels().link_fwd(
-            eps, weights, scale, mode, rows, x, t, t_delta, alphas_cumprod, mirrored, dtype, which
+            eps, weights, scale, mode, rows, x, t, t_delta, alphas_cumprod, mirrored, dtype, pair
         )
     )
 
@@ -217,7 +214,7 @@ def link_table(
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None = None,
-    which: str = "pair",
+    pair: bool = True,
 ) -> Batch:
     """`link` with eps_o from a table: eps = p[slot], eps_o = eps + mix (p[slot_next] - eps).
 
@@ -227,7 +224,6 @@ def link_table(
         mix: float32 [B], 0 to 1.
     """
     rows = 4 if perp_neg else 2
-    _check_link("link_table", which)
     if not _on_kernels(predictions):
         return link_table_reference(
             predictions,
@@ -241,16 +237,13 @@ def link_table(
             dtype,
             perp_neg,
             mirrored,
-            which,
+            pair,
         )
     n_items = len(t)
     x = _item("link_table: x", x, predictions, n_items)
     _check_levels("link_table", x, alphas_cumprod, t, t_delta, slot, slot_next)
     _check_mirrored("link_table", mirrored, n_items)
-    if mix.dtype != torch.float32 or mix.shape != (n_items,):
-        raise ValueError(
-            f"link_table: expected mix float32 [{n_items}], got {mix.dtype} {list(mix.shape)}"
-        )
+    _check_number("link_table: mix", mix, x, n_items)
     return Batch(
         *_kernels().link_table_fwd(
             predictions.contiguous(),
@@ -264,7 +257,7 @@ def link_table(
             alphas_cumprod,
             mirrored,
             dtype,
-            which,
+            pair,
         )
     )
 
@@ -295,35 +288,35 @@ def gradient(
     weighting: str = "sds",
     done: Tensor | None = None,
     eps_o: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Gradient:
     """Combine both levels, and their weighted difference with its loss and norm (DSD_SPEC 3.3).
 
-    grad = w (eps_t - eps_delta) with w = 1 - abar_t ("sds") or sigma_t / alpha_t ("ddim").
+    grad = w (eps_t - (1 - share) eps_delta - share eps_o) with w = 1 - abar_t ("sds") or
+    sigma_t / alpha_t ("ddim").
 
     Args:
-        eps: stack of `link`'s rows [2*R*B,C,h,w], or of one level [R*B,C,h,w] where t = t_delta for
-            every item and one stack serves both (Q8).
+        eps: stack of `link`'s rows [2*R*B,C,h,w], or of one level [R*B,C,h,w] where one stack
+            serves both: t = t_delta for every item (Q8), or the share of eps_delta is zero.
         scales: of eps_delta and of eps_t, 1 and the guidance scale.
         x: renderings [B,C,h,w] float32.
         done: int32 zero, 0-dim, on the device; one for each stream that calls this, kept from call
             to call. Without it a fresh one costs a launch.
-        eps_o: [B,C,h,w] float32, the trajectory's noise, to stand for eps_delta; eps is then of one
-            level.
+        eps_o, share: the trajectory's noise [B,C,h,w] float32 and the share [B] float32 that it has
+            of what eps_t is compared with; None for none.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     one_level = eps.shape[0] == guide.rows * x.shape[0]
-    if eps_o is not None and not one_level:
-        raise ValueError(
-            f"gradient: expected eps [{guide.rows * x.shape[0]},C,h,w] beside eps_o, "
-            f"got {list(eps.shape)}"
-        )
+    if (eps_o is None) != (share is None):
+        raise ValueError("gradient: expected both of eps_o and share, or neither")
     if not _on_kernels(eps):
-        return gradient_reference(eps, guide, scales, x, t, alphas_cumprod, weighting, eps_o)
+        return gradient_reference(eps, guide, scales, x, t, alphas_cumprod, weighting, eps_o, share)
     first, weights, n_items = _stack("gradient", eps if one_level else eps.chunk(2)[0], guide)
     x = _item("gradient: x", x, first, n_items)
     if eps_o is not None:
         eps_o = _item("gradient: eps_o", eps_o, eps, n_items)
+        _check_number("gradient: share", share, x, n_items)
     _check_levels("gradient", x, alphas_cumprod, t)
     if done is None:
         done = torch.zeros((), dtype=torch.int32, device=x.device)
@@ -339,6 +332,7 @@ def gradient(
         WEIGHTINGS.index(weighting),
         done,
         eps_o,
+        share,
     )
     return Gradient(grad, target, numbers[0], numbers[1], finite)
 
@@ -383,11 +377,11 @@ def link_reference(
     alphas_cumprod: Tensor,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
-    which: str = "pair",
+    pair: bool = True,
 ) -> Batch:
     """`link` in torch, any device."""
     eps_o = _combine(eps, guide, scale)
-    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, guide.rows == 4, mirrored, which)
+    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, guide.rows == 4, mirrored, pair)
 
 
 def link_table_reference(
@@ -402,12 +396,12 @@ def link_table_reference(
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None = None,
-    which: str = "pair",
+    pair: bool = True,
 ) -> Batch:
     """`link_table` in torch, any device."""
     eps = _at_least_float(predictions[slot])
     eps_o = eps + mix.view(-1, 1, 1, 1) * (predictions[slot_next] - eps)
-    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, perp_neg, mirrored, which)
+    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, perp_neg, mirrored, pair)
 
 
 def gradient_reference(
@@ -419,11 +413,15 @@ def gradient_reference(
     alphas_cumprod: Tensor,
     weighting: str = "sds",
     eps_o: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Gradient:
     """`gradient` in torch, any device."""
     one_level = eps.shape[0] == guide.rows * x.shape[0]
     eps_delta, eps_t = (eps, eps) if one_level else eps.chunk(2)
-    beside = _combine(eps_delta, guide, scales[0]) if eps_o is None else eps_o
+    beside = _combine(eps_delta, guide, scales[0])
+    if eps_o is not None:
+        share = share.view(-1, 1, 1, 1)
+        beside = (1 - share) * beside + share * eps_o
     alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
     weight = sigma.square() if weighting == "sds" else sigma / alpha
     grad = weight * (_combine(eps_t, guide, scales[1]) - beside)
@@ -465,19 +463,19 @@ def _linked(
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None,
-    which: str,
+    pair: bool,
 ) -> Batch:
     if mirrored is not None:
         eps_o = torch.where(mirrored.view(-1, 1, 1, 1), eps_o.flip(-1), eps_o)
-    alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta, x)
     alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
-    x_delta = alpha_delta * x + sigma_delta * eps_o
     rows = expand_rows(alpha * x + sigma * eps_o, perp_neg)
     levels = expand_rows(t, perp_neg)
-    if which == "pair":
+    if pair:
+        alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta, x)
+        x_delta = alpha_delta * x + sigma_delta * eps_o
         rows = torch.cat([expand_rows(x_delta, perp_neg), rows])
         levels = torch.cat([expand_rows(t_delta, perp_neg), levels])
-    return Batch(eps_o if which == "noise" else x_delta, rows.to(dtype), levels)
+    return Batch(eps_o, rows.to(dtype), levels)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:
@@ -533,9 +531,12 @@ def _item(name: str, tensor: Tensor, eps: Tensor, n_items: int) -> Tensor:
     return tensor.detach().contiguous()
 
 
-def _check_link(op: str, which: str) -> None:
-    if which not in LINKS:
-        raise ValueError(f"{op}: expected one of {', '.join(LINKS)}, got {which!r}")
+def _check_number(name: str, value: Tensor, like: Tensor, n_items: int) -> None:
+    if value.dtype != torch.float32 or value.shape != (n_items,) or value.device != like.device:
+        raise ValueError(
+            f"{name}: expected float32 [{n_items}] on {like.device}, "
+            f"got {value.dtype} {list(value.shape)} on {value.device}"
+        )
 
 
 def _check_mirrored(op: str, mirrored: Tensor | None, n_items: int) -> None:

@@ -22,7 +22,7 @@ class PlanKind(NamedTuple):
     n_items: int
     noise: Noise
     # Whether one batch, that of t, is all the UNet is asked for beside the trajectory: t = t_delta
-    # for every item (Q8), or the trajectory's own noise stands in for the prediction at t_delta.
+    # for every item (Q8), or the trajectory's own noise has the place of the prediction at t_delta.
     shared: bool
     # UNet calls of an inversion.
     strides: int = 0
@@ -37,6 +37,7 @@ class Plan:
       one call after the other (`prompt.TextMix`), or pose and known of the rows of a model of views
       (`views.PoseRows`);
     - weights: float32 [B,2], of the views' negatives, where there are any;
+    - trajectory_share: float32 [B], where it is not zero throughout;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
     - tabulated: prediction, below: int64 [B], mix: float32 [B];
     - of other formulations than DSD what they drew (`Guidance.draw_noise`), by name;
