@@ -360,13 +360,13 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
         text=PromptConfig(poor=""),
         # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
         guidance=GuidanceConfig(
-            guidance_scale=4.0,
+            guidance_scale=5.0,
             mirror_trajectory=True,
             # The step at which a run this short needs fewest rows, as near the exact gradient.
             noise_table_step=25,
             # From the highest level to the lowest, in proportion to the steps. At first views agree
             # on one object, whose colours and edges then come to rest.
-            trajectory_share=(320, 1.0, 0.25, 650, 0.0, 980),
+            trajectory_share=(320, 0.5, 0.125, 650, 0.0, 980),
         ),
         # Each trajectory has a background of its own. Learned too slowly, it is made up for by
         # floating shapes of its colour.
@@ -386,6 +386,10 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
             # Looking past the object teaches a 32x32 latent little: it stays near the centre.
             camera_perturb=0.05,
             center_perturb=0.05,
+            # Views spread from the front: an object is the front's first, and so the seed's own,
+            # before the trajectories of other views, which are of other objects, have a say. Longer
+            # than this, what few pixels and steps there are on a CPU make it flat.
+            progressive_until=at(1 / 6 if on_cpu else 1 / 3),
             eval_camera_distance=1.9,
             eval_fovy_deg=60,
         ),
@@ -430,11 +434,19 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         guidance_scale=3.0,
         use_perp_neg=False,
         standard_cfg=True,
-        # Against the rendering's own prediction the small model's contrast has no bound.
-        trajectory_share=1.0 if small else 0.0,
         # Views come from so many directions that a table would be filled more often than read.
         noise_table_step=0,
     )
+    small_dsd = small and method == "dsd"
+    if small_dsd:
+        # Against the rendering's own prediction the small model's contrast has no bound.
+        cfg.guidance.trajectory_share = 1.0
+        cfg.guidance.guidance_scale = 5.0
+        # Details come at low levels, outlines at high ones, for which a CPU's run has no steps;
+        # nor has it time for finer trajectories.
+        percents = (0.2, 0.7) if on_cpu else (0.25, 0.98)
+        cfg.guidance.min_step_percent, cfg.guidance.max_step_percent = percents
+        cfg.guidance.n_ddim_steps = 10 if on_cpu else 40
     if method == "sds":
         cfg.guidance.t_anneal = False
         cfg.guidance.min_step_percent = (0, 0.4, 0.2, at(1 / 3))
@@ -453,7 +465,8 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         camera_distance_range=(distance, distance),
         fovy_range=(fovy, fovy),
         camera_perturb=0.0,
-        center_perturb=0.0,
+        # A trajectory's cameras stand still: unless they shift, their pixels' cells show.
+        center_perturb=0.03 if small_dsd else 0.0,
         up_perturb=0.0,
         eval_height=cfg.cameras.eval_height,
         eval_width=cfg.cameras.eval_width,
@@ -461,7 +474,7 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         eval_fovy_deg=fovy,
     )
     cfg.loss = LossConfig(
-        lambda_dsd=0.1,
+        lambda_dsd=0.15 if small_dsd and not on_cpu else 0.1,
         lambda_orient=1.0,
         lambda_sparsity=0.1,
         lambda_opaque=0.1,

@@ -76,7 +76,7 @@ def test_jobs_run_in_processes_and_failures_are_named(tmp_path):
 
 
 def test_table_of_a_report():
-    figures = {"dsd": 0.3, "sds@7.5": 0.2, "real": 0.4}
+    figures = {"dsd": 0.3, "sds": 0.25, "sds@7.5": 0.2, "real": 0.4}
     report = {
         "methods": {
             name: {"figures": {"cosine": value, "noun": 0.5}} for name, value in figures.items()
@@ -85,8 +85,14 @@ def test_table_of_a_report():
     report["methods"]["dsd"]["figures"]["seconds"] = 12.4
     lines = comparison.table(report).splitlines()
     assert lines[0] == (
-        "| method | distance of seeds | over SDS@7.5 | of real | prompt accuracy | seconds |"
+        "| method | distance of seeds | over SDS@7.5 | over SDS | of real | prompt accuracy "
+        "| seconds |"
     )
-    assert lines[2] == "| dsd | 0.300 | 1.50 | 0.75 | 0.500 | 12 |"
-    assert lines[3] == "| sds@7.5 | 0.200 | 1.00 | 0.50 | 0.500 |  |"
-    assert lines[4] == "| real | 0.400 | 2.00 | 1.00 | 0.500 |  |"
+    assert lines[2:] == [
+        "| dsd | 0.300 | 1.50 | 1.20 | 0.75 | 0.500 | 12 |",
+        "| sds | 0.250 | 1.25 | 1.00 | 0.62 | 0.500 |  |",
+        "| sds@7.5 | 0.200 | 1.00 | 0.80 | 0.50 | 0.500 |  |",
+        "| real | 0.400 | 2.00 | 1.60 | 1.00 | 0.500 |  |",
+    ]
+    del report["methods"]["sds"]
+    assert "over SDS |" not in comparison.table(report)
