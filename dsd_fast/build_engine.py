@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
+from dsd_fast.command import run_command
 from dsd_fast.diffusion import engine_cache, tensorrt_library
 from dsd_fast.diffusion.components import (
     PipelineFolder,
@@ -27,8 +27,7 @@ from dsd_fast.diffusion.loader import resolve
 from dsd_fast.diffusion.onnx_export import UNetShape, export_unet
 from dsd_fast.diffusion.tensorrt import DEFAULT_ROWS, engine_key
 from dsd_fast.diffusion.tensorrt_library import Capability, Library
-from dsd_fast.pipes import reader_may_leave
-from dsd_fast.progress import memory_mib, set_up_logging
+from dsd_fast.progress import memory_mib
 
 log = logging.getLogger("dsd_fast.build_engine")
 
@@ -61,27 +60,20 @@ class CommandError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 the build failed, 2 wrong input."""
-    set_up_logging()
-    with reader_may_leave():
-        command = tyro.cli(BuildCommand, prog="python -m dsd_fast.build_engine", args=argv)
-    try:
-        build_engines(command)
-    except (
-        ValueError,
-        ImportError,
-        ConnectionError,
-        FileNotFoundError,
-        tensorrt_library.UnsupportedGPU,
-    ) as error:
-        log.error("%s", error)
-        return 2
-    except tensorrt_library.BuildError as error:
-        log.error("%s", error)
-        return 1
-    except OSError as error:
-        log.error("cannot write %s: %s", error.filename or "the engine", error.strerror)
-        return 1
-    return 0
+    return run_command(
+        build_engines,
+        BuildCommand,
+        "dsd_fast.build_engine",
+        argv,
+        wrong_input=(
+            ValueError,
+            ImportError,
+            ConnectionError,
+            FileNotFoundError,
+            tensorrt_library.UnsupportedGPU,
+        ),
+        failed=(tensorrt_library.BuildError,),
+    )
 
 
 def build_engines(command: BuildCommand) -> list[Path]:

@@ -442,10 +442,8 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         # Against the rendering's own prediction the small model's contrast has no bound.
         cfg.guidance.trajectory_share = 1.0
         cfg.guidance.guidance_scale = 5.0
-        # Details come at low levels, outlines at high ones, for which a CPU's run has no steps;
-        # nor has it time for finer trajectories.
-        percents = (0.2, 0.7) if on_cpu else (0.25, 0.98)
-        cfg.guidance.min_step_percent, cfg.guidance.max_step_percent = percents
+        cfg.guidance.min_step_percent = 0.25
+        # A CPU's run has no time for finer trajectories.
         cfg.guidance.n_ddim_steps = 10 if on_cpu else 40
     if method == "sds":
         cfg.guidance.t_anneal = False
@@ -474,7 +472,7 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         eval_fovy_deg=fovy,
     )
     cfg.loss = LossConfig(
-        lambda_dsd=0.15 if small_dsd and not on_cpu else 0.1,
+        lambda_dsd=0.15 if small_dsd else 0.1,
         lambda_orient=1.0,
         lambda_sparsity=0.1,
         lambda_opaque=0.1,

@@ -19,10 +19,9 @@ import tyro
 from dsd_fast import checkpoint, cli, pictures
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
 from dsd_fast.mesh import MeshError, make_mesh, write_glb
-from dsd_fast.pipes import reader_may_leave
-from dsd_fast.progress import set_up_logging
 from dsd_fast.scene import Scene
 
 # Not __name__, which is "__main__" when this module is the command.
@@ -57,22 +56,14 @@ class ExportCommand:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 no surface, 2 wrong input."""
-    set_up_logging()
-    with reader_may_leave():
-        command = tyro.cli(ExportCommand, prog="python -m dsd_fast.export", args=argv)
-    try:
-        written = export(command)
-    except (CheckpointError, ConfigError) as error:
-        log.error("%s", error)
-        return 2
-    except MeshError as error:
-        log.error("%s", error)
-        return 1
-    except OSError as error:
-        log.error("cannot write %s: %s", error.filename or "the output", error.strerror)
-        return 2
-    log.info("wrote %s", written)
-    return 0
+    return run_command(
+        export,
+        ExportCommand,
+        "dsd_fast.export",
+        argv,
+        wrong_input=(CheckpointError, ConfigError),
+        failed=(MeshError,),
+    )
 
 
 def export(command: ExportCommand) -> Path:
@@ -95,6 +86,7 @@ def export(command: ExportCommand) -> Path:
             size=(size, size) if size else (cfg.cameras.eval_height, cfg.cameras.eval_width),
             fps=cfg.pictures.fps,
         )
+        log.info("wrote %s", output)
         return output
     chosen = {
         name: value
@@ -105,7 +97,7 @@ def export(command: ExportCommand) -> Path:
     mesh = make_mesh(scene.field, cfg.field.radius, replace(cfg.mesh, **chosen), device)
     output = command.output or folder.mesh
     write_glb(mesh, output)
-    log.info("%d vertices, %d faces", len(mesh.vertices), len(mesh.faces))
+    log.info("wrote %s, %d vertices, %d faces", output, len(mesh.vertices), len(mesh.faces))
     return output
 
 

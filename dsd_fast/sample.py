@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 from dsd_fast import pictures
 from dsd_fast._backend import keep_freed_memory
+from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
 from dsd_fast.diffusion import DiffusionModel, load_model, view_prompts
 from dsd_fast.diffusion.sampling import sample
@@ -29,8 +29,7 @@ from dsd_fast.files import write_json
 from dsd_fast.guidance import seed_noise
 from dsd_fast.image_task import text_of
 from dsd_fast.outputs import OutputError, RunFolder
-from dsd_fast.pipes import reader_may_leave
-from dsd_fast.progress import memory_mib, set_up_logging
+from dsd_fast.progress import memory_mib
 from dsd_fast.rng import RngStreams
 
 # Not __name__, which is "__main__" when this module is the command.
@@ -90,18 +89,9 @@ class Request:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 wrong input."""
-    set_up_logging()
-    with reader_may_leave():
-        command = tyro.cli(SampleCommand, prog="python -m dsd_fast.sample", args=argv)
-    try:
-        write_samples(command)
-    except (ConfigError, OutputError) as error:
-        log.error("%s", error)
-        return 2
-    except OSError as error:
-        log.error("cannot use %s: %s", error.filename or "a file", error.strerror or error)
-        return 2
-    return 0
+    return run_command(
+        write_samples, SampleCommand, "dsd_fast.sample", argv, (ConfigError, OutputError)
+    )
 
 
 def write_samples(command: SampleCommand) -> list[Path]:

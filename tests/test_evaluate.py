@@ -648,8 +648,8 @@ def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):
     )
     assert code == 0
     got = json.loads(figures.read_text())
-    assert list(got["methods"]) == ["dsd+0-1 cached", "by hand"]
-    ours = got["methods"]["dsd+0-1 cached"]
+    assert list(got["methods"]) == ["dsd+0-0.5 cached", "by hand"]
+    ours = got["methods"]["dsd+0-0.5 cached"]
     assert ours["prompts"]["a chair"]["seeds"] == [0, 1]
     assert ours["figures"].keys() >= {"cosine", "euclidean", "vendi", "seconds", "memory_mib"}
     assert "vendi" not in got["methods"]["by hand"]["figures"]
@@ -665,7 +665,7 @@ def test_a_checkpoint_alone_over_grey_or_its_own_background(tmp_path, tiny_model
     early = runner.run.checkpoints / "step-000002.safetensors"
     alone = early.rename(tmp_path / "early.safetensors")
     (source,) = assets.gather([alone], {})
-    assert (source.method, source.prompt, source.seed) == ("dsd+0-1 cached", "a chair", 0)
+    assert (source.method, source.prompt, source.seed) == ("dsd+0-0.5 cached", "a chair", 0)
     grey, own = (assets.load(source, 2, 16, torch.device("cpu"), own) for own in (False, True))
     assert grey.unfinished == (2, 3)
     assert (grey.images[:, 0, 0] == round(0.7 * 255)).all()

@@ -195,8 +195,8 @@ LAYERS = [
     | {"occupancy", "renderer", "sample_room"},
     {"diffusion"},
     {"guidance"},
-    {"checkpoint", "config", "image", "interruption", "memory", "official", "optimizer"}
-    | {"outputs", "pictures", "progress", "scene", "single_view", "state"},
+    {"checkpoint", "command", "config", "image", "interruption", "memory", "official"}
+    | {"optimizer", "outputs", "pictures", "progress", "scene", "single_view", "state"},
     {"single_view_step", "step"},
     {"task"},
     {"image_task", "single_view_task", "text_task"},

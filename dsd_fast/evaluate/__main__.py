@@ -17,12 +17,11 @@ from typing import Annotated
 import tyro
 
 from dsd_fast._backend import keep_freed_memory
+from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.evaluate import assets, metrics, page
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json, write_text
-from dsd_fast.pipes import reader_may_leave
-from dsd_fast.progress import set_up_logging
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.evaluate")
@@ -75,18 +74,9 @@ class EvaluateCommand:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 wrong input."""
-    set_up_logging()
-    with reader_may_leave():
-        command = tyro.cli(EvaluateCommand, prog="python -m dsd_fast.evaluate", args=argv)
-    try:
-        compare(command)
-    except (ConfigError, EvaluateError) as error:
-        log.error("%s", error)
-        return 2
-    except OSError as error:
-        log.error("cannot use %s: %s", error.filename or "a file", error.strerror or error)
-        return 2
-    return 0
+    return run_command(
+        compare, EvaluateCommand, "dsd_fast.evaluate", argv, (ConfigError, EvaluateError)
+    )
 
 
 def compare(command: EvaluateCommand) -> dict:
@@ -130,12 +120,14 @@ def compare(command: EvaluateCommand) -> dict:
     loaded = []
     for i, source in enumerate(sources):
         log.info(
-            "%d of %d: %s, %s, seed %d", i + 1, len(sources), source.method, source.prompt,
+            "%d of %d: %s, %s, seed %d",
+            i + 1,
+            len(sources),
+            source.method,
+            source.prompt,
             source.seed,
         )
-        loaded.append(
-            assets.load(source, views, command.size, device, command.own_background)
-        )
+        loaded.append(assets.load(source, views, command.size, device, command.own_background))
     features = [encoder(asset.images) for asset in loaded]
     result = report.evaluate(
         loaded, report.Eyes(encoder, judge, clip, reference, nearest), features

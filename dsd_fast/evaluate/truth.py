@@ -22,13 +22,12 @@ from dsd_fast import checkpoint, cli
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.cameras import eval_camera
 from dsd_fast.checkpoint import CheckpointError
+from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
 from dsd_fast.evaluate import assets, metrics
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json
 from dsd_fast.pictures import to_uint8, write_png
-from dsd_fast.pipes import reader_may_leave
-from dsd_fast.progress import set_up_logging
 from dsd_fast.scene import Scene
 
 log = logging.getLogger("dsd_fast.evaluate")
@@ -217,18 +216,9 @@ def _by_method(entries: list[dict]) -> dict[str, dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 wrong input."""
-    set_up_logging()
-    with reader_may_leave():
-        command = tyro.cli(TruthCommand, prog="python -m dsd_fast.evaluate.truth", args=argv)
-    try:
-        compare(command)
-    except (ConfigError, EvaluateError) as error:
-        log.error("%s", error)
-        return 2
-    except OSError as error:
-        log.error("cannot use %s: %s", error.filename or "a file", error.strerror or error)
-        return 2
-    return 0
+    return run_command(
+        compare, TruthCommand, "dsd_fast.evaluate.truth", argv, (ConfigError, EvaluateError)
+    )
 
 
 if __name__ == "__main__":
