@@ -444,7 +444,7 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         cfg.guidance.guidance_scale = 5.0
         cfg.guidance.min_step_percent = 0.25
         # A CPU's run has no time for finer trajectories.
-        cfg.guidance.n_ddim_steps = 10 if on_cpu else 40
+        cfg.guidance.n_ddim_steps = 20 if on_cpu else 40
     if method == "sds":
         cfg.guidance.t_anneal = False
         cfg.guidance.min_step_percent = (0, 0.4, 0.2, at(1 / 3))
@@ -472,7 +472,7 @@ def _single_view(name: str, max_steps: int | None, on_cpu: bool, method: str) ->
         eval_fovy_deg=fovy,
     )
     cfg.loss = LossConfig(
-        lambda_dsd=0.15 if small_dsd else 0.1,
+        lambda_dsd=(0.2 if on_cpu else 0.15) if small_dsd else 0.1,
         lambda_orient=1.0,
         lambda_sparsity=0.1,
         lambda_opaque=0.1,
