@@ -399,6 +399,17 @@ def test_paint_replaces_the_main_part_only(renderer, entries):
     assert images[1, 32, 32].tolist() == [51, 153, 102, 255]
 
 
+def test_stretched_model_is_one_of_other_measures(renderer, entries):
+    model = mesh.load_model(entries[0])
+    stretch = np.array([1.0, 0.7, 0.8])
+    drawn = views.sample_views(6, False, np.random.default_rng(3))  # lights from a side
+    scaled = replace(model, positions=(model.positions * stretch).astype(np.float32))
+    stretched = replace(drawn, stretch=np.tile(stretch, (6, 1)))
+    expected, images = renderer.render(scaled, drawn), renderer.render(model, stretched)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert np.abs(images.astype(int) - renderer.render(model, drawn)).max() > 100
+
+
 def test_render_checks_its_output_array(renderer, entries):
     model = mesh.load_model(entries[0])
     with pytest.raises(ValueError, match="expected C-contiguous uint8"):

@@ -15,7 +15,7 @@ from dsd_fast.evaluate import metrics, truth
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.prior import captions, evaluate_views, models, objects, orbits, render, train_views
 from dsd_fast.prior.train import load_part
-from dsd_fast.prior.views import ORBIT_ELEVATION, sample_orbits
+from dsd_fast.prior.views import ORBIT_ELEVATION, STRETCH, sample_orbits
 
 SHIPPED_TEXT = Path(models.__file__).parent.parent / "assets" / "prior"
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 def test_orbits_share_light_and_paint():
     views = sample_orbits(3, 5, True, np.random.default_rng(0))
     assert len(views) == 15
-    for column in (views.key, views.sky, views.gloss, views.colour, views.paint):
+    for column in (views.key, views.gloss, views.colour, views.paint, views.stretch):
         by_orbit = column.reshape(3, 5, -1)
         assert (by_orbit == by_orbit[:, :1]).all()
     assert not (views.key[0] == views.key[5]).all()
@@ -64,6 +64,12 @@ def test_orbits_share_light_and_paint():
     assert ((distance >= 1.5) & (distance <= 2)).all()
     # Evenly around: one azimuth in each fifth of the circle.
     assert sorted(((views.azimuth[:5] + 180) // 72).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_half_of_the_orbits_are_stretched():
+    stretch = sample_orbits(400, 1, False, np.random.default_rng(0)).stretch
+    assert (stretch.max(axis=1) == 1).all() and stretch.min() >= STRETCH
+    assert 0.4 < (stretch.min(axis=1) < 1).mean() < 0.6
 
 
 def test_views_per_orbit_must_divide(tmp_path):

@@ -45,7 +45,8 @@ class ObjectsConfig:
 
 
 def object_views(cfg: ObjectsConfig, number: int) -> Views:
-    """The picture's camera, then those of the true views, under one light; nothing is painted."""
+    """The picture's camera, then those of the true views, under one light; nothing is painted or
+    stretched."""
     n = 1 + cfg.views
     drawn = sample_orbits(1, n, False, np.random.default_rng([cfg.seed, number]))
     around = np.arange(cfg.views) * (360.0 / cfg.views)
@@ -56,6 +57,7 @@ def object_views(cfg: ObjectsConfig, number: int) -> Views:
         azimuth=azimuth,
         elevation=elevation,
         position=DISTANCE * direction(azimuth, elevation),
+        stretch=np.ones((n, 3)),
     )
 
 

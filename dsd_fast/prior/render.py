@@ -43,6 +43,7 @@ layout(std140) uniform View {
     vec4 ground;    // ambient from below
     vec4 paint;     // colour, 1 when the main part is painted
     vec4 material;  // specular strength, exponent, median luma of the main part
+    vec4 stretch;   // of the model's axes
 };
 in vec3 in_position;
 in vec3 in_normal;
@@ -55,12 +56,12 @@ out vec2 uv;
 flat out vec4 colour;
 flat out vec2 part;
 void main() {
-    position = in_position;
-    normal = in_normal;
+    position = in_position * stretch.xyz;
+    normal = in_normal / stretch.xyz;
     uv = in_uv;
     colour = in_colour;
     part = in_part;
-    gl_Position = view_projection * vec4(in_position, 1.0);
+    gl_Position = view_projection * vec4(position, 1.0);
 }
 """
 
@@ -75,6 +76,7 @@ layout(std140) uniform View {
     vec4 ground;
     vec4 paint;
     vec4 material;
+    vec4 stretch;
 };
 uniform sampler2DArray textures;
 uniform float alpha_test;  // opaque pass: discard below, then alpha is 1; 0 in the blended pass
@@ -203,7 +205,7 @@ class Renderer:
                     self.target.use()
                     self.target.clear()
                     context.enable_only(moderngl.DEPTH_TEST)
-                    scene.draw(views.position[number])
+                    scene.draw(views.position[number], views.stretch[number])
                     self.tiles.use()
                     self.tiles.viewport = (0, tile * self.size, self.size, self.size)
                     context.enable_only(moderngl.NOTHING)
@@ -236,6 +238,7 @@ def _view_blocks(views: Views, main_luma: float) -> bytes:
     block[:, 39] = views.colour >= 0
     block[:, 40:42] = views.gloss
     block[:, 42] = main_luma
+    block[:, 44:47] = views.stretch
     return block.tobytes()
 
 
@@ -284,7 +287,7 @@ class _Scene:
             centre = model.positions[model.triangles[order[mine]]].mean(axis=(0, 1))
             self.transparent.append((centre, 3 * int(mine[0]), 3 * len(mine)))
 
-    def draw(self, camera: np.ndarray) -> None:
+    def draw(self, camera: np.ndarray, stretch: np.ndarray) -> None:
         """Opaque parts, then the transparent ones from the farthest to the nearest."""
         import moderngl
 
@@ -299,7 +302,8 @@ class _Scene:
             context.blend_func = moderngl.ONE, moderngl.ONE_MINUS_SRC_ALPHA
             context.fbo.depth_mask = False
             self.program["alpha_test"] = 0.0
-            far_first = sorted(self.transparent, key=lambda t: -np.sum((t[0] - camera) ** 2))
+            far_first = sorted(
+                self.transparent, key=lambda t: -np.sum((t[0] * stretch - camera) ** 2))
             for _, first, count in far_first:
                 self.array.render(moderngl.TRIANGLES, vertices=count, first=first)
             context.fbo.depth_mask = True
@@ -386,7 +390,7 @@ def render_views(
     """Render `views_per_model` random views of every model; returns `out_dir`.
 
     Row r belongs to model r // views_per_model and, with `views_per_orbit`, to orbit
-    r // views_per_orbit, whose views share light and paint (`sample_orbits`). Files:
+    r // views_per_orbit, whose views share stretch, light and paint (`sample_orbits`). Files:
 
     - rgba.npy: uint8 [N, 256, 256, 4], straight alpha; open with `np.load(mmap_mode="r")`
     - meta.npz: model, noun, view, colour, orbit int64 [N] (orbit -1 without orbits); azimuth,

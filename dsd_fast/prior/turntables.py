@@ -133,4 +133,5 @@ def _views(prompt: str, pack: Pack, number: int, n: int) -> Views:
         gloss=np.tile([0.0, 16.0], (n, 1)),
         colour=np.full(n, colour),
         paint=paint,
+        stretch=np.ones((n, 3)),
     )

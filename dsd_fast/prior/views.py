@@ -17,6 +17,10 @@ RECOLOUR_VISIBLE = 0.5  # least visible share of the part to be painted
 # Of orbits, in degrees: a sphere of the models' radius, 0.6, just fits at the nearest distance.
 ORBIT_ELEVATION = (-10.0, 80.0)
 ORBIT_FOVY = 50.0
+# Share of orbits of a stretched model, and how much shorter than the longest its axes get at most:
+# what a view of one thing says of another must hold for shapes that no model has.
+STRETCHED_SHARE = 0.5
+STRETCH = 0.7
 
 # (hue in degrees, saturation, value) ranges of the paints, in the order of captions.COLOURS.
 PAINTS: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
@@ -42,7 +46,7 @@ class Views:
     up [n, 3] and fovy [n] in radians are what is rendered. key, fill [n, 4] are the unit direction
     to the light and its strength; sky, ground [n, 3] the ambient light; gloss [n, 2] the specular
     strength and exponent. colour [n] indexes captions.COLOURS, -1 for unpainted; paint [n, 3] is
-    its sRGB value.
+    its sRGB value. stretch [n, 3] scales the model's own axes, 1 at most.
     """
 
     azimuth: np.ndarray
@@ -58,6 +62,7 @@ class Views:
     gloss: np.ndarray
     colour: np.ndarray
     paint: np.ndarray
+    stretch: np.ndarray
 
     def __len__(self) -> int:
         return len(self.azimuth)
@@ -119,11 +124,12 @@ def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
 
     lights = _lights(position, rng)
     colour, paint = _paints(n, recolourable, rng)
-    return Views(azimuth, elevation, position, centre, up, fovy, *lights, colour, paint)
+    return Views(azimuth, elevation, position, centre, up, fovy, *lights, colour, paint,
+                 np.ones((n, 3)))
 
 
 def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generator) -> Views:
-    """`n` orbits of `views` views each, orbit by orbit: one object under one light and paint.
+    """`n` orbits of `views` views each, orbit by orbit: one object of one stretch, light and paint.
 
     What is needed where one view is to say what another looks like: the camera looks straight at
     the object, through a lens of one width. Elevation is an even mix of uniform in degrees and
@@ -140,7 +146,9 @@ def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generat
     elevation = np.where(rng.random(total) < 0.5, by_degree, by_area)
     position = rng.uniform(1.5, 2.0, total)[:, None] * direction(azimuth, elevation)
     lights = _lights(position[::views], rng)
-    shared = (np.repeat(part, views, axis=0) for part in (*lights, *_paints(n, recolourable, rng)))
+    paints = _paints(n, recolourable, rng)
+    parts = (*lights, *paints, _stretches(n, rng))
+    shared = (np.repeat(part, views, axis=0) for part in parts)
     return Views(azimuth, elevation, position, np.zeros((total, 3)),
                  np.tile([0.0, 0.0, 1.0], (total, 1)), np.full(total, np.radians(ORBIT_FOVY)),
                  *shared)
@@ -174,6 +182,13 @@ def _paints(
             hue, saturation, value = (rng.uniform(*limits) for limits in PAINTS[colour[k]])
             paint[k] = colorsys.hsv_to_rgb(hue % 360.0 / 360.0, saturation, value)
     return colour, paint
+
+
+def _stretches(n: int, rng: np.random.Generator) -> np.ndarray:
+    """stretch of `Views`, [n, 3]: of STRETCHED_SHARE even in the logarithm, of the others ones."""
+    stretch = STRETCH ** rng.random((n, 3))
+    stretch /= stretch.max(axis=1, keepdims=True)
+    return np.where(rng.random((n, 1)) < STRETCHED_SHARE, stretch, 1.0)
 
 
 def is_recolourable(group: str, parts: tuple[Part, ...], main: MainPart) -> bool:
