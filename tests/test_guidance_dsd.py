@@ -206,6 +206,19 @@ class TestCache:
                 at(tabulated, 7.5, t, t_delta).grad, at(exact, 7.5, t, t_delta).grad
             )
 
+    @pytest.mark.parametrize("table_step", [0, 20])
+    def test_trajectories_of_a_scale_of_their_own(self, table_step: int) -> None:
+        own = {"trajectory_scale": 2.0}
+        exact = make_guidance(**own)
+        cached = make_guidance(
+            trajectory="cached", azimuth_bins=12, noise_table_step=table_step, **own
+        )
+        for t, t_delta in ((980, 999), (850, 879), (699, 699), (390, 399)):
+            grad = at(exact, 7.5, t, t_delta).grad
+            torch.testing.assert_close(at(cached, 7.5, t, t_delta).grad, grad)
+            one_scale = at(make_guidance(), 7.5, t, t_delta).grad
+            assert float((grad - one_scale).norm() / grad.norm()) > 1e-2
+
     def test_a_finer_table_comes_closer(self) -> None:
         exact = at(make_guidance(), 70, 500, 510).grad
 
@@ -274,9 +287,13 @@ class TestGuidance:
         assert bool(output.finite) and not output.target.requires_grad
 
     @pytest.mark.parametrize("perp_neg", [True, False])
-    @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-    def test_public_function_is_the_same_code(self, perp_neg: bool, share: float) -> None:
-        guidance = make_guidance(use_perp_neg=perp_neg, trajectory_share=share)
+    @pytest.mark.parametrize("share, own", [(0.0, None), (0.3, None), (0.3, 2.0), (1.0, 1.0)])
+    def test_public_function_is_the_same_code(
+        self, perp_neg: bool, share: float, own: float | None
+    ) -> None:
+        guidance = make_guidance(
+            use_perp_neg=perp_neg, trajectory_share=share, trajectory_scale=own
+        )
         latents = randn(1, 4, 6, 6)
         text = PromptEmbeddings(*guidance._bank.chunk(2))
         rows, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, perp_neg)
@@ -296,6 +313,7 @@ class TestGuidance:
                 alphas_cumprod=guidance.model.alphas_cumprod,
                 weighting=weighting,
                 trajectory_share=share,
+                trajectory_scale=own,
             )
             ours = guidance.at_levels(latents, 10.0, 50.0, 620, 640).grad
             torch.testing.assert_close(ours, grad)

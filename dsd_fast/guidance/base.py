@@ -42,8 +42,13 @@ class GuidanceConfig:
     # The formulation. Any but "dsd" brings its paper's scale, noise levels and weight along, which
     # flags change as ever (docs/usage.md has the table); "recon" is MVDream's own loss.
     method: Literal["dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd", "recon"] = "dsd"
-    # Classifier-free guidance scale: of the trajectory and of the target prediction.
+    # Classifier-free guidance scale: of the target prediction and, unless trajectory_scale says
+    # otherwise, of the trajectory.
     guidance_scale: float = 7.5
+    # Guidance scale of the trajectory, which the seed chooses its object by; None (official) takes
+    # guidance_scale. Guidance narrows what a model draws: at a lower scale seeds end further apart,
+    # and the target prediction's scale still makes the object clear.
+    trajectory_scale: float | None = None
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
     use_perp_neg: bool = True
     # Lowest noise level, as a share of 1000: a number or a schedule.

@@ -5,7 +5,8 @@ One step (DSD_SPEC 3.3), for a rendering x in latent space at level t:
    prediction eps_o there;
 2. put the rendering on that trajectory: x_delta = alpha x + sigma eps_o at t_delta, x_t at t;
 3. gradient = (1 - abar_t) (eps(x_t; scale) - eps(x_delta; 1)). Of what is subtracted a share may be
-   the trajectory's own noise: (1 - share) eps(x_delta; 1) + share eps_o (`trajectory_share`).
+   the trajectory's own noise: (1 - share) eps(x_delta; 1) + share eps_o (`trajectory_share`), and
+   the trajectory may have a scale of its own (`trajectory_scale`).
 
 A step has two parts. `DSDGuidance.plan`, the host's, draws levels, looks up where the trajectories
 of its views are in the tables, and adds what they lack. `DSDGuidance.at_plan`, the device's, takes
@@ -59,6 +60,7 @@ def dsd_gradient(
     guidance_scale: float = 7.5,
     weighting: str = "sds",
     trajectory_share: Tensor | float = 0.0,
+    trajectory_scale: float | None = None,
 ) -> Tensor:
     """The gradient of Diverse Score Distillation with respect to latents, without a model.
 
@@ -70,9 +72,10 @@ def dsd_gradient(
             guidance applied; row i of every call belongs to item i.
         alphas_cumprod: [1000].
         n_ddim_steps: intervals of the full trajectory.
-        guidance_scale: scale of the trajectory and of the target prediction.
+        guidance_scale: scale of the target prediction and of the trajectory.
         weighting: "sds" (official) or "ddim".
         trajectory_share: share of eps_o in what is subtracted, 0 (official) to 1: one or [B].
+        trajectory_scale: scale of the trajectory where it is not guidance_scale (official).
     Returns:
         (1 - abar_t) (eps_t - (1 - share) eps_delta - share eps_o), [B,C,h,w].
     Raises:
@@ -98,8 +101,9 @@ def dsd_gradient(
             f"trajectory_share: expected a share of 0 to 1, or {n_items}, got {share.tolist()}"
         )
     share = share.to(latents.device).view(-1, 1, 1, 1)
-    z = simulate(noise, t_delta, predict, abar, n_ddim_steps, guidance_scale)
-    eps_o = predict(z, t_delta_device, guidance_scale)
+    own_scale = guidance_scale if trajectory_scale is None else trajectory_scale
+    z = simulate(noise, t_delta, predict, abar, n_ddim_steps, own_scale)
+    eps_o = predict(z, t_delta_device, own_scale)
     alpha, sigma = signal_and_noise(abar, t, latents)
     alpha_delta, sigma_delta = signal_and_noise(abar, t_delta, latents)
     x_delta = alpha_delta * latents + sigma_delta * eps_o
@@ -122,6 +126,8 @@ class DSDGuidance(Guidance):
     ):
         self._grid = ode_grid(cfg.n_ddim_steps)
         self._share = Schedule.parse(cfg.trajectory_share)
+        own = cfg.trajectory_scale
+        self._trajectory_scale = cfg.guidance_scale if own is None else own
         self._done = torch.zeros((), dtype=torch.int32, device=model.device)
         super().__init__(cfg, model, prompts, noise, max_steps)
 
@@ -275,7 +281,7 @@ class DSDGuidance(Guidance):
         else:
             at_z = self._simulate(x, plan, guide, text[:n_rows])
         eps = self._predict(at_z, text[:n_rows])
-        return fused.link(eps, own, cfg.guidance_scale, x, *levels, mirrored, pair)
+        return fused.link(eps, own, self._trajectory_scale, x, *levels, mirrored, pair)
 
     def _simulate(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
         """z at t_delta from the seed noise, each step taken anew: `trajectory.simulate`."""
@@ -290,7 +296,7 @@ class DSDGuidance(Guidance):
             at_z = fused.step(
                 self._predict(at_z, text),
                 guide,
-                self.cfg.guidance_scale,
+                self._trajectory_scale,
                 at_z.value,
                 upload(t, x.device),
                 upload(t_next, x.device),
@@ -306,7 +312,7 @@ class DSDGuidance(Guidance):
         rows = {name: upload(column, device) for name, column in row_columns(mix).items()}
         eps = self._predict(batch, self._text(rows))
         weights = None if mix.weights is None else upload(mix.weights, device)
-        return fused.combine(eps, self._guide(weights), self.cfg.guidance_scale)
+        return fused.combine(eps, self._guide(weights), self._trajectory_scale)
 
     def _bin_text(self, bins: list[int]) -> TextMix:
         cameras = torch.tensor([self._bins.camera(view) for view in bins])  # [B,2]
