@@ -418,6 +418,7 @@ def test_cost_of_a_run_that_was_resumed(tmp_path):
         ({"trajectory": "cached", "trajectory_share": 0.0}, "dsd cached"),
         ({"trajectory": "cached", "trajectory_share": 0.5}, "dsd+0.5 cached"),
         ({"trajectory": "cached", "trajectory_share": [320, 1.0, 0.0, 980]}, "dsd+0-1 cached"),
+        ({"trajectory": "cached", "trajectory_scale": 3.0}, "dsd cached@3"),
         ({"trajectory": "cached", "method": "sds"}, "sds"),
         ({}, "dsd"),
     ],

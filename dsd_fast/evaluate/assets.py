@@ -145,7 +145,8 @@ def find_assets(path: Path) -> list[Path]:
 
 def method_of(config: dict) -> str:
     """A name for the way a run was guided, from its config: the method, the trajectory's share at
-    the first and last level where it is not the official 0, and the trajectory.
+    the first and last level where it is not the official 0, the trajectory, and "@" with its scale
+    where it has one of its own.
 
     Of 2D runs it begins with "2D"; the exact form is "dsd*", as on the paper's page.
     """
@@ -161,6 +162,9 @@ def method_of(config: dict) -> str:
         if any(shares):
             name += "+" + "-".join(f"{share:g}" for share in dict.fromkeys((shares[-1], shares[0])))
         name = f"{name} {guidance.get('trajectory', '')}".strip()
+        own = guidance.get("trajectory_scale")
+        if own is not None:
+            name += f"@{own:g}"
     return f"2D {name}" if in_2d else name
 
 
