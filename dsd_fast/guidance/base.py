@@ -46,8 +46,8 @@ class GuidanceConfig:
     # otherwise, of the trajectory.
     guidance_scale: float = 7.5
     # Guidance scale of the trajectory, which the seed chooses its object by; None (official) takes
-    # guidance_scale. Guidance narrows what a model draws: at a lower scale seeds end further apart,
-    # and the target prediction's scale still makes the object clear.
+    # guidance_scale. Guidance narrows what a model draws, so that a lower one is more diverse; at
+    # less than about half of guidance_scale objects no longer follow it (docs/comparison.md).
     trajectory_scale: float | None = None
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
     use_perp_neg: bool = True
