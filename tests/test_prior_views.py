@@ -53,7 +53,8 @@ def folder(tmp_path: Path) -> Path:
 def test_orbits_share_light_and_paint():
     views = sample_orbits(3, 5, True, np.random.default_rng(0))
     assert len(views) == 15
-    for column in (views.key, views.gloss, views.colour, views.paint, views.stretch):
+    shared = (views.key, views.sky, views.gloss, views.colour, views.paint, views.stretch)
+    for column in shared:
         by_orbit = column.reshape(3, 5, -1)
         assert (by_orbit == by_orbit[:, :1]).all()
     assert not (views.key[0] == views.key[5]).all()

@@ -46,8 +46,8 @@ class GuidanceConfig:
     # otherwise, of the trajectory.
     guidance_scale: float = 7.5
     # Guidance scale of the trajectory, which the seed chooses its object by; None (official) takes
-    # guidance_scale. Guidance narrows what a model draws, so that a lower one is more diverse; at
-    # less than about half of guidance_scale objects no longer follow it (docs/comparison.md).
+    # guidance_scale. Guidance narrows what a model draws, so that samples of a lower scale are more
+    # diverse; of objects that has hardly been seen (docs/comparison.md).
     trajectory_scale: float | None = None
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
     use_perp_neg: bool = True
