@@ -14,7 +14,7 @@ from benchmarks import hashgrid
 from benchmarks.case import Workload, by_reference
 from benchmarks.hashgrid import Points, table, uniform
 from dsd_fast import ops
-from dsd_fast.field import FieldConfig
+from dsd_fast.scene.field import FieldConfig
 
 _CFG = FieldConfig()
 # Multiplications and additions of one point in the 32 → 64 → 1 and 32 → 64 → 3 networks.

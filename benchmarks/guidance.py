@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Call, Workload, by_reference
-from dsd_fast.diffusion.noise_schedule import alphas_cumprod
-from dsd_fast.guidance import fused
-from dsd_fast.guidance.fused import Guide
-from dsd_fast.guidance.prompt import text_mix
+from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.guidance import passes
+from dsd_fast.guidance.conditions.text import text_mix
+from dsd_fast.guidance.passes import Guide
 
 _CHANNELS = 4
 _TEXT = (77, 1024)
@@ -52,28 +52,28 @@ class _Step:
         self.text_rows = [torch.cat([rows, rows]).to(device) for rows in views[:3]]
 
     def combine(self) -> tuple[Tensor]:
-        return (fused.combine(self.first, self.guide, _SCALE),)
+        return (passes.combine(self.first, self.guide, _SCALE),)
 
     def step(self) -> tuple[Tensor, ...]:
-        return fused.step(
+        return passes.step(
             self.first, self.guide, _SCALE, self.x, self.t_delta, self.t, self.abar, self.dtype
         )
 
     def link(self) -> tuple[Tensor, ...]:
         levels = (self.t, self.t_delta, self.abar, self.dtype)
-        return fused.link(self.first, self.guide, _SCALE, self.x, *levels)
+        return passes.link(self.first, self.guide, _SCALE, self.x, *levels)
 
     def link_table(self) -> tuple[Tensor, ...]:
         levels = (self.t, self.t_delta, self.abar, self.dtype)
         slots = (self.slot, self.slot + 1, self.mix)
-        return fused.link_table(self.table, *slots, self.x, *levels, perp_neg=True)
+        return passes.link_table(self.table, *slots, self.x, *levels, perp_neg=True)
 
     def text(self) -> tuple[Tensor]:
-        return (fused.text(self.bank, *self.text_rows, self.dtype),)
+        return (passes.text(self.bank, *self.text_rows, self.dtype),)
 
     def gradient(self) -> tuple[Tensor, ...]:
         scales = (1.0, _SCALE)
-        return fused.gradient(
+        return passes.gradient(
             self.eps, self.guide, scales, self.x, self.t, self.abar, "sds", self.done
         )
 
@@ -90,8 +90,8 @@ _OUTPUTS = {
     "link": _BATCH,
     "link_table": _BATCH,
     "text": ("text",),
-    "gradient": fused.Gradient._fields,
-    "passes": ("text", *_BATCH, *fused.Gradient._fields),
+    "gradient": passes.Gradient._fields,
+    "passes": ("text", *_BATCH, *passes.Gradient._fields),
 }
 
 

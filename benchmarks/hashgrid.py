@@ -15,8 +15,8 @@ from torch import Tensor
 from benchmarks import scene
 from benchmarks.case import Workload, backward_of, by_reference
 from dsd_fast import ops
-from dsd_fast.field import GridConfig
 from dsd_fast.ops.hashgrid import hashgrid_jacobian_reference, hashgrid_reference
+from dsd_fast.scene.field import GridConfig
 
 _GRID = GridConfig()
 SPEC = ops.GridSpec(

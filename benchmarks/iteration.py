@@ -29,14 +29,14 @@ from torch import Tensor
 from benchmarks.models import CountingEngine, Subject
 from benchmarks.peers import OFFICIAL, RECORDED_ON, OfficialIteration
 from benchmarks.timing import Times
-from dsd_fast.cameras import RandomCameras
 from dsd_fast.config import TrainConfig, preset
 from dsd_fast.guidance import DSDGuidance, seed_noise
-from dsd_fast.optimizer import Optimizer
 from dsd_fast.rng import RngStreams
-from dsd_fast.scene import Scene
-from dsd_fast.state import TrainState
-from dsd_fast.step import TrainStep
+from dsd_fast.run.optimizer import Optimizer
+from dsd_fast.run.state import TrainState
+from dsd_fast.scene.cameras import RandomCameras
+from dsd_fast.scene.scene import Scene
+from dsd_fast.tasks.step import TrainStep
 
 WIDTHS = (128, 512)
 # Iterations before any is timed: the renderer learns its room from the first ones, engines capture.

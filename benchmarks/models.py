@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dsd_fast.config import nearest
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
 from dsd_fast.diffusion.components import quiet
-from dsd_fast.diffusion.engine import UNetEngine
-from dsd_fast.diffusion.noise_schedule import alphas_cumprod
+from dsd_fast.diffusion.engines.base import UNetEngine
+from dsd_fast.diffusion.noise_path import alphas_cumprod
 from dsd_fast.diffusion.text import VIEWS, PromptEmbeddings
 
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"

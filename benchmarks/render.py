@@ -10,10 +10,10 @@ from torch import Tensor
 from benchmarks import scene
 from benchmarks.case import Workload, by_reference
 from benchmarks.field import DENSITY_FLOPS, FEATURE_FLOPS
-from dsd_fast.background import Background, BackgroundConfig
-from dsd_fast.field import Field, FieldConfig
-from dsd_fast.losses import LossConfig, regularizers
-from dsd_fast.renderer import Renderer
+from dsd_fast.scene.background import Background, BackgroundConfig
+from dsd_fast.scene.field import Field, FieldConfig
+from dsd_fast.scene.losses import LossConfig, regularizers
+from dsd_fast.scene.renderer import Renderer
 
 # Room for the samples a ray of this scene has on average: 47 to march and 29 to keep at 512².
 _ROOM = (64.0, 40.0)

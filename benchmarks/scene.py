@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast import ops
-from dsd_fast.cameras import CameraBatch, CameraConfig, RandomCameras
-from dsd_fast.field import FieldConfig, density_bias
-from dsd_fast.occupancy import OccupancyGrid
-from dsd_fast.renderer import Renderer, RendererConfig
+from dsd_fast.scene.cameras import CameraBatch, CameraConfig, RandomCameras
+from dsd_fast.scene.field import FieldConfig, density_bias
+from dsd_fast.scene.occupancy import OccupancyGrid
+from dsd_fast.scene.renderer import Renderer, RendererConfig
 
 # Of the official ranges: the middle distance, and fields of view with as many samples as the
 # recorded peers had (peers.py): 47 candidates a ray to march, 29 kept ones to render.

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dsd_fast.encoding import HashGrid as HashGrid
     from dsd_fast.ops import composite as composite
     from dsd_fast.ops import march as march
+    from dsd_fast.scene.encoding import HashGrid as HashGrid
 
 # After each operation torch's OpenMP threads spin for some milliseconds in wait of the next one, on
 # the very cores that the compiled kernels' threads need; on a machine that does something else too,
@@ -24,7 +24,7 @@ if "torch" not in sys.modules:
 
 # Public name -> the module that defines it.
 _LAZY = {
-    "HashGrid": "dsd_fast.encoding",
+    "HashGrid": "dsd_fast.scene.encoding",
     "composite": "dsd_fast.ops",
     "march": "dsd_fast.ops",
 }

@@ -14,8 +14,6 @@ from typing import Literal
 
 import torch
 
-from dsd_fast.command import run_command
-from dsd_fast.diffusion import engine_cache, tensorrt_library
 from dsd_fast.diffusion.components import (
     PipelineFolder,
     inspect_folder,
@@ -23,11 +21,13 @@ from dsd_fast.diffusion.components import (
     load_component,
     quiet,
 )
+from dsd_fast.diffusion.engines import cache, tensorrt_library
+from dsd_fast.diffusion.engines.onnx_export import UNetShape, export_unet
+from dsd_fast.diffusion.engines.tensorrt import DEFAULT_ROWS, engine_key
+from dsd_fast.diffusion.engines.tensorrt_library import Capability, Library
 from dsd_fast.diffusion.loader import resolve
-from dsd_fast.diffusion.onnx_export import UNetShape, export_unet
-from dsd_fast.diffusion.tensorrt import DEFAULT_ROWS, engine_key
-from dsd_fast.diffusion.tensorrt_library import Capability, Library
-from dsd_fast.progress import memory_mib
+from dsd_fast.run.command import run_command
+from dsd_fast.run.progress import memory_mib
 
 log = logging.getLogger("dsd_fast.build_engine")
 
@@ -92,11 +92,11 @@ def build_engines(command: BuildCommand) -> list[Path]:
     dtype = getattr(torch, command.dtype)
     unet = _read_unet(folder, dtype)
     shape = shape_of(folder)
-    where = command.output or engine_cache.folder()
+    where = command.output or cache.folder()
     paths, missing = [], {}
     for library, capability in zip(libraries, capabilities):
         name = engine_key(unet, shape, command.rows, dtype, library, capability)
-        paths.append(path := engine_cache.path_of(name, where))
+        paths.append(path := cache.path_of(name, where))
         if path.is_file():
             log.info("%s is there already", path)
         else:
@@ -125,9 +125,9 @@ def _build(
     log.info("compute capability %s: %s %s", spelled, library.name, library.version)
     engine = tensorrt_library.build(library, onnx_file, shape, rows, list(targets))
     first, *others = targets.values()
-    size = engine_cache.write(first, engine)
+    size = cache.write(first, engine)
     for path in others:
-        engine_cache.link(first, path)
+        cache.link(first, path)
     log.info("wrote %s", "\n  and ".join(map(str, targets.values())))
     log.info(
         "%.0f MiB in %.0f s, peak memory %.0f MiB",

@@ -16,13 +16,13 @@ from typing import Annotated
 
 import tyro
 
-from dsd_fast import checkpoint, cli, pictures
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.checkpoint import CheckpointError
-from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
-from dsd_fast.mesh import MeshError, make_mesh, write_glb
-from dsd_fast.scene import Scene
+from dsd_fast.run import checkpoint, cli, pictures
+from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.run.command import run_command
+from dsd_fast.scene.mesh import MeshError, make_mesh, write_glb
+from dsd_fast.scene.scene import Scene
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.export")

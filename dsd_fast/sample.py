@@ -18,19 +18,19 @@ from typing import Literal
 
 import torch
 
-from dsd_fast import pictures
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
 from dsd_fast.diffusion import DiffusionModel, load_model, view_prompts
-from dsd_fast.diffusion.sampling import sample
+from dsd_fast.diffusion.ddim import sample
 from dsd_fast.diffusion.text import VIEWS
 from dsd_fast.files import write_json
 from dsd_fast.guidance import seed_noise
-from dsd_fast.image_task import text_of
-from dsd_fast.outputs import OutputError, RunFolder
-from dsd_fast.progress import memory_mib
 from dsd_fast.rng import RngStreams
+from dsd_fast.run import pictures
+from dsd_fast.run.command import run_command
+from dsd_fast.run.outputs import OutputError, RunFolder
+from dsd_fast.run.progress import memory_mib
+from dsd_fast.tasks.image import text_of
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.sample")

@@ -18,21 +18,21 @@ from contextlib import contextmanager
 
 import torch
 
-from dsd_fast import checkpoint, cli, memory, versions
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.checkpoint import CheckpointError
-from dsd_fast.cli import Job
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
 from dsd_fast.guidance import Guidance, seed_noise
-from dsd_fast.image_task import ImageTask
-from dsd_fast.interruption import Interruption
-from dsd_fast.outputs import OutputError, RunFolder
-from dsd_fast.progress import Reporter, set_up_logging
 from dsd_fast.rng import RngStreams
-from dsd_fast.single_view_task import SingleViewTask
-from dsd_fast.state import TrainState
-from dsd_fast.task import Task
-from dsd_fast.text_task import TextTask
+from dsd_fast.run import checkpoint, cli, memory, versions
+from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.run.cli import Job
+from dsd_fast.run.interruption import Interruption
+from dsd_fast.run.outputs import OutputError, RunFolder
+from dsd_fast.run.progress import Reporter, set_up_logging
+from dsd_fast.run.state import TrainState
+from dsd_fast.tasks.base import Task
+from dsd_fast.tasks.image import ImageTask
+from dsd_fast.tasks.single_view import SingleViewTask
+from dsd_fast.tasks.text import TextTask
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.train")

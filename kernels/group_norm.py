@@ -6,7 +6,7 @@ which finds its input in the second-level cache; items of few rows need one laun
 
 Statistics are float32 and have a fixed order: sums of a channel are taken around its first value,
 so that means far from zero do not cancel, and the rest is Chan's formula. Arguments are checked by
-`dsd_fast.diffusion.tokens`, which is the way in.
+`dsd_fast.diffusion.networks.token_ops`, which is the way in.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The counterpart of `group_norm`: the same chunks of whole groups, tiles [BLOCK_R
 launches. The first sums g and g x^ of each group, g = dy act'(u) weight, over a split of the rows;
 the second combines the splits and writes ds = rstd (g - mean(g) - x^ mean(g x^)). Sums are float32
 and have a fixed order. Weights are frozen, so they get no gradient. Arguments are checked by
-`dsd_fast.diffusion.vae_ops`, which is the way in.
+`dsd_fast.diffusion.networks.vae_ops`, which is the way in.
 """
 
 from __future__ import annotations

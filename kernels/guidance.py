@@ -8,7 +8,7 @@ the cache and writes; longer ones are summed by `dots_kernel`, one launch more, 
 
 Arithmetic is float32, whatever the predictions' dtype. Sums have a fixed order, so that results are
 deterministic. Nothing waits for the device: levels are read there, and a CUDA graph can hold every
-launch. Arguments are checked by `dsd_fast.guidance.fused`, which is the way in; here tensors are
+launch. Arguments are checked by `dsd_fast.guidance.passes`, which is the way in; here tensors are
 taken as contiguous, on one device, with levels from 0 to 999.
 """
 

@@ -1,7 +1,7 @@
 """Triton kernels over token matrices [.., C]: LayerNorm, GEGLU, upsampling, phases of an image.
 
 Arithmetic is float32, whatever the tensors' dtype. Arguments are checked by
-`dsd_fast.diffusion.tokens`, which is the way in; here tensors are taken as contiguous.
+`dsd_fast.diffusion.networks.token_ops`, which is the way in; here tensors are taken as contiguous.
 """
 
 from __future__ import annotations

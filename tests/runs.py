@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dsd_fast import checkpoint, outputs
 from dsd_fast import train as module
+from dsd_fast.run import checkpoint, outputs
 
 # The smallest run that still goes through every phase.
 SMALL = """

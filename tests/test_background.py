@@ -1,7 +1,7 @@
 import torch
 from torch.nn.functional import normalize
 
-from dsd_fast.background import Background, BackgroundConfig
+from dsd_fast.scene.background import Background, BackgroundConfig
 
 
 def _generator(seed: int = 0) -> torch.Generator:

@@ -19,7 +19,7 @@ from benchmarks.case import CheckFailed, Workload, check, relative_error
 from benchmarks.cases import CASES
 from benchmarks.model_cases import MODEL_CASES
 from dsd_fast._backend import extension
-from dsd_fast.field import FieldConfig, GridConfig
+from dsd_fast.scene.field import FieldConfig, GridConfig
 
 CPU = torch.device("cpu")
 SIZES = {"points": 500, "numbers": 500, "px": 24, "cells": 8}

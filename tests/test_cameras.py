@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import cuda_only
 
-from dsd_fast.cameras import (
+from dsd_fast.guidance.trajectory import ViewBins
+from dsd_fast.scene.cameras import (
     CameraConfig,
     RandomCameras,
     eval_camera,
     look_at,
     turntable,
 )
-from dsd_fast.guidance.trajectory import ViewBins
 
 SMALL = {"width": 9, "height": 7, "resolution_milestones": ()}
 

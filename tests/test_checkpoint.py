@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dsd_fast import checkpoint, files
-from dsd_fast.checkpoint import CheckpointError
+from dsd_fast import files
+from dsd_fast.run import checkpoint
+from dsd_fast.run.checkpoint import CheckpointError
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from conftest import cuda_only
 from safetensors.torch import load_file, save_file
 from tiny_model import SCHEDULER, build_tiny_model, toy_model
 
-from dsd_fast.diffusion import embed_views, int8, load_model, noise_schedule, view_prompts
-from dsd_fast.diffusion.engine import EagerEngine, GraphEngine, make_engine
-from dsd_fast.diffusion.fused_vae import FusedEncoder
+from dsd_fast.diffusion import embed_views, int8, load_model, noise_path, view_prompts
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
 from dsd_fast.diffusion.loader import resolve
+from dsd_fast.diffusion.networks.fused_vae import FusedEncoder
 from dsd_fast.diffusion.text import ClipText
 
 
@@ -44,7 +44,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 class TestNoiseSchedule:
     def test_reference_values(self) -> None:
-        abar = noise_schedule.alphas_cumprod(SCHEDULER)
+        abar = noise_path.alphas_cumprod(SCHEDULER)
         expected = {0: 0.999150, 320: 0.556828, 499: 0.277670, 980: 0.005844, 999: 0.004660}
         for t, value in expected.items():
             assert abs(float(abar[t]) - value) < 1e-6
@@ -57,12 +57,12 @@ class TestNoiseSchedule:
         config = {"beta_start": 0.001, "beta_end": 0.015, "beta_schedule": schedule}
         theirs = DDIMScheduler(**config).alphas_cumprod
         torch.testing.assert_close(
-            noise_schedule.alphas_cumprod(config), theirs, rtol=1e-4, atol=1e-9
+            noise_path.alphas_cumprod(config), theirs, rtol=1e-4, atol=1e-9
         )
 
     def test_trained_betas(self) -> None:
         betas = [0.001 + 1e-6 * i for i in range(1000)]
-        abar = noise_schedule.alphas_cumprod({"trained_betas": betas})
+        abar = noise_path.alphas_cumprod({"trained_betas": betas})
         assert float(abar[1]) == pytest.approx((1 - betas[0]) * (1 - betas[1]), rel=1e-6)
 
     @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ class TestNoiseSchedule:
     )
     def test_refused(self, entries: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            noise_schedule.alphas_cumprod({**SCHEDULER, **entries})
+            noise_path.alphas_cumprod({**SCHEDULER, **entries})
 
     def test_unknown_prediction_type(self) -> None:
         with pytest.raises(ValueError, match="prediction_type 'sample'"):
-            noise_schedule.prediction_type({"prediction_type": "sample"})
+            noise_path.prediction_type({"prediction_type": "sample"})
 
 
 class TestLoad:

@@ -11,12 +11,12 @@ from PIL import Image
 from runs import Runner
 from scipy.linalg import sqrtm
 
-from dsd_fast.cameras import eval_camera
 from dsd_fast.config import CameraConfig
 from dsd_fast.evaluate import __main__ as command
 from dsd_fast.evaluate import assets, eyes, meshes, metrics, page, report
 from dsd_fast.evaluate.assets import Asset, EvaluateError, Source
-from dsd_fast.mesh import Mesh, write_glb
+from dsd_fast.scene.cameras import eval_camera
+from dsd_fast.scene.mesh import Mesh, write_glb
 
 # Features
 

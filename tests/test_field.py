@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import cuda_only
 
-from dsd_fast.field import Field, FieldConfig, GridConfig
 from dsd_fast.ops.hashgrid import hashgrid_reference
+from dsd_fast.scene.field import Field, FieldConfig, GridConfig
 
 SMALL_GRID = GridConfig(
     n_levels=4, log2_table_size=9, base_resolution=4, start_level=3, start_step=20, update_steps=5
@@ -214,7 +214,7 @@ def test_predicted_normals():
 def test_without_gradients_blocks_change_nothing(monkeypatch):
     field, points = _field(), _points()
     expected = field(points)
-    monkeypatch.setattr("dsd_fast.field._QUERY_BLOCK", {"cpu": 50, "cuda": 50})
+    monkeypatch.setattr("dsd_fast.scene.field._QUERY_BLOCK", {"cpu": 50, "cuda": 50})
     with torch.no_grad():
         for output, value in zip(field(points), expected):
             torch.testing.assert_close(output, value)

@@ -5,9 +5,9 @@ import torch
 from conftest import cuda_only, relative_error
 from torch import Tensor
 
-from dsd_fast.field import Field, FieldConfig, GridConfig
 from dsd_fast.ops.field import FieldShape, fused_field, fused_field_reference
 from dsd_fast.ops.hashgrid import GridSpec
+from dsd_fast.scene.field import Field, FieldConfig, GridConfig
 
 GRIDS = {
     "F2": GridConfig(6, 2, 9, 4, 1.6, start_level=6),

@@ -18,7 +18,7 @@ from torch import nn
 
 from dsd_fast import train
 from dsd_fast.diffusion import DiffusionModel, load_model
-from dsd_fast.diffusion.noise_schedule import alphas_cumprod
+from dsd_fast.diffusion.noise_path import alphas_cumprod
 from dsd_fast.guidance import (
     METHODS,
     GuidanceConfig,
@@ -27,7 +27,7 @@ from dsd_fast.guidance import (
     make_guidance,
     settings,
 )
-from dsd_fast.step import TrainStep
+from dsd_fast.tasks.step import TrainStep
 
 ABAR = alphas_cumprod(SCHEDULER)
 SPREAD = 0.5  # of the data around its mean
@@ -286,7 +286,7 @@ def test_nfsd_needs_a_poor_prompt():
 
 
 def test_methods_bring_their_settings_and_flags_win():
-    from dsd_fast import cli
+    from dsd_fast.run import cli
 
     def config(*flags):
         return cli.parse(["--prompt", "a chair", "--device", "cpu", *flags])[0].config.guidance

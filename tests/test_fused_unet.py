@@ -7,9 +7,9 @@ from tiny_model import toy_model
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import load_model
-from dsd_fast.diffusion.engine import EagerEngine, GraphEngine, make_engine
-from dsd_fast.diffusion.fused import FusedEngine, cannot_fuse
-from dsd_fast.diffusion.fused_unet import FusedUNet, unsupported
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
+from dsd_fast.diffusion.engines.fused import FusedEngine, cannot_fuse
+from dsd_fast.diffusion.networks.fused_unet import FusedUNet, unsupported
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -8,8 +8,8 @@ import torch
 from conftest import cuda_only, relative_error
 
 import dsd_fast
-from dsd_fast.diffusion import vae_ops
-from dsd_fast.diffusion.fused_vae import FusedEncoder, unsupported
+from dsd_fast.diffusion.networks import vae_ops
+from dsd_fast.diffusion.networks.fused_vae import FusedEncoder, unsupported
 
 EMBEDDED = Path(dsd_fast.__file__).parent / "assets" / "prior" / "vae" / "config.json"
 TINY = {

@@ -22,7 +22,7 @@ from dsd_fast.guidance import (
     seed_noise,
     view_embeddings,
 )
-from dsd_fast.guidance.prompt import expand_rows
+from dsd_fast.guidance.conditions.text import expand_rows
 from dsd_fast.guidance.trajectory import ViewBins, simulate
 
 MODES = pytest.mark.parametrize("perp_neg", [True, False], ids=["perp-neg", "plain"])

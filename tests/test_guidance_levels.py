@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsd_fast.guidance import timestep
-from dsd_fast.guidance.schedule import n_nodes, ode_grid, random_timesteps, shifted_level
+from dsd_fast.guidance.levels import n_nodes, ode_grid, random_timesteps, shifted_level
 
 LOW, HIGH = 0.32, 0.98
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion import DiffusionModel, noise_schedule
+from dsd_fast.diffusion import DiffusionModel, noise_path
 from dsd_fast.guidance import (
     DSDGuidance,
     GuidanceConfig,
@@ -16,7 +16,7 @@ from dsd_fast.guidance import (
     timestep,
     view_embeddings,
 )
-from dsd_fast.guidance.schedule import shifted_level
+from dsd_fast.guidance.levels import shifted_level
 
 # Text rows are arithmetic alone; a gradient goes through up to nine float32 UNet forwards, whose
 # convolutions sum in another order on another CPU (measured: at most 7e-6).
@@ -39,8 +39,8 @@ def official(golden) -> tuple[dict[str, Tensor], dict, DiffusionModel]:
         unet,
         torch.nn.Identity(),
         None,
-        alphas_cumprod=noise_schedule.alphas_cumprod(settings["scheduler"]),
-        prediction_type=noise_schedule.prediction_type(settings["scheduler"]),
+        alphas_cumprod=noise_path.alphas_cumprod(settings["scheduler"]),
+        prediction_type=noise_path.prediction_type(settings["scheduler"]),
     )
     return tensors, settings, model
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.guidance import combine, view_embeddings
-from dsd_fast.guidance.prompt import direction, expand_rows
+from dsd_fast.guidance.conditions.text import direction, expand_rows
 
 SIDE, FRONT, BACK, OVERHEAD = range(4)
 

@@ -12,20 +12,23 @@ from conftest import relative_error
 from runs import CLOCK, equal
 from tiny_model import build_tiny_model
 
-from dsd_fast import checkpoint, image_task, outputs, task, train
 from dsd_fast import sample as sample_command
+from dsd_fast import train
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, preset
 from dsd_fast.diffusion import load_model
-from dsd_fast.diffusion.sampling import ddim_levels, ddim_scheduler
+from dsd_fast.diffusion.ddim import ddim_levels, ddim_scheduler
 from dsd_fast.evaluate import __main__ as evaluate_command
 from dsd_fast.evaluate import assets, eyes, page, report
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.guidance import DSDGuidance, GuidanceConfig, GuidanceOutput, seed_noise
-from dsd_fast.guidance.exact_form import ExactForm
-from dsd_fast.image import ImageConfig
+from dsd_fast.guidance.exact import ExactForm
 from dsd_fast.rng import RngStreams
-from dsd_fast.step import TrainStep
-from dsd_fast.task import Task
+from dsd_fast.run import checkpoint, outputs
+from dsd_fast.scene.image import ImageConfig
+from dsd_fast.tasks import base
+from dsd_fast.tasks import image as image_task
+from dsd_fast.tasks.base import Task
+from dsd_fast.tasks.step import TrainStep
 
 CPU = torch.device("cpu")
 NAME = "diverse-score-distillation-2d"
@@ -361,14 +364,14 @@ def test_one_step_is_adam_with_the_share_of_its_rate(runner):
 
 def test_the_view_decides_the_text(tmp_path, tiny_model, monkeypatch):
     asked = []
-    embed = task.embed_views
+    embed = base.embed_views
 
     def watched(model, prompt, *rest, **kwargs):
         embeddings = embed(model, prompt, *rest, **kwargs)
         asked.append((kwargs["view_dependent"], embeddings.text_vd))
         return embeddings
 
-    monkeypatch.setattr(task, "embed_views", watched)
+    monkeypatch.setattr(base, "embed_views", watched)
     latents = []
     views = ([], ["--image.azimuth", "0"], ["--image.azimuth", "180"], ["--image.azimuth", "5"])
     for i, flags in enumerate(views):

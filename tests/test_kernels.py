@@ -8,10 +8,10 @@ import torch
 from conftest import cuda_only, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsd_fast.diffusion.noise_schedule import alphas_cumprod
-from dsd_fast.guidance import fused
-from dsd_fast.guidance.fused import Guide
-from dsd_fast.guidance.prompt import expand_rows, mixed_rows, text_mix
+from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.guidance import passes
+from dsd_fast.guidance.conditions.text import expand_rows, mixed_rows, text_mix
+from dsd_fast.guidance.passes import Guide
 
 pytest.importorskip("triton", reason="needs Triton")
 from dsd_fast.kernels import guidance as kernels
@@ -38,7 +38,7 @@ overflows = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_on_kernels", lambda tensor: True)
+    monkeypatch.setattr(passes, "_on_kernels", lambda tensor: True)
 
 
 @pytest.fixture(params=["one program", "tiles", "splits"])
@@ -84,10 +84,10 @@ def assert_as_good(got: torch.Tensor, twin: torch.Tensor, exact: torch.Tensor, f
 def test_combine(n_items, shape, dtype, kind, scale, walk) -> None:
     guide = guide_of(kind, n_items)
     eps = randn(guide.rows * n_items, *shape).to(dtype)
-    got = fused.combine(eps, guide, scale)
+    got = passes.combine(eps, guide, scale)
     assert got.dtype == torch.float32
-    twin = fused._combine(eps, guide, scale)
-    assert_as_good(got, twin, fused._combine(eps.double(), doubled(guide), scale), 1e-6)
+    twin = passes._combine(eps, guide, scale)
+    assert_as_good(got, twin, passes._combine(eps.double(), doubled(guide), scale), 1e-6)
 
 
 def assert_rows(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -99,7 +99,7 @@ def assert_rows(got: torch.Tensor, want: torch.Tensor) -> None:
         assert torch.equal(got, want)
 
 
-def assert_linked(got: fused.Batch, twin: fused.Batch, exact: fused.Batch) -> None:
+def assert_linked(got: passes.Batch, twin: passes.Batch, exact: passes.Batch) -> None:
     """Rows as near as the twin's; of bfloat16, which the interpreter cuts off, within a digit."""
     assert got.rows.shape == twin.rows.shape and got.rows.dtype == twin.rows.dtype
     if got.rows.dtype == torch.bfloat16:
@@ -112,8 +112,8 @@ def assert_linked(got: fused.Batch, twin: fused.Batch, exact: fused.Batch) -> No
 def test_combine_at_any_magnitude(magnitude, walk) -> None:
     guide = guide_of("perp_neg", 3)
     eps = randn(12, 3, 5, 7) * magnitude
-    got, twin = fused.combine(eps, guide, 7.5), fused._combine(eps, guide, 7.5)
-    assert_as_good(got, twin, fused._combine(eps.double(), doubled(guide), 7.5), 1e-6)
+    got, twin = passes.combine(eps, guide, 7.5), passes._combine(eps, guide, 7.5)
+    assert_as_good(got, twin, passes._combine(eps.double(), doubled(guide), 7.5), 1e-6)
 
 
 def test_perp_neg_of_parallel_equal_and_weightless_negatives(walk) -> None:
@@ -122,14 +122,14 @@ def test_perp_neg_of_parallel_equal_and_weightless_negatives(walk) -> None:
     guide = guide_of("perp_neg", 1)
     parallel = torch.cat([uncond + toward, uncond, uncond + 2 * toward, uncond - toward])
     plain = uncond + 7.5 * toward
-    assert relative_error(fused.combine(parallel, guide, 7.5), plain) < 1e-5
+    assert relative_error(passes.combine(parallel, guide, 7.5), plain) < 1e-5
     # no direction to project on: the negatives count in full
     equal = torch.cat([uncond, uncond, uncond + toward, uncond])
     wanted = uncond + 7.5 * guide.weights[0, 0] * toward
-    assert relative_error(fused.combine(equal, guide, 7.5), wanted) < 1e-5
+    assert relative_error(passes.combine(equal, guide, 7.5), wanted) < 1e-5
     free = Guide(torch.zeros(1, 2, device=DEVICE))
     stack = torch.cat([uncond + toward, uncond, randn(2, *shape, seed=3)])
-    assert relative_error(fused.combine(stack, free, 7.5), plain) < 1e-6
+    assert relative_error(passes.combine(stack, free, 7.5), plain) < 1e-6
 
 
 @overflows
@@ -139,7 +139,7 @@ def test_combine_spreads_what_is_not_finite_as_torch_does(bad, row, walk) -> Non
     guide = guide_of("perp_neg", 2)
     eps = randn(8, 3, 5, 7)
     eps[[0, 2, 4, 5][row], 1, 2, 3] = bad
-    got, twin = fused.combine(eps, guide, 7.5), fused._combine(eps, guide, 7.5)
+    got, twin = passes.combine(eps, guide, 7.5), passes._combine(eps, guide, 7.5)
     assert torch.equal(got.isfinite(), twin.isfinite())
     assert relative_error(got[1], twin[1]) < 1e-6
 
@@ -151,9 +151,9 @@ def test_step(n_items, shape, dtype, kind, walk) -> None:
     eps, z = randn(guide.rows * n_items, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, t_next = spread(899, n_items), spread(799, n_items)
     t_next[-1] = t[-1]
-    got = fused.step(eps, guide, 7.5, z, t, t_next, ABAR, dtype)
-    twin = fused.step_reference(eps, guide, 7.5, z, t, t_next, ABAR, dtype)
-    exact = fused.step_reference(
+    got = passes.step(eps, guide, 7.5, z, t, t_next, ABAR, dtype)
+    twin = passes.step_reference(eps, guide, 7.5, z, t, t_next, ABAR, dtype)
+    exact = passes.step_reference(
         eps.double(), doubled(guide), 7.5, z.double(), t, t_next, ABAR.double(), dtype
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
@@ -170,9 +170,9 @@ def test_state(n_items, shape, dtype, perp_neg) -> None:
     t, t_next = spread(899, n_items), spread(812, n_items)
     t_next[-1] = t[-1]
     arguments = (slot, slot + 2, t, t_next)
-    got = fused.state(states, predictions, *arguments, ABAR, dtype, perp_neg)
-    twin = fused.state_reference(states, predictions, *arguments, ABAR, dtype, perp_neg)
-    exact = fused.state_reference(
+    got = passes.state(states, predictions, *arguments, ABAR, dtype, perp_neg)
+    twin = passes.state_reference(states, predictions, *arguments, ABAR, dtype, perp_neg)
+    exact = passes.state_reference(
         states.double(), predictions.double(), *arguments, ABAR.double(), dtype, perp_neg
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
@@ -188,10 +188,10 @@ def test_link(n_items, shape, dtype, kind, walk) -> None:
     eps, x = randn(guide.rows * n_items, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, t_delta = spread(700, n_items), spread(757, n_items)
     mirrored = None if dtype == torch.float16 else (levels(1, 0, 1) > 0)[:n_items]
-    got = fused.link(eps, guide, 7.5, x, t, t_delta, ABAR, dtype, mirrored)
-    twin = fused.link_reference(eps, guide, 7.5, x, t, t_delta, ABAR, dtype, mirrored)
+    got = passes.link(eps, guide, 7.5, x, t, t_delta, ABAR, dtype, mirrored)
+    twin = passes.link_reference(eps, guide, 7.5, x, t, t_delta, ABAR, dtype, mirrored)
     double = torch.float64
-    exact = fused.link_reference(
+    exact = passes.link_reference(
         eps.double(), doubled(guide), 7.5, x.double(), t, t_delta, ABAR.double(), double, mirrored
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
@@ -212,9 +212,9 @@ def test_link_table(n_items, shape, dtype, perp_neg, pair, mirror) -> None:
     flags = (perp_neg, mirrored, pair)
     got, twin = (
         link(table, slot, slot_next, mix, x, t, t_delta, ABAR, dtype, *flags)
-        for link in (fused.link_table, fused.link_table_reference)
+        for link in (passes.link_table, passes.link_table_reference)
     )
-    exact = fused.link_table_reference(
+    exact = passes.link_table_reference(
         table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta, ABAR.double(),
         torch.float64, *flags,
     )  # fmt: skip
@@ -230,11 +230,11 @@ def test_link_of_one_level(mirror, walk) -> None:
     eps, t = randn(8, 3, 5, 7), levels(700, 420)
     mirrored = levels(0, 1) > 0 if mirror else None
     arguments = (eps, guide, 7.5, x, t, t, ABAR, torch.float16, mirrored)
-    both, one = (fused.link(*arguments, pair=pair) for pair in (True, False))
+    both, one = (passes.link(*arguments, pair=pair) for pair in (True, False))
     assert torch.equal(one.rows, both.rows.chunk(2)[1])
     assert torch.equal(one.levels, both.levels.chunk(2)[1])
     assert torch.equal(one.value, both.value)
-    eps_o = fused.combine(eps, guide, 7.5)
+    eps_o = passes.combine(eps, guide, 7.5)
     eps_o = eps_o if mirrored is None else torch.stack([eps_o[0], eps_o[1].flip(-1)])
     torch.testing.assert_close(one.value, eps_o)
 
@@ -244,7 +244,7 @@ def test_text(dtype) -> None:
     bank = randn(8, 5, 7)
     mix = text_mix(torch.tensor([0.0, 10.0, 80.0]), torch.tensor([20.0, -130.0, 0.0]))
     rows = [tensor.to(DEVICE) for tensor in (mix.first, mix.second, mix.share)]
-    got, want = fused.text(bank, *rows, dtype), mixed_rows(bank, *rows)
+    got, want = passes.text(bank, *rows, dtype), mixed_rows(bank, *rows)
     assert got.dtype == dtype and got.shape == (12, 5, 7)
     torch.testing.assert_close(got, want.to(dtype))
     assert torch.equal(got[3:], want[3:].to(dtype))  # rows that are not mixed
@@ -259,12 +259,12 @@ def test_gradient(n_items, shape, dtype, kind, weighting, one_level, walk) -> No
     eps, x = randn(n_rows, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, scales = spread(700, n_items), (1.0, 7.5)
     done = torch.zeros((), dtype=torch.int32, device=DEVICE)
-    twin = fused.gradient_reference(eps, guide, scales, x, t, ABAR, weighting)
-    exact = fused.gradient_reference(
+    twin = passes.gradient_reference(eps, guide, scales, x, t, ABAR, weighting)
+    exact = passes.gradient_reference(
         eps.double(), doubled(guide), scales, x.double(), t, ABAR.double(), weighting
     )
     for _ in range(2):  # the count of programs is back at zero for the second
-        got = fused.gradient(eps, guide, scales, x, t, ABAR, weighting, done)
+        got = passes.gradient(eps, guide, scales, x, t, ABAR, weighting, done)
         for name in ("grad", "target", "loss", "grad_norm"):
             assert_as_good(getattr(got, name), getattr(twin, name), getattr(exact, name), 2e-6)
         assert got.finite.dtype == torch.bool and bool(got.finite)
@@ -283,25 +283,25 @@ def test_gradient_with_a_share_of_the_trajectory(
     eps_o = randn(n_items, *shape, seed=2)
     share = torch.tensor([0.3, 1.0, 0.0], device=DEVICE)[:n_items]
     arguments = (scales, x, t, ABAR)
-    got = fused.gradient(eps, guide, *arguments, eps_o=eps_o, share=share)
-    twin = fused.gradient_reference(eps, guide, *arguments, eps_o=eps_o, share=share)
-    exact = fused.gradient_reference(
+    got = passes.gradient(eps, guide, *arguments, eps_o=eps_o, share=share)
+    twin = passes.gradient_reference(eps, guide, *arguments, eps_o=eps_o, share=share)
+    exact = passes.gradient_reference(
         eps.double(), doubled(guide), scales, x.double(), t, ABAR.double(),
         eps_o=eps_o.double(), share=share.double(),
     )  # fmt: skip
     for name in ("grad", "target", "loss", "grad_norm"):
         assert_as_good(getattr(got, name), getattr(twin, name), getattr(exact, name), 2e-6)
     if n_items > 2:  # none of it is the official gradient
-        assert torch.equal(got.grad[2], fused.gradient(eps, guide, *arguments).grad[2])
+        assert torch.equal(got.grad[2], passes.gradient(eps, guide, *arguments).grad[2])
 
 
 def test_gradient_of_half_a_share() -> None:
     guide, x = guide_of("plain", 2), randn(2, 3, 5, 7)
     arguments = (randn(4, 3, 5, 7), guide, (1.0, 7.5), x, levels(500, 400), ABAR)
     with pytest.raises(ValueError, match="both of eps_o and share"):
-        fused.gradient(*arguments, eps_o=x)
+        passes.gradient(*arguments, eps_o=x)
     with pytest.raises(ValueError, match=r"gradient: share: expected float32 \[2\]"):
-        fused.gradient(*arguments, eps_o=x, share=torch.ones(3, device=DEVICE))
+        passes.gradient(*arguments, eps_o=x, share=torch.ones(3, device=DEVICE))
 
 
 @overflows
@@ -312,7 +312,7 @@ def test_gradient_tells_what_is_not_finite(bad, kind, walk) -> None:
     eps, x = randn(4 * guide.rows, 3, 5, 7), randn(2, 3, 5, 7, seed=1)
     eps[-1, 1, 2, 3] = bad
     arguments = (guide, (1.0, 7.5), x, levels(500, 400), ABAR)
-    got, twin = fused.gradient(eps, *arguments), fused.gradient_reference(eps, *arguments)
+    got, twin = passes.gradient(eps, *arguments), passes.gradient_reference(eps, *arguments)
     assert not bool(got.finite) and not bool(got.loss.isfinite())
     assert torch.equal(got.grad.isfinite(), twin.grad.isfinite())
     assert torch.equal(got.target.isfinite(), twin.target.isfinite())
@@ -322,7 +322,7 @@ def test_gradient_tells_what_is_not_finite(bad, kind, walk) -> None:
 def test_gradient_whose_squares_overflow_is_finite(walk) -> None:
     guide = guide_of("plain", 1)
     eps, x = randn(4, 3, 5, 7) * 1e25, randn(1, 3, 5, 7, seed=1)
-    got = fused.gradient(eps, guide, (1.0, 7.5), x, levels(500), ABAR)
+    got = passes.gradient(eps, guide, (1.0, 7.5), x, levels(500), ABAR)
     assert bool(got.finite) and not bool(got.loss.isfinite())
 
 
@@ -330,19 +330,19 @@ def test_wrong_arguments_are_errors() -> None:
     guide, x = guide_of("perp_neg", 2), randn(2, 3, 4, 4)
     eps, t = randn(8, 3, 4, 4), levels(500, 400)
     with pytest.raises(ValueError, match=r"eps \[4B,C,h,w\]"):
-        fused.combine(eps[:7], guide, 7.5)
+        passes.combine(eps[:7], guide, 7.5)
     with pytest.raises(ValueError, match=r"weights \[1,2\]"):
-        fused.combine(eps[:4], guide, 7.5)
+        passes.combine(eps[:4], guide, 7.5)
     with pytest.raises(ValueError, match="step: z: expected float32"):
-        fused.step(eps, guide, 7.5, x.half(), t, t, ABAR, torch.float16)
+        passes.step(eps, guide, 7.5, x.half(), t, t, ABAR, torch.float16)
     with pytest.raises(ValueError, match=r"int64 \[2\]"):
-        fused.step(eps, guide, 7.5, x, t[:1], t, ABAR, torch.float16)
+        passes.step(eps, guide, 7.5, x, t[:1], t, ABAR, torch.float16)
     with pytest.raises(ValueError, match=r"alphas_cumprod float32 \[1000\]"):
-        fused.gradient(eps, guide, (1.0, 7.5), x, t, ABAR[:10])
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR[:10])
     with pytest.raises(ValueError, match=r"mirrored bool \[2\]"):
-        fused.link(eps, guide, 7.5, x, t, t, ABAR, torch.float16, mirrored=t)
+        passes.link(eps, guide, 7.5, x, t, t, ABAR, torch.float16, mirrored=t)
     with pytest.raises(ValueError, match="weighting: expected one of"):
-        fused.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, "other")
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, "other")
 
 
 class Computed(TorchDispatchMode):
@@ -385,15 +385,15 @@ def test_a_cached_step_is_few_launches(kind, monkeypatch) -> None:
     first, mix = eps[: 2 * guide.rows], torch.zeros(2, device=DEVICE)
     bank, rows, share = randn(8, 5, 7), levels(0, 1), torch.ones(2, device=DEVICE)
     with Computed() as computed:
-        fused.text(bank, rows, rows, share, half)
-        fused.link_table(table, slot, slot, mix, x, t, t_delta, ABAR, half, guide.rows == 4)
-        fused.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
+        passes.text(bank, rows, rows, share, half)
+        passes.link_table(table, slot, slot, mix, x, t, t_delta, ABAR, half, guide.rows == 4)
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
         assert launched == ["text", "link_table", "gradient"]
         launched.clear()
-        fused.text(bank, rows, rows, share, half)
-        fused.state(table, table, slot, slot, t, t_delta, ABAR, half, guide.rows == 4)
-        fused.link(first, guide, 7.5, x, t, t_delta, ABAR, half)
-        fused.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
+        passes.text(bank, rows, rows, share, half)
+        passes.state(table, table, slot, slot, t, t_delta, ABAR, half, guide.rows == 4)
+        passes.link(first, guide, 7.5, x, t, t_delta, ABAR, half)
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
     assert launched == ["text", "state", "link", "gradient"]
     assert computed.names == []
 
@@ -405,10 +405,10 @@ def test_a_cached_step_in_a_graph_follows_its_inputs() -> None:
     slot, t, t_delta, t_node = (levels(v) for v in (1, 600, 640, 699))
     done = torch.zeros((), dtype=torch.int32, device=DEVICE)
 
-    def run() -> fused.Gradient:
-        z = fused.state(table, predictions, slot, slot, t_node, t_delta, ABAR, torch.float16, True)
-        pair = fused.link(z.rows, guide, 7.5, x, t, t_delta, ABAR, torch.float16)
-        return fused.gradient(pair.rows, guide, (1.0, 7.5), x, t, ABAR, done=done)
+    def run() -> passes.Gradient:
+        z = passes.state(table, predictions, slot, slot, t_node, t_delta, ABAR, torch.float16, True)
+        pair = passes.link(z.rows, guide, 7.5, x, t, t_delta, ABAR, torch.float16)
+        return passes.gradient(pair.rows, guide, (1.0, 7.5), x, t, ABAR, done=done)
 
     run()
     torch.cuda.synchronize()

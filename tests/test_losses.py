@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsd_fast import losses
-from dsd_fast.losses import LossConfig, regularizers
-from dsd_fast.renderer import RenderOutput
+from dsd_fast.scene import losses
+from dsd_fast.scene.losses import LossConfig, regularizers
+from dsd_fast.scene.renderer import RenderOutput
 
 
 def _output(n_samples: int = 300, opacity_scale: float = 1.0) -> RenderOutput:

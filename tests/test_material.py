@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from dsd_fast.material import MaterialConfig, Shading, albedo_color, choose_shading, shade
+from dsd_fast.scene.material import MaterialConfig, Shading, albedo_color, choose_shading, shade
 
 
 def _generator() -> torch.Generator:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsd_fast import cli, memory
 from dsd_fast.config import ConfigError, leaves, preset, set_value
+from dsd_fast.run import cli, memory
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 import trimesh
 from torch import nn
 
-from dsd_fast.mesh import Mesh, MeshConfig, MeshError, make_mesh, write_glb
+from dsd_fast.scene.mesh import Mesh, MeshConfig, MeshError, make_mesh, write_glb
 
 CPU = torch.device("cpu")
 

@@ -19,34 +19,34 @@ from tiny_model import (
 )
 from torch import Tensor, nn
 
-from dsd_fast import checkpoint, memory, outputs
 from dsd_fast import train as module
-from dsd_fast.background import Background, BackgroundConfig
-from dsd_fast.cameras import CameraConfig, RandomCameras, camera_condition
 from dsd_fast.config import ConfigError, PromptConfig, TrainConfig, preset
 from dsd_fast.diffusion import DiffusionModel, load_model
-from dsd_fast.diffusion.engine import EagerEngine, make_engine
-from dsd_fast.diffusion.multiview_unet import (
+from dsd_fast.diffusion.engines.base import EagerEngine, make_engine
+from dsd_fast.diffusion.networks.multiview_unet import (
     MultiViewUNet,
     load_multiview_unet,
     sinusoids,
     with_cameras,
 )
-from dsd_fast.diffusion.noise_schedule import alphas_cumprod
+from dsd_fast.diffusion.noise_path import alphas_cumprod
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.field import GridConfig
 from dsd_fast.guidance import GuidanceConfig, MultiViewConfig, dsd_gradient
-from dsd_fast.guidance.multiview import (
+from dsd_fast.guidance.conditions.multiview import (
     MultiViewSDS,
     QuarterBins,
     camera_lattice,
     make_multiview_guidance,
     rescaled,
 )
-from dsd_fast.optimizer import Optimizer
 from dsd_fast.rng import RngStreams
-from dsd_fast.scene import Scene
-from dsd_fast.step import TrainStep
+from dsd_fast.run import checkpoint, memory, outputs
+from dsd_fast.run.optimizer import Optimizer
+from dsd_fast.scene.background import Background, BackgroundConfig
+from dsd_fast.scene.cameras import CameraConfig, RandomCameras, camera_condition
+from dsd_fast.scene.field import GridConfig
+from dsd_fast.scene.scene import Scene
+from dsd_fast.tasks.step import TrainStep
 
 SIZE, WIDTH, LENGTH = 8, 16, 5
 ELEVATIONS = (0.0, 30.0)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dsd_fast.field import Field, FieldConfig, GridConfig
-from dsd_fast.occupancy import OccupancyConfig, OccupancyGrid
+from dsd_fast.scene.field import Field, FieldConfig, GridConfig
+from dsd_fast.scene.occupancy import OccupancyConfig, OccupancyGrid
 
 STEP_SIZE = 1.732 * 4 / 512
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsd_fast import official
-from dsd_fast.config import ConfigError, leaves, preset
+from dsd_fast.config import ConfigError, leaves, official, preset
 
 DATA = Path(__file__).parent / "data"
 DSD = DATA / "dsd.yaml"

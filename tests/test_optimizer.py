@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import cuda_only
 
-from dsd_fast import optimizer as module
-from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import OptimizerConfig, TrainConfig, preset
-from dsd_fast.field import FieldConfig, GridConfig
-from dsd_fast.optimizer import Optimizer
-from dsd_fast.scene import Scene
+from dsd_fast.run import optimizer as module
+from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.run.optimizer import Optimizer
+from dsd_fast.scene.field import FieldConfig, GridConfig
+from dsd_fast.scene.scene import Scene
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from dsd_fast import checkpoint
-from dsd_fast.outputs import MAX_SLUG, OutputError, RunFolder, slugify
+from dsd_fast.run import checkpoint
+from dsd_fast.run.outputs import MAX_SLUG, OutputError, RunFolder, slugify
 
 
 def test_plain_prompts_keep_the_official_name():

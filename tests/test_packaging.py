@@ -51,7 +51,7 @@ def test_import_is_lean() -> None:
     result = run_python(
         "import sys, time, torch\n"
         "start = time.perf_counter()\n"
-        "import dsd_fast, dsd_fast.ops, dsd_fast.encoding\n"
+        "import dsd_fast, dsd_fast.ops, dsd_fast.scene.encoding\n"
         "grid = dsd_fast.HashGrid(2, 2, 6, 4, 1.5)\n"
         "seconds = time.perf_counter() - start\n"
         "heavy = {'diffusers', 'transformers', 'triton', 'moderngl', 'trimesh', 'skimage'}\n"

@@ -14,7 +14,8 @@ import torch
 Image = pytest.importorskip("PIL.Image", reason="needs the extra `prior`")
 pytest.importorskip("scipy", reason="needs the extra `prior`")
 
-from dsd_fast.prior import captions, catalogue, credits, mesh, render, views  # noqa: E402
+from dsd_fast.judge import captions  # noqa: E402
+from dsd_fast.prior import catalogue, credits, mesh, render, views  # noqa: E402
 from dsd_fast.prior.obj import parse_mtl, parse_obj  # noqa: E402
 
 # A box 2 wide (x), 1 high (y), 4 deep (z), its front (+z) red, the rest blue.
@@ -327,7 +328,7 @@ def test_views_cover_what_training_asks_for():
 
 
 def test_camera_is_that_of_the_training_loop():
-    from dsd_fast.cameras import camera_rays, look_at
+    from dsd_fast.scene.cameras import camera_rays, look_at
 
     drawn = views.sample_views(5, False, np.random.default_rng(1))
     as_tensor = [torch.from_numpy(a) for a in (drawn.position, drawn.centre, drawn.up)]

@@ -10,10 +10,11 @@ import torch
 from skimage.metrics import structural_similarity
 
 from dsd_fast.diffusion import load_view_model
-from dsd_fast.diffusion.reference import CameraProjection, latent_feature_width
+from dsd_fast.diffusion.reference_picture import CameraProjection, latent_feature_width
 from dsd_fast.evaluate import metrics, truth
 from dsd_fast.evaluate.assets import EvaluateError
-from dsd_fast.prior import captions, evaluate_views, models, objects, orbits, render, train_views
+from dsd_fast.judge import captions
+from dsd_fast.prior import evaluate_views, models, objects, orbits, render, train_views
 from dsd_fast.prior.train import load_part
 from dsd_fast.prior.views import ORBIT_ELEVATION, STRETCH, sample_orbits
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from dsd_fast.material import MODES, MaterialConfig, Shading, shade
+from dsd_fast.scene.material import MODES, MaterialConfig, Shading, shade
 
 pytest.importorskip("triton")
-kernels = pytest.importorskip("dsd_fast.kernels.samples")
+kernels = pytest.importorskip("dsd_fast.kernels.ray_samples")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = MaterialConfig(ambient_light_color=(0.1, 0.2, 0.3), diffuse_light_color=(0.9, 0.7, 0.8))

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from conftest import cuda_only, relative_error
 
-from dsd_fast.background import Background, BackgroundConfig
-from dsd_fast.cameras import CameraConfig, RandomCameras, eval_camera
-from dsd_fast.field import Field, FieldConfig, FieldOutput, GridConfig
-from dsd_fast.losses import LossConfig, regularizers
-from dsd_fast.material import MaterialConfig
 from dsd_fast.ops import PackedSamples
-from dsd_fast.renderer import Renderer, RendererConfig
-from dsd_fast.sample_room import FLOOR, LESSONS, SampleRoom
+from dsd_fast.scene.background import Background, BackgroundConfig
+from dsd_fast.scene.cameras import CameraConfig, RandomCameras, eval_camera
+from dsd_fast.scene.field import Field, FieldConfig, FieldOutput, GridConfig
+from dsd_fast.scene.losses import LossConfig, regularizers
+from dsd_fast.scene.material import MaterialConfig
+from dsd_fast.scene.renderer import Renderer, RendererConfig
+from dsd_fast.scene.sample_room import FLOOR, LESSONS, SampleRoom
 
 RADIUS = 0.5
 ALBEDO = MaterialConfig(ambient_only_steps=10**9)
@@ -257,7 +257,7 @@ def _cuda_scene(**changes) -> tuple[Renderer, Field]:
 
 @cuda_only
 def test_learnt_room_changes_nothing(monkeypatch):
-    monkeypatch.setattr("dsd_fast.sample_room.LESSONS", 1)
+    monkeypatch.setattr("dsd_fast.scene.sample_room.LESSONS", 1)
     renderer, field = _cuda_scene()
     first, first_gradients = _cuda_render(renderer, field)  # counts
     second, gradients = _cuda_render(renderer, field)  # has room
@@ -271,7 +271,7 @@ def test_learnt_room_changes_nothing(monkeypatch):
 
 @cuda_only
 def test_rendering_does_not_wait_for_the_device(monkeypatch):
-    monkeypatch.setattr("dsd_fast.sample_room.LESSONS", 1)
+    monkeypatch.setattr("dsd_fast.scene.sample_room.LESSONS", 1)
     renderer, field = _cuda_scene()
     _cuda_render(renderer, field)
     cameras = _cameras(size=24).to("cuda")

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import tyro
 
-from dsd_fast.losses import LossConfig
+from dsd_fast.scene.losses import LossConfig
 from dsd_fast.schedules import Schedule, ScheduleValue
 
 

@@ -15,26 +15,31 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_model import build_tiny_model, build_tiny_view_model
 
-from dsd_fast import checkpoint, outputs, single_view
 from dsd_fast import train as module
-from dsd_fast.cameras import CameraBatch, RandomCameras, eval_camera
 from dsd_fast.config import TrainConfig, from_dict, preset
 from dsd_fast.diffusion import load_view_model
-from dsd_fast.diffusion.reference import latent_feature_width, latent_features, relative_pose
+from dsd_fast.diffusion.reference_picture import (
+    latent_feature_width,
+    latent_features,
+    relative_pose,
+)
 from dsd_fast.evaluate import truth
-from dsd_fast.field import Field, FieldConfig, GridConfig
 from dsd_fast.guidance import GuidanceConfig, dsd_gradient
-from dsd_fast.guidance.views import (
+from dsd_fast.guidance.conditions.pose import (
     OrbitBins,
     Reference,
     ViewDSD,
     ViewSDS,
     make_view_guidance,
 )
-from dsd_fast.renderer import RenderOutput
-from dsd_fast.scene import Scene
+from dsd_fast.run import checkpoint, outputs
+from dsd_fast.scene import picture as single_view
+from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
+from dsd_fast.scene.field import Field, FieldConfig, GridConfig
+from dsd_fast.scene.renderer import RenderOutput
+from dsd_fast.scene.scene import Scene
 from dsd_fast.schedules import Schedule
-from dsd_fast.single_view_step import color_error, normal_smoothness, surface_smoothness
+from dsd_fast.tasks.single_view_step import color_error, normal_smoothness, surface_smoothness
 
 REFERENCE = Reference(5.0, 0.0, (-10.0, 80.0), 8, 3)
 

@@ -15,9 +15,10 @@ from conftest import cuda_only, relative_error
 from tiny_model import build_tiny_model
 
 from dsd_fast import build_engine
-from dsd_fast.diffusion import engine_cache, load_model, parity, tensorrt, tensorrt_library
-from dsd_fast.diffusion.engine import EagerEngine, GraphEngine, make_engine
-from dsd_fast.diffusion.onnx_export import INPUTS, UNetShape, export_unet
+from dsd_fast.diffusion import load_model
+from dsd_fast.diffusion.engines import cache, parity, tensorrt, tensorrt_library
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
+from dsd_fast.diffusion.engines.onnx_export import INPUTS, UNetShape, export_unet
 
 TINY = UNetShape(4, 8, 8, 77, 16)
 
@@ -129,15 +130,15 @@ def test_gate_stops_a_wrong_engine(wrong, tiny_folder) -> None:
 
 def test_folder_of_engines(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("DSD_CACHE", str(tmp_path))
-    assert engine_cache.folder() == tmp_path
+    assert cache.folder() == tmp_path
     monkeypatch.delenv("DSD_CACHE")
-    assert engine_cache.folder().parts[-3:] == (".cache", "dsd_fast", "engines")
+    assert cache.folder().parts[-3:] == (".cache", "dsd_fast", "engines")
 
 
 def test_key_covers_all_that_decides_an_engine(tiny_folder) -> None:
     unet = load_model(tiny_folder).unet
     given = {
-        "weights": engine_cache.weights_digest(unet),
+        "weights": cache.weights_digest(unet),
         "shape": TINY,
         "rows": (4, 8),
         "dtype": torch.float16,
@@ -145,14 +146,14 @@ def test_key_covers_all_that_decides_an_engine(tiny_folder) -> None:
         "version": "1.7",
         "capability": (8, 9),
     }
-    names = [engine_cache.key(**given)]
-    assert names[0] == engine_cache.key(**given) and len(names[0]) == 64
+    names = [cache.key(**given)]
+    assert names[0] == cache.key(**given) and len(names[0]) == 64
     unet.to(memory_format=torch.channels_last)
-    assert engine_cache.weights_digest(unet) == given["weights"]
+    assert cache.weights_digest(unet) == given["weights"]
     with torch.no_grad():
         next(unet.parameters())[0, 0, 0, 0] += 1
     changes = {
-        "weights": engine_cache.weights_digest(unet),
+        "weights": cache.weights_digest(unet),
         "shape": dataclasses.replace(TINY, width=16),
         "rows": (8, 4),
         "dtype": torch.float32,
@@ -160,20 +161,20 @@ def test_key_covers_all_that_decides_an_engine(tiny_folder) -> None:
         "version": "1.8",
         "capability": (12, 0),
     }
-    names += [engine_cache.key(**{**given, name: value}) for name, value in changes.items()]
+    names += [cache.key(**{**given, name: value}) for name, value in changes.items()]
     assert len(set(names)) == len(names)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch) -> None:
     path = tmp_path / "a.engine"
-    assert engine_cache.write(path, b"old") == 3
+    assert cache.write(path, b"old") == 3
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dsd_fast.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        engine_cache.write(path, b"new")
+        cache.write(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -185,7 +186,7 @@ def test_an_engine_is_built_once(tmp_path) -> None:
         return bytearray(b"engine")
 
     for _ in range(2):
-        assert engine_cache.load_or_build(path, lambda p: p.read_bytes(), build) == b"engine"
+        assert cache.load_or_build(path, lambda p: p.read_bytes(), build) == b"engine"
     assert len(builds) == 1
 
 
@@ -201,30 +202,30 @@ def test_a_corrupt_file_is_built_again_with_one_line(refusal, tmp_path, caplog) 
             raise RuntimeError("bad magic")
         return None
 
-    assert engine_cache.load_or_build(path, load, lambda: b"engine") == "loaded"
+    assert cache.load_or_build(path, load, lambda: b"engine") == "loaded"
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1 and str(path) in warnings[0].getMessage()
 
 
 def test_a_second_name_takes_no_second_copy(tmp_path, monkeypatch) -> None:
     first, second, third = (tmp_path / name for name in "abc")
-    engine_cache.write(first, b"engine")
+    cache.write(first, b"engine")
     second.write_bytes(b"old")
-    engine_cache.link(first, second)
+    cache.link(first, second)
     assert second.samefile(first) and second.read_bytes() == b"engine"
 
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("dsd_fast.diffusion.engine_cache.os.link", refuse)
-    engine_cache.link(first, third)
+    monkeypatch.setattr("dsd_fast.diffusion.engines.cache.os.link", refuse)
+    cache.link(first, third)
     assert third.read_bytes() == b"engine" and sorted(tmp_path.iterdir()) == [first, second, third]
 
 
 def test_a_fresh_engine_that_does_not_load_is_an_error(tmp_path) -> None:
     path = tmp_path / "a.engine"
     with pytest.raises(RuntimeError, match="although it was just built"):
-        engine_cache.load_or_build(path, lambda file: None, lambda: b"engine")
+        cache.load_or_build(path, lambda file: None, lambda: b"engine")
     assert not path.exists()
 
 
@@ -433,7 +434,7 @@ def test_command_builds_a_tiny_unet(tiny_folder, tmp_path, caplog) -> None:
     unet = load_model(tiny_folder).unet.half()
     library = tensorrt_library.find_library("tensorrt_rtx")
     name = tensorrt.engine_key(unet, TINY, (4,), torch.float16, library, (8, 9))
-    assert paths[0] == engine_cache.path_of(name, tmp_path)
+    assert paths[0] == cache.path_of(name, tmp_path)
     # One engine runs on both, and is stored once.
     assert paths[0].samefile(paths[1])
     before = paths[0].stat().st_mtime_ns

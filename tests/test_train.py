@@ -14,11 +14,12 @@ import trimesh
 from runs import Runner, equal
 from tiny_model import build_tiny_model
 
-from dsd_fast import checkpoint, export, outputs
+from dsd_fast import export
 from dsd_fast import train as module
 from dsd_fast.config import TrainConfig, from_dict
 from dsd_fast.guidance import DSDGuidance
-from dsd_fast.step import TrainStep
+from dsd_fast.run import checkpoint, outputs
+from dsd_fast.tasks.step import TrainStep
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
@@ -464,7 +465,7 @@ def test_export_needs_no_diffusion_model(runner, tmp_path, monkeypatch, caplog):
     def refuse(*_, **__):
         raise AssertionError("the diffusion model was loaded")
 
-    monkeypatch.setattr("dsd_fast.task.load_model", refuse)
+    monkeypatch.setattr("dsd_fast.tasks.base.load_model", refuse)
     run = str(runner.run.path)
     assert export.main([run, "--device", "cpu"]) == 0
     assert runner.run.mesh.read_bytes() == trained

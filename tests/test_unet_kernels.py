@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import cuda_only, relative_error
 from torch import Tensor
 
-from dsd_fast.diffusion import tokens
+from dsd_fast.diffusion.networks import token_ops
 
 pytest.importorskip("triton", reason="needs Triton")
 from dsd_fast.kernels import group_norm as norm_kernels
@@ -35,7 +35,7 @@ def both(monkeypatch: pytest.MonkeyPatch, function, *args, **kwargs) -> tuple[Te
     """The kernel's result and the twin's, each on its own copies."""
     results = []
     for on_kernels in (True, False):
-        monkeypatch.setattr(tokens, "_on_kernels", lambda x, on=on_kernels: on)
+        monkeypatch.setattr(token_ops, "_on_kernels", lambda x, on=on_kernels: on)
         results.append(function(*args, **kwargs))
     return results[0], results[1]
 
@@ -75,7 +75,7 @@ def test_group_norm(shape, groups, terms, launches, monkeypatch) -> None:
     totals = iter(sums)
 
     def run() -> Tensor:
-        return tokens.group_norm(
+        return token_ops.group_norm(
             randn(batch, n, first, dtype=dtype) + 3,
             randn(channels, seed=1, dtype=dtype),
             randn(channels, seed=2, dtype=dtype),
@@ -136,7 +136,7 @@ def test_layer_norm(channels, update, dtype, monkeypatch) -> None:
     rows = iter(inputs)
 
     def run() -> Tensor:
-        return tokens.layer_norm(
+        return token_ops.layer_norm(
             next(rows),
             randn(channels, seed=1, dtype=dtype),
             randn(channels, seed=2, dtype=dtype),
@@ -154,7 +154,7 @@ def test_layer_norm(channels, update, dtype, monkeypatch) -> None:
 def test_geglu(bias, monkeypatch) -> None:
     monkeypatch.setattr(token_kernels, "GEGLU_COLUMNS", 16)
     got, want = both(
-        monkeypatch, tokens.geglu, 3 * randn(2, 9, 84), randn(84, seed=1) if bias else None
+        monkeypatch, token_ops.geglu, 3 * randn(2, 9, 84), randn(84, seed=1) if bias else None
     )
     assert relative_error(got, want) < 1e-6
 
@@ -163,14 +163,14 @@ def test_geglu(bias, monkeypatch) -> None:
 def test_linear_geglu(rows, depth, width, monkeypatch) -> None:
     for name, size in (("BLOCK_M", 32), ("BLOCK_N", 32), ("BLOCK_K", 16), ("GROUP_M", 2)):
         monkeypatch.setattr(geglu_kernels, name, size)
-    monkeypatch.setattr(tokens, "FUSED_GEGLU_ROWS", 1)
+    monkeypatch.setattr(token_ops, "FUSED_GEGLU_ROWS", 1)
     x, weight, bias = (
         randn(*shape, seed=seed, dtype=torch.float16)
         for seed, shape in enumerate([(rows, depth), (2 * width, depth), (2 * width,)])
     )
     got = geglu_kernels.linear_geglu_fwd(x, weight, bias)
-    monkeypatch.setattr(tokens, "_on_kernels", lambda x: False)
-    want = tokens.linear_geglu(x.float(), weight.float(), bias.float())
+    monkeypatch.setattr(token_ops, "_on_kernels", lambda x: False)
+    want = token_ops.linear_geglu(x.float(), weight.float(), bias.float())
     assert relative_error(got, want) < 1e-3
 
 
@@ -178,7 +178,7 @@ def test_linear_geglu(rows, depth, width, monkeypatch) -> None:
 def test_upsample(channels, monkeypatch) -> None:
     monkeypatch.setattr(token_kernels, "UPSAMPLE_TILE", 512)
     x, add = randn(2, 15, channels), randn(channels, seed=1)
-    got, want = both(monkeypatch, tokens.upsample, x, 3, 5, add)
+    got, want = both(monkeypatch, token_ops.upsample, x, 3, 5, add)
     assert torch.equal(got, want)
     image = (x + add).view(2, 3, 5, channels).permute(0, 3, 1, 2)
     expected = F.interpolate(image, scale_factor=2).permute(0, 2, 3, 1).flatten(1, 2)
@@ -188,7 +188,7 @@ def test_upsample(channels, monkeypatch) -> None:
 @pytest.mark.parametrize("channels", [12, 144])
 def test_interleave(channels, monkeypatch) -> None:
     x = randn(2, 4 * 6, 4 * channels)
-    got, want = both(monkeypatch, tokens.interleave, x, 3, 5)
+    got, want = both(monkeypatch, token_ops.interleave, x, 3, 5)
     assert torch.equal(got, want)
     frame, image = x.view(2, 4, 6, 2, 2, channels), want.view(2, 6, 10, channels)
     assert torch.equal(image[:, 5, 2], frame[:, 3, 1, 1, 0])
@@ -197,13 +197,13 @@ def test_interleave(channels, monkeypatch) -> None:
 def test_errors_name_shapes() -> None:
     one = torch.ones(8)
     with pytest.raises(ValueError, match="multiple of 3 groups"):
-        tokens.group_norm(torch.zeros(1, 4, 8), one, one, 3, 1e-5)
+        token_ops.group_norm(torch.zeros(1, 4, 8), one, one, 3, 1e-5)
     with pytest.raises(ValueError, match=r"residual \[1, 4, 8\]"):
-        tokens.group_norm(torch.zeros(1, 4, 8), one, one, 2, 1e-5, residual=torch.zeros(1, 4, 7))
+        token_ops.group_norm(torch.zeros(1, 4, 8), one, one, 2, 1e-5, residual=torch.zeros(1, 4, 7))
     with pytest.raises(ValueError, match="upsample"):
-        tokens.upsample(torch.zeros(1, 4, 8), 3, 2)
+        token_ops.upsample(torch.zeros(1, 4, 8), 3, 2)
     with pytest.raises(ValueError, match=r"x \[B,4·3,4C\]"):
-        tokens.interleave(torch.zeros(1, 4, 8), 3, 2)
+        token_ops.interleave(torch.zeros(1, 4, 8), 3, 2)
 
 
 _COMPILE = """
@@ -219,10 +219,10 @@ cases = [
     (group_norm.stats_kernel, dict(**flags, **tile, SUM=True)),
     (group_norm.apply_kernel, dict(**flags, **tile, SCALE=True, SILU=True)),
     (group_norm.whole_kernel, dict(**flags, **tile, SCALE=False, SILU=True, SUM=True)),
-    (tokens.layer_norm_kernel, dict(ADD=True, UPDATE=True, BLOCK_R=4, BLOCK_C=64)),
-    (tokens.geglu_kernel, dict(BIAS=True, BLOCK_R=4, BLOCK_C=64)),
-    (tokens.upsample_kernel, dict(ADD=True, BLOCK_R=4, BLOCK_C=64)),
-    (tokens.interleave_kernel, dict(BLOCK_R=4, BLOCK_C=64)),
+    (token_ops.layer_norm_kernel, dict(ADD=True, UPDATE=True, BLOCK_R=4, BLOCK_C=64)),
+    (token_ops.geglu_kernel, dict(BIAS=True, BLOCK_R=4, BLOCK_C=64)),
+    (token_ops.upsample_kernel, dict(ADD=True, BLOCK_R=4, BLOCK_C=64)),
+    (token_ops.interleave_kernel, dict(BLOCK_R=4, BLOCK_C=64)),
     (linear_geglu.linear_geglu_kernel, dict(**product, EVEN_K=False)),
 ]
 for kernel, constants in cases:
@@ -258,6 +258,6 @@ def test_kernels_compile_without_a_gpu(tmp_path) -> None:
 def test_group_norm_at_full_size(shape) -> None:
     x = randn(*shape, dtype=torch.float16)
     weight, bias = (randn(shape[2], seed=s, dtype=torch.float16) for s in (1, 2))
-    got = tokens.group_norm(x, weight, bias, 32, 1e-5, True)
+    got = token_ops.group_norm(x, weight, bias, 32, 1e-5, True)
     normal = F.group_norm(x.float().transpose(1, 2), 32, weight.float(), bias.float())
     assert relative_error(got, F.silu(normal.transpose(1, 2))) < 1e-3

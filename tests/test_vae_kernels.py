@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from dsd_fast.diffusion import vae_ops
+from dsd_fast.diffusion.networks import vae_ops
 
 pytest.importorskip("triton", reason="needs Triton")
 from dsd_fast.kernels import group_norm, group_norm_bwd, vae

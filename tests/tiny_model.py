@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import alphas_cumprod
+from dsd_fast.diffusion.noise_path import alphas_cumprod
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -95,7 +95,7 @@ def build_tiny_view_model(folder: Path, *, clip: bool = True, seed: int = 0) -> 
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from dsd_fast.diffusion.reference import CameraProjection, latent_feature_width
+    from dsd_fast.diffusion.reference_picture import CameraProjection, latent_feature_width
 
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def build_tiny_multiview(folder: Path, *, seed: int = 0, **unet: object) -> Path
     """
     from safetensors.torch import save_file
 
-    from dsd_fast.diffusion.multiview_unet import MultiViewUNet
+    from dsd_fast.diffusion.networks.multiview_unet import MultiViewUNet
 
     build_tiny_model(folder, seed=seed)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

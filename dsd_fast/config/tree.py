@@ -17,18 +17,18 @@ from typing import Any, Literal, TypeVar, Union
 
 import torch
 
-from dsd_fast.background import BackgroundConfig
-from dsd_fast.cameras import CameraConfig
 from dsd_fast.diffusion.text import VIEWS
-from dsd_fast.field import FieldConfig, GridConfig
 from dsd_fast.guidance import GuidanceConfig, MultiViewConfig
-from dsd_fast.image import ImageConfig
-from dsd_fast.losses import LossConfig
-from dsd_fast.material import MaterialConfig
-from dsd_fast.mesh import MeshConfig
-from dsd_fast.renderer import RendererConfig
+from dsd_fast.scene.background import BackgroundConfig
+from dsd_fast.scene.cameras import CameraConfig
+from dsd_fast.scene.field import FieldConfig, GridConfig
+from dsd_fast.scene.image import ImageConfig
+from dsd_fast.scene.losses import LossConfig
+from dsd_fast.scene.material import MaterialConfig
+from dsd_fast.scene.mesh import MeshConfig
+from dsd_fast.scene.picture import SingleViewConfig
+from dsd_fast.scene.renderer import RendererConfig
 from dsd_fast.schedules import Schedule
-from dsd_fast.single_view import SingleViewConfig
 
 T = TypeVar("T")
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dsd_fast.diffusion import int8, multiview_unet, noise_schedule
+from dsd_fast.diffusion import int8, noise_path
+from dsd_fast.diffusion.networks import multiview_unet
 
 _CONFIGS = {
     "unet": "config.json",
@@ -306,8 +307,8 @@ def _check_classes(path: Path, configs: dict[str, dict[str, Any]]) -> None:
 
 
 def _check_levels(configs: dict[str, dict[str, Any]]) -> None:
-    noise_schedule.prediction_type(configs["scheduler"])
-    noise_schedule.alphas_cumprod(configs["scheduler"])
+    noise_path.prediction_type(configs["scheduler"])
+    noise_path.alphas_cumprod(configs["scheduler"])
 
 
 def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:

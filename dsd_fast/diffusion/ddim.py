@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast._backend import has_triton
-from dsd_fast.diffusion.engine import make_engine
-from dsd_fast.diffusion.fused_vae import FusedEncoder, unsupported
-from dsd_fast.diffusion.noise_schedule import noise_of_velocity
+from dsd_fast.diffusion.engines.base import make_engine
+from dsd_fast.diffusion.networks.fused_vae import FusedEncoder, unsupported
+from dsd_fast.diffusion.noise_path import noise_of_velocity
 from dsd_fast.upload import upload
 
 _HASH_CHUNK_BYTES = 1 << 22
@@ -44,7 +44,7 @@ class DiffusionModel:
         latent_size: side of the square latents.
         vae_factor: image pixels per latent pixel, along a side.
         weight_files: what `model_hash` covers.
-        engine: one of `dsd_fast.diffusion.engine.ENGINES`, see there.
+        engine: one of `dsd_fast.diffusion.engines.base.ENGINES`, see there.
     """
 
     def __init__(

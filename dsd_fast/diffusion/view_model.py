@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.engine import UNetEngine
+from dsd_fast.diffusion.engines.base import UNetEngine
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.reference import POSE_WIDTH, CameraProjection, latent_features
+from dsd_fast.diffusion.reference_picture import POSE_WIDTH, CameraProjection, latent_features
 
 # CLIP's normalisation of pixels (Radford et al. 2021).
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

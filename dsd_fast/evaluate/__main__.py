@@ -17,11 +17,11 @@ from typing import Annotated
 import tyro
 
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.evaluate import assets, metrics, page
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json, write_text
+from dsd_fast.run.command import run_command
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.evaluate")

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsd_fast import checkpoint, cli
-from dsd_fast.cameras import eval_camera
-from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import CameraConfig, TrainConfig, from_dict
 from dsd_fast.evaluate import meshes
-from dsd_fast.outputs import RunFolder
-from dsd_fast.pictures import to_uint8
-from dsd_fast.renderer import OPAQUE
-from dsd_fast.scene import Scene
+from dsd_fast.run import checkpoint, cli
+from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.run.outputs import RunFolder
+from dsd_fast.run.pictures import to_uint8
+from dsd_fast.scene.cameras import eval_camera
+from dsd_fast.scene.renderer import OPAQUE
+from dsd_fast.scene.scene import Scene
 from dsd_fast.schedules import Schedule
 
 log = logging.getLogger("dsd_fast.evaluate")

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from dsd_fast.evaluate.assets import Asset, EvaluateError
-from dsd_fast.guidance.prompt import direction
-from dsd_fast.prior.captions import SYNONYMS, VIEWS, has_front
+from dsd_fast.guidance.conditions.text import direction
+from dsd_fast.judge.captions import SYNONYMS, VIEWS, has_front
+from dsd_fast.judge.features import load_features
 from dsd_fast.prior.evaluate import COUNTED_NOUNS, Judge, image_features, load_judge
-from dsd_fast.prior.features import load_features
 
 # The last features of EfficientNet-Lite0: the pooled head, as wide as is usual for distances
 # between sets of images. The rest (pooled taps of earlier layers) is for the judges.

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dsd_fast.cameras import eval_camera
 from dsd_fast.config import CameraConfig
+from dsd_fast.scene.cameras import eval_camera
 
 SUFFIXES = {".glb", ".gltf", ".obj", ".ply", ".stl"}
 # Of these the third axis points up; the others have y up and their front on +z, as glTF says.

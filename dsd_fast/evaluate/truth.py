@@ -18,17 +18,17 @@ import numpy as np
 import torch
 import tyro
 
-from dsd_fast import checkpoint, cli
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.cameras import eval_camera
-from dsd_fast.checkpoint import CheckpointError
-from dsd_fast.command import run_command
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
 from dsd_fast.evaluate import assets, metrics
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json
-from dsd_fast.pictures import to_uint8, write_png
-from dsd_fast.scene import Scene
+from dsd_fast.run import checkpoint, cli
+from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.run.command import run_command
+from dsd_fast.run.pictures import to_uint8, write_png
+from dsd_fast.scene.cameras import eval_camera
+from dsd_fast.scene.scene import Scene
 
 log = logging.getLogger("dsd_fast.evaluate")
 

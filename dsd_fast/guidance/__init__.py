@@ -13,12 +13,12 @@ from dsd_fast.guidance.base import (
     GuidanceOutput,
     distillation_loss,
 )
+from dsd_fast.guidance.baselines import ASD, CSD, FSD, ISM, NFSD, SDI, SDS, settings
+from dsd_fast.guidance.conditions.multiview import MultiViewConfig, MultiViewDSD, MultiViewSDS
+from dsd_fast.guidance.conditions.text import combine, view_embeddings
 from dsd_fast.guidance.dsd import DSDGuidance, dsd_gradient
-from dsd_fast.guidance.multiview import MultiViewConfig, MultiViewDSD, MultiViewSDS
+from dsd_fast.guidance.levels import timestep
 from dsd_fast.guidance.plan import Plan
-from dsd_fast.guidance.prompt import combine, view_embeddings
-from dsd_fast.guidance.rivals import ASD, CSD, FSD, ISM, NFSD, SDI, SDS, settings
-from dsd_fast.guidance.schedule import timestep
 from dsd_fast.guidance.trajectory import seed_noise
 from dsd_fast.guidance.vsd import VSD
 

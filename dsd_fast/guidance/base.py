@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS, noise_of_velocity
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS, noise_of_velocity
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance import fused
-from dsd_fast.guidance.fused import WEIGHTINGS, Batch
+from dsd_fast.guidance import passes
+from dsd_fast.guidance.conditions.text import TextMix, text_mix
+from dsd_fast.guidance.levels import random_timesteps, shifted_level, timestep
+from dsd_fast.guidance.passes import WEIGHTINGS, Batch
 from dsd_fast.guidance.plan import Plan
-from dsd_fast.guidance.prompt import TextMix, text_mix
-from dsd_fast.guidance.schedule import random_timesteps, shifted_level, timestep
 from dsd_fast.schedules import Schedule, ScheduleValue
 from dsd_fast.upload import Pack
 
@@ -346,7 +346,7 @@ class Guidance:
 
     def _text(self, rows: Mapping[str, Tensor] | Pack) -> Tensor:
         """Text rows [N,L,D] in the UNet's dtype, of the columns of `_rows_of` on the device."""
-        return fused.text(
+        return passes.text(
             self._bank, rows["first"], rows["second"], rows["share"], self.model.dtype
         )
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance import fused
+from dsd_fast.guidance import passes
 from dsd_fast.guidance.base import (
     Guidance,
     GuidanceConfig,
@@ -27,9 +27,9 @@ from dsd_fast.guidance.base import (
     levels_of,
     row_columns,
 )
-from dsd_fast.guidance.fused import Batch, Guide
+from dsd_fast.guidance.conditions.text import expand_rows
+from dsd_fast.guidance.passes import Batch, Guide
 from dsd_fast.guidance.plan import Plan, PlanKind
-from dsd_fast.guidance.prompt import expand_rows
 from dsd_fast.guidance.trajectory import ddim_step
 
 _LAST_LEVEL = NUM_TRAIN_TIMESTEPS - 1
@@ -157,7 +157,7 @@ class Rival(Guidance):
         n_items = plan.kind.n_items
         unconditional = eps[n_items : 2 * n_items].float()
         return Parts(
-            unconditional, fused.combine(eps, Guide(weights, True), 1.0) - unconditional
+            unconditional, passes.combine(eps, Guide(weights, True), 1.0) - unconditional
         )
 
 

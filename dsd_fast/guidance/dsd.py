@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance import fused
+from dsd_fast.guidance import passes
 from dsd_fast.guidance.base import (
     Guidance,
     GuidanceConfig,
@@ -34,10 +34,10 @@ from dsd_fast.guidance.base import (
     levels_of,
     row_columns,
 )
-from dsd_fast.guidance.fused import WEIGHTINGS, Batch, Guide
+from dsd_fast.guidance.conditions.text import TextMix, expand_rows, wrapped
+from dsd_fast.guidance.levels import ode_grid
+from dsd_fast.guidance.passes import WEIGHTINGS, Batch, Guide
 from dsd_fast.guidance.plan import Plan, PlanKind
-from dsd_fast.guidance.prompt import TextMix, expand_rows, wrapped
-from dsd_fast.guidance.schedule import ode_grid
 from dsd_fast.guidance.tables import TrajectoryTables
 from dsd_fast.guidance.trajectory import Predictor, ViewBins, signal_and_noise, simulate
 from dsd_fast.schedules import Schedule
@@ -198,7 +198,7 @@ class DSDGuidance(Guidance):
             linked = self._link(x, plan, guide, text)
             eps = self._predict(linked, text[-len(linked.rows) :])
             share = tensors["trajectory_share"] if self._share.maximum > 0 else None
-            result = fused.gradient(
+            result = passes.gradient(
                 eps,
                 guide,
                 (_RENDERING_SCALE, cfg.guidance_scale),
@@ -252,7 +252,7 @@ class DSDGuidance(Guidance):
         mirrored = tensors["mirrored"] if cfg.mirror_trajectory else None
         pair = not kind.shared
         if kind.noise == "tabulated":
-            return fused.link_table(
+            return passes.link_table(
                 self._tables.predictions,
                 tensors["prediction"],
                 tensors["below"],
@@ -266,7 +266,7 @@ class DSDGuidance(Guidance):
         n_rows = guide.rows * kind.n_items
         own = guide
         if kind.noise == "predicted":
-            at_z = fused.state(
+            at_z = passes.state(
                 self._tables.states,
                 self._tables.predictions,
                 tensors["state"],
@@ -281,7 +281,7 @@ class DSDGuidance(Guidance):
         else:
             at_z = self._simulate(x, plan, guide, text[:n_rows])
         eps = self._predict(at_z, text[:n_rows])
-        return fused.link(eps, own, self._trajectory_scale, x, *levels, mirrored, pair)
+        return passes.link(eps, own, self._trajectory_scale, x, *levels, mirrored, pair)
 
     def _simulate(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
         """z at t_delta from the seed noise, each step taken anew: `trajectory.simulate`."""
@@ -293,7 +293,7 @@ class DSDGuidance(Guidance):
             t, t_next = plan.t_delta.clamp_min(upper), plan.t_delta.clamp_min(lower)
             if torch.equal(t, t_next):
                 break
-            at_z = fused.step(
+            at_z = passes.step(
                 self._predict(at_z, text),
                 guide,
                 self._trajectory_scale,
@@ -312,7 +312,7 @@ class DSDGuidance(Guidance):
         rows = {name: upload(column, device) for name, column in row_columns(mix).items()}
         eps = self._predict(batch, self._text(rows))
         weights = None if mix.weights is None else upload(mix.weights, device)
-        return fused.combine(eps, self._guide(weights), self._trajectory_scale)
+        return passes.combine(eps, self._guide(weights), self._trajectory_scale)
 
     def _bin_text(self, bins: list[int]) -> TextMix:
         cameras = torch.tensor([self._bins.camera(view) for view in bins])  # [B,2]

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.ddim import ddim_levels
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.sampling import ddim_levels
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance.base import Guidance, GuidanceConfig, GuidanceOutput
+from dsd_fast.guidance.conditions.text import combine, expand_rows, mixed_rows, text_mix
 from dsd_fast.guidance.plan import Plan, PlanKind
-from dsd_fast.guidance.prompt import combine, expand_rows, mixed_rows, text_mix
 from dsd_fast.guidance.trajectory import signal_and_noise
 
 

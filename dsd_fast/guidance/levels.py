@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion.noise_schedule import NUM_TRAIN_TIMESTEPS
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 
 LAST_LEVEL = NUM_TRAIN_TIMESTEPS - 1
 

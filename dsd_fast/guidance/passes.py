@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import has_triton, use_reference
-from dsd_fast.guidance.prompt import combine as combine_reference
-from dsd_fast.guidance.prompt import expand_rows, mixed_rows
+from dsd_fast.guidance.conditions.text import combine as combine_reference
+from dsd_fast.guidance.conditions.text import expand_rows, mixed_rows
 from dsd_fast.guidance.trajectory import ddim_step, signal_and_noise
 
 WEIGHTINGS = ("sds", "ddim")

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast.guidance import fused
-from dsd_fast.guidance.fused import Batch
-from dsd_fast.guidance.schedule import n_nodes, ode_grid
+from dsd_fast.guidance import passes
+from dsd_fast.guidance.levels import n_nodes, ode_grid
+from dsd_fast.guidance.passes import Batch
 from dsd_fast.upload import upload
 
 
@@ -131,7 +131,7 @@ class TrajectoryTables:
         """z of a track at `level`, one step from the state and prediction of a node."""
         state, prediction = node * self.n_tracks + track, entry * self.n_tracks + track
         numbers = torch.tensor([[state], [prediction], [self.grid[node]], [level]])
-        return fused.state(
+        return passes.state(
             self.states,
             self.predictions,
             *upload(numbers, self.states.device).unbind(),

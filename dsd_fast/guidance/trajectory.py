@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dsd_fast.guidance.prompt import OVERHEAD, direction, wrapped
-from dsd_fast.guidance.schedule import ode_grid
+from dsd_fast.guidance.conditions.text import OVERHEAD, direction, wrapped
+from dsd_fast.guidance.levels import ode_grid
 from dsd_fast.upload import upload
 
 # predict(z [B,C,h,w], t int64 [B] on z's device, scale) -> guided noise prediction [B,C,h,w]

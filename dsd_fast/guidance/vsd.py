@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_schedule import noise_of_velocity
+from dsd_fast.diffusion.noise_path import noise_of_velocity
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance.base import GuidanceConfig
+from dsd_fast.guidance.baselines import Rival
 from dsd_fast.guidance.plan import Plan
-from dsd_fast.guidance.rivals import Rival
 
 # Of the authors' code.
 RANK, LEARNING_RATE = 4, 1e-4

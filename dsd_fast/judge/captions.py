@@ -91,7 +91,7 @@ def view_index(azimuth_deg: np.ndarray, elevation_deg: np.ndarray) -> np.ndarray
     """Index into VIEWS by DSD's thresholds; any azimuth in degrees, strict inequalities."""
     import torch
 
-    from dsd_fast.guidance.prompt import direction
+    from dsd_fast.guidance.conditions.text import direction
 
     angles = [torch.from_numpy(np.asarray(a, np.float64)) for a in (elevation_deg, azimuth_deg)]
     return direction(*angles).numpy()

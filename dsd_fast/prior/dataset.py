@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsd_fast.guidance.prompt import mix_of_views
+from dsd_fast.guidance.conditions.text import mix_of_views
+from dsd_fast.judge.captions import VIEWS, has_front
 from dsd_fast.prior import models
-from dsd_fast.prior.captions import VIEWS, has_front
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

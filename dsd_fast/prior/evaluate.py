@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsd_fast.diffusion.sampling import sample
-from dsd_fast.guidance.prompt import direction, wrapped
-from dsd_fast.prior.captions import VIEWS, frequent_nouns, has_front, with_article
+from dsd_fast.diffusion.ddim import sample
+from dsd_fast.guidance.conditions.text import direction, wrapped
+from dsd_fast.judge.captions import VIEWS, frequent_nouns, has_front, with_article
+from dsd_fast.judge.features import FEATURE_WIDTH, load_features
 from dsd_fast.prior.dataset import Views
-from dsd_fast.prior.features import FEATURE_WIDTH, load_features
 
 if TYPE_CHECKING:
     from PIL import Image

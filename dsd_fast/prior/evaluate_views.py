@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dsd_fast.diffusion import ViewModel, load_view_model
-from dsd_fast.diffusion.reference import relative_pose
-from dsd_fast.diffusion.sampling import guided_latents
+from dsd_fast.diffusion.ddim import guided_latents
+from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.evaluate.metrics import psnr, ssim
 from dsd_fast.prior.evaluate import SampleConfig, check_device
 from dsd_fast.prior.orbits import Orbits

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dsd_fast.diffusion.reference import relative_pose
+from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.prior.dataset import open_views
 
 # One model in so many is never trained on; which, its id decides.

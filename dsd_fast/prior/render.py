@@ -1,7 +1,7 @@
 """Headless renders of packed models (OpenGL through EGL): the training images of the prior.
 
 Each view is a straight-alpha RGBA image, so that the background can be chosen while training. The
-cameras are those of the training loop (`dsd_fast.cameras`), with most objects wholly in view.
+cameras are those of the training loop (`dsd_fast.scene.cameras`), with most objects wholly in view.
 Works with a GPU's EGL and with Mesa's software rasteriser. Where a GPU driver's EGL is not found,
 `__EGL_VENDOR_LIBRARY_FILENAMES` may have to name its `10_nvidia.json`.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsd_fast.prior import captions
+from dsd_fast.judge import captions
 from dsd_fast.prior.catalogue import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
 from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from dsd_fast.diffusion import int8, noise_schedule
+from dsd_fast.diffusion import int8, noise_path
 from dsd_fast.graphs import captured
 from dsd_fast.prior import models
 from dsd_fast.prior.dataset import CaptionTable, Views, composite
@@ -502,7 +502,7 @@ def train_unet(cfg: UnetConfig) -> None:
         (cfg.out / "scaling_factor").write_text(f"{scale:.6f}\n", encoding="ascii")
         table.tokenizer.save_pretrained(cfg.out / "tokenizer")
 
-    alphas = noise_schedule.alphas_cumprod(models.SCHEDULER).to(device)
+    alphas = noise_path.alphas_cumprod(models.SCHEDULER).to(device)
     weights = level_weights(alphas, cfg.max_weight)
     forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
     batch = cfg.batch_size
@@ -519,7 +519,7 @@ def train_unet(cfg: UnetConfig) -> None:
             both = text_encoder(torch.cat([first, second])).last_hidden_state
             text = torch.lerp(both[batch:], both[:batch], share.view(-1, 1, 1).to(both.dtype))
             velocity = forward(noisy, t, text, return_dict=False)[0].float()
-        error = noise_schedule.noise_of_velocity(velocity, noisy, alphas[t]) - noise
+        error = noise_path.noise_of_velocity(velocity, noisy, alphas[t]) - noise
         total = (weights[t] * error.square().mean((1, 2, 3))).mean()
         return total, {"loss": total}
 

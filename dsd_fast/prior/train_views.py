@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from dsd_fast.diffusion import int8, noise_schedule
+from dsd_fast.diffusion import int8, noise_path
 from dsd_fast.diffusion.components import quiet
 from dsd_fast.diffusion.loader import EMBEDDED, resolve
-from dsd_fast.diffusion.reference import (
+from dsd_fast.diffusion.reference_picture import (
     POSE_WIDTH,
     CameraProjection,
     latent_feature_width,
@@ -116,7 +116,7 @@ def train_views(cfg: ViewTrainConfig) -> None:
         views = orbits.rows.shape[1]
         print(f"{len(orbits)} orbits of {views} views a process, {seconds:.1f} s", flush=True)
 
-    alphas = noise_schedule.alphas_cumprod(models.SCHEDULER).to(device)
+    alphas = noise_path.alphas_cumprod(models.SCHEDULER).to(device)
     forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
     batch = cfg.batch_size
 
@@ -173,7 +173,7 @@ def export_views(cfg: ViewExportConfig) -> None:
     save_part(projection, folder, "diffusion_pytorch_model")
     index: dict[str, object] = {
         "_class_name": "Zero1to3Pipeline",
-        "camera_projection": ["dsd_fast.diffusion.reference", "CameraProjection"],
+        "camera_projection": ["dsd_fast.diffusion.reference_picture", "CameraProjection"],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from dsd_fast.config import preset
+from dsd_fast.judge.captions import COLOURS
 from dsd_fast.prior import views as training
-from dsd_fast.prior.captions import COLOURS
 from dsd_fast.prior.catalogue import noun_by_id
 from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.render import Renderer

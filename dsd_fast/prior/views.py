@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsd_fast.prior import captions
+from dsd_fast.judge import captions
 from dsd_fast.prior.mesh import MainPart, Part
 
 NEAR, FAR = 0.05, 20.0
@@ -68,7 +68,7 @@ class Views:
         return len(self.azimuth)
 
     def c2w(self) -> np.ndarray:
-        """[n, 4, 4] camera-to-world: columns right, up, backward, position (dsd_fast.cameras)."""
+        """[n, 4, 4] camera-to-world: columns right, up, backward, position (scene.cameras)."""
         backward = _unit(self.position - self.centre)
         right = _unit(np.cross(-backward, self.up))
         matrix = np.zeros((len(self), 4, 4))

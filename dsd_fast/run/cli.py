@@ -19,21 +19,22 @@ from typing import Annotated
 
 import tyro
 
-from dsd_fast import checkpoint, memory, official
 from dsd_fast.config import (
     PRESETS,
     ConfigError,
     TrainConfig,
     from_dict,
     leaves,
+    official,
     preset,
     resolve_device,
     to_dict,
 )
 from dsd_fast.guidance import METHODS
 from dsd_fast.guidance import settings as method_settings
-from dsd_fast.outputs import RunFolder
-from dsd_fast.pipes import reader_may_leave
+from dsd_fast.run import checkpoint, memory
+from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.outputs import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import tyro
 
-from dsd_fast.pipes import reader_may_leave
-from dsd_fast.progress import set_up_logging
+from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.progress import set_up_logging
 
-# Not below "dsd_fast.command": the lines are those of the command that runs.
+# Not below "dsd_fast.run.command": the lines are those of the command that runs.
 log = logging.getLogger("dsd_fast")
 
 Command = TypeVar("Command")

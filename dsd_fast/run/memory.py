@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsd_fast.config import ConfigError, TrainConfig, leaves, set_value
-from dsd_fast.progress import memory_mib
+from dsd_fast.run.progress import memory_mib
 
 log = logging.getLogger(__name__)
 

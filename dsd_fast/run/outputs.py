@@ -24,8 +24,8 @@ import shutil
 import unicodedata
 from pathlib import Path
 
-from dsd_fast import checkpoint
 from dsd_fast.files import write_json, write_text
+from dsd_fast.run import checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsd_fast.cameras import CameraConfig, eval_camera, turntable
 from dsd_fast.files import replacing
-from dsd_fast.renderer import RenderOutput
-from dsd_fast.scene import Scene
+from dsd_fast.scene.cameras import CameraConfig, eval_camera, turntable
+from dsd_fast.scene.renderer import RenderOutput
+from dsd_fast.scene.scene import Scene
 
 
 def contact_sheet(

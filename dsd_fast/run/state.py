@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import TrainConfig, to_dict
 from dsd_fast.diffusion import DiffusionModel
-from dsd_fast.image import Image
-from dsd_fast.optimizer import Adam
 from dsd_fast.rng import RngStreams
-from dsd_fast.scene import Scene
+from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.run.optimizer import Adam
+from dsd_fast.scene.image import Image
+from dsd_fast.scene.scene import Scene
 
 
 @dataclass

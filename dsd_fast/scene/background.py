@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast import ops
-from dsd_fast.mlp import MLP
 from dsd_fast.ops.sh import N_VALUES
+from dsd_fast.scene.mlp import MLP
 
 
 @dataclass

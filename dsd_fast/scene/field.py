@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast._backend import use_reference
-from dsd_fast.encoding import HashGrid
-from dsd_fast.mlp import MLP
 from dsd_fast.ops.field import FieldShape, can_fuse
+from dsd_fast.scene.encoding import HashGrid
+from dsd_fast.scene.mlp import MLP
 
 NORMAL_TYPES = ("analytic", "finite_difference", "finite_difference_laplacian", "pred")
 DENSITY_ACTIVATIONS = ("softplus", "exp", "trunc_exp")

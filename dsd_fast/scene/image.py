@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.diffusion.loader import PictureShape
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.run.checkpoint import CheckpointError
 
 # Learning rates for the embedded model.
 RATES = {"latent": 0.3, "rgb": 1.0}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast.renderer import OPAQUE, RenderOutput
+from dsd_fast.scene.renderer import OPAQUE, RenderOutput
 from dsd_fast.schedules import Schedule, ScheduleValue
 
 # Side of the normal image that convexity looks at.

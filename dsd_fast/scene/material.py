@@ -137,7 +137,7 @@ class _FusedShade(torch.autograd.Function):
         numbers: Tensor,
         n_valid: Tensor,
     ) -> Tensor:
-        from dsd_fast.kernels import samples as kernels
+        from dsd_fast.kernels import ray_samples as kernels
 
         tensors = (features, points, normals, lights, numbers)
         tensors = (*(tensor.contiguous() for tensor in tensors), n_valid)
@@ -148,7 +148,7 @@ class _FusedShade(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        from dsd_fast.kernels import samples as kernels
+        from dsd_fast.kernels import ray_samples as kernels
 
         to_features, to_normals = kernels.shade_bwd(*ctx.saved_tensors, grad.contiguous())
         return to_features, None, to_normals, None, None, None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dsd_fast.files import replacing
-from dsd_fast.material import albedo_color
+from dsd_fast.scene.material import albedo_color
 
 log = logging.getLogger(__name__)
 

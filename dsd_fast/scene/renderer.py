@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast._backend import has_triton, use_reference
-from dsd_fast.background import Background
-from dsd_fast.cameras import CameraBatch
-from dsd_fast.field import Field
-from dsd_fast.material import MaterialConfig, Shading, choose_shading, shade
-from dsd_fast.occupancy import OccupancyConfig, OccupancyGrid
 from dsd_fast.ops import PackedSamples
-from dsd_fast.sample_room import SampleRoom
+from dsd_fast.scene.background import Background
+from dsd_fast.scene.cameras import CameraBatch
+from dsd_fast.scene.field import Field
+from dsd_fast.scene.material import MaterialConfig, Shading, choose_shading, shade
+from dsd_fast.scene.occupancy import OccupancyConfig, OccupancyGrid
+from dsd_fast.scene.sample_room import SampleRoom
 from dsd_fast.upload import upload
 
 # Pixels more opaque than this have a depth worth speaking of; only they have a z-variance.
@@ -118,10 +118,10 @@ class _Samples:
     def points(self, skips: bool = False) -> Tensor:
         """Midpoints of the intervals, [C,3]; with `skips` any numbers from `n_valid` on."""
         if skips and has_triton() and not use_reference():
-            from dsd_fast.kernels import samples
+            from dsd_fast.kernels import ray_samples
 
             where = (self.ray_indices, self.t_starts, self.t_ends)
-            return samples.points(self.rays_o, self.rays_d, *where, self.n_valid)
+            return ray_samples.points(self.rays_o, self.rays_d, *where, self.n_valid)
         middle = 0.5 * (self.t_starts + self.t_ends)
         origins = self.rays_o.index_select(0, self.ray_indices)
         dirs = self.rays_d.index_select(0, self.ray_indices)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.background import Background
-from dsd_fast.cameras import CameraBatch
-from dsd_fast.checkpoint import CheckpointError
 from dsd_fast.config import TrainConfig
-from dsd_fast.field import Field
-from dsd_fast.renderer import Renderer, RenderOutput
+from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.scene.background import Background
+from dsd_fast.scene.cameras import CameraBatch
+from dsd_fast.scene.field import Field
+from dsd_fast.scene.renderer import Renderer, RenderOutput
 
 
 class Scene(nn.Module):

@@ -11,11 +11,11 @@ from torch import Tensor
 from dsd_fast.config import TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, embed_views, load_model
 from dsd_fast.guidance import Guidance, make_guidance
-from dsd_fast.memory import PhaseMemory
-from dsd_fast.optimizer import Adam
-from dsd_fast.outputs import RunFolder
-from dsd_fast.state import TrainState
-from dsd_fast.step import StepOutput, TrainStep
+from dsd_fast.run.memory import PhaseMemory
+from dsd_fast.run.optimizer import Adam
+from dsd_fast.run.outputs import RunFolder
+from dsd_fast.run.state import TrainState
+from dsd_fast.tasks.step import StepOutput, TrainStep
 
 
 class Task:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsd_fast import pictures
 from dsd_fast.config import TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, view_prompts
 from dsd_fast.diffusion.loader import picture_shape
@@ -25,17 +24,18 @@ from dsd_fast.guidance import (
     distillation_loss,
     view_embeddings,
 )
-from dsd_fast.guidance.exact_form import ExactForm
-from dsd_fast.guidance.prompt import direction, expand_rows
-from dsd_fast.guidance.schedule import LAST_LEVEL
+from dsd_fast.guidance.conditions.text import direction, expand_rows
+from dsd_fast.guidance.exact import ExactForm
+from dsd_fast.guidance.levels import LAST_LEVEL
 from dsd_fast.guidance.trajectory import signal_and_noise
-from dsd_fast.image import Image, ImageConfig
-from dsd_fast.memory import PhaseMemory
-from dsd_fast.optimizer import Adam
-from dsd_fast.outputs import RunFolder
-from dsd_fast.state import TrainState
-from dsd_fast.step import TrainStep
-from dsd_fast.task import Task
+from dsd_fast.run import pictures
+from dsd_fast.run.memory import PhaseMemory
+from dsd_fast.run.optimizer import Adam
+from dsd_fast.run.outputs import RunFolder
+from dsd_fast.run.state import TrainState
+from dsd_fast.scene.image import Image, ImageConfig
+from dsd_fast.tasks.base import Task
+from dsd_fast.tasks.step import TrainStep
 
 log = logging.getLogger("dsd_fast.train")
 

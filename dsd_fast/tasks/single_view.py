@@ -11,22 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsd_fast.cameras import RandomCameras
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import ViewModel, load_view_model
 from dsd_fast.guidance import Guidance
-from dsd_fast.guidance.views import (
+from dsd_fast.guidance.conditions.pose import (
     OrbitBins,
     Reference,
     check_settings,
     make_view_guidance,
 )
-from dsd_fast.memory import PhaseMemory
-from dsd_fast.scene import Scene
-from dsd_fast.single_view import on_color, read_picture, resized
-from dsd_fast.single_view_step import SingleViewStep
-from dsd_fast.state import TrainState
-from dsd_fast.text_task import TextTask, check_batches
+from dsd_fast.run.memory import PhaseMemory
+from dsd_fast.run.state import TrainState
+from dsd_fast.scene.cameras import RandomCameras
+from dsd_fast.scene.picture import on_color, read_picture, resized
+from dsd_fast.scene.scene import Scene
+from dsd_fast.tasks.single_view_step import SingleViewStep
+from dsd_fast.tasks.text import TextTask, check_batches
 
 # The picture is kept at this size at most, that of the largest rendering.
 LARGEST_PICTURE = 512

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast.cameras import CameraBatch, eval_camera
-from dsd_fast.field import Field
-from dsd_fast.losses import REGULARIZERS, regularizer_weights
-from dsd_fast.renderer import OPAQUE, RenderOutput
+from dsd_fast.run.state import TrainState
+from dsd_fast.scene.cameras import CameraBatch, eval_camera
+from dsd_fast.scene.field import Field
+from dsd_fast.scene.losses import REGULARIZERS, regularizer_weights
+from dsd_fast.scene.renderer import OPAQUE, RenderOutput
 from dsd_fast.schedules import Schedule
-from dsd_fast.state import TrainState
-from dsd_fast.step import Drawn, TrainStep
+from dsd_fast.tasks.step import Drawn, TrainStep
 
 PICTURE_LOSSES = ("rgb", "mask", "normal_smooth", "normal_smooth_3d")
 # How far from a point on the surface its neighbour lies, a standard deviation an axis, and how many

@@ -20,15 +20,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsd_fast.cameras import CameraBatch, RandomCameras
 from dsd_fast.config import TrainConfig
 from dsd_fast.graphs import give_up_pool, shared_pool, side_stream, tuned_convolutions
 from dsd_fast.guidance import Guidance, Plan, distillation_loss
-from dsd_fast.losses import REGULARIZERS, regularizer_weights
-from dsd_fast.memory import PhaseMemory
-from dsd_fast.renderer import Draws, RenderOutput
+from dsd_fast.run.memory import PhaseMemory
+from dsd_fast.run.state import TrainState
+from dsd_fast.scene.cameras import CameraBatch, RandomCameras
+from dsd_fast.scene.losses import REGULARIZERS, regularizer_weights
+from dsd_fast.scene.renderer import Draws, RenderOutput
 from dsd_fast.schedules import Schedule
-from dsd_fast.state import TrainState
 from dsd_fast.upload import Pack
 
 log = logging.getLogger(__name__)

@@ -8,20 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsd_fast import memory, pictures
-from dsd_fast.cameras import RandomCameras
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
 from dsd_fast.guidance import Guidance
-from dsd_fast.guidance.multiview import camera_lattice, check_settings, make_multiview_guidance
-from dsd_fast.memory import PhaseMemory
-from dsd_fast.mesh import MeshError, make_mesh, write_glb
-from dsd_fast.optimizer import Optimizer
-from dsd_fast.outputs import RunFolder
-from dsd_fast.scene import Scene
-from dsd_fast.state import TrainState
-from dsd_fast.step import StepOutput, TrainStep
-from dsd_fast.task import Task
+from dsd_fast.guidance.conditions.multiview import (
+    camera_lattice,
+    check_settings,
+    make_multiview_guidance,
+)
+from dsd_fast.run import memory, pictures
+from dsd_fast.run.memory import PhaseMemory
+from dsd_fast.run.optimizer import Optimizer
+from dsd_fast.run.outputs import RunFolder
+from dsd_fast.run.state import TrainState
+from dsd_fast.scene.cameras import RandomCameras
+from dsd_fast.scene.mesh import MeshError, make_mesh, write_glb
+from dsd_fast.scene.scene import Scene
+from dsd_fast.tasks.base import Task
+from dsd_fast.tasks.step import StepOutput, TrainStep
 
 log = logging.getLogger("dsd_fast.train")
 

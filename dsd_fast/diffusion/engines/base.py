@@ -198,7 +198,7 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
     """Engine for a UNet that already sits on `device`.
 
     Args:
-        kind: "eager", "graph" (eager in a CUDA graph), "fused" (`dsd_fast.diffusion.fused`),
+        kind: "eager", "graph" (eager in a CUDA graph), "fused" (`engines.fused`),
             "compiled" (torch.compile in a CUDA graph), "tensorrt" ("auto" where TensorRT does not
             support the GPU) or "auto": eager where there is no CUDA; on it fused for what
             FusedUNet supports in half precision, else graph, both with eager as their fallback.
@@ -216,12 +216,12 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
     if kind == "tensorrt":
         if getattr(unet, "n_views", 1) > 1:
             raise ValueError("the tensorrt engine does not support multi-view UNets: use auto")
-        from dsd_fast.diffusion.tensorrt import make_tensorrt  # it imports this module
+        from dsd_fast.diffusion.engines.tensorrt import make_tensorrt  # it imports this module
 
         return make_tensorrt(unet, device, fallback=make_engine(unet, device))
     if kind in ("auto", "fused"):
         # diffusers' names and the kernels are of no interest to the other engines
-        from dsd_fast.diffusion.fused import FusedEngine, cannot_fuse
+        from dsd_fast.diffusion.engines.fused import FusedEngine, cannot_fuse
 
         reason = cannot_fuse(unet)
         if reason is None:

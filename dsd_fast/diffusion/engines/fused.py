@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast._backend import has_triton
-from dsd_fast.diffusion.engine import GraphEngine
-from dsd_fast.diffusion.fused_unet import FusedUNet, unsupported
+from dsd_fast.diffusion.engines.base import GraphEngine
+from dsd_fast.diffusion.networks.fused_unet import FusedUNet, unsupported
 
 
 class FusedEngine(GraphEngine):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.engine import EagerEngine, UNetEngine
-from dsd_fast.diffusion.onnx_export import UNetShape
+from dsd_fast.diffusion.engines.base import EagerEngine, UNetEngine
+from dsd_fast.diffusion.engines.onnx_export import UNetShape
 
 # An engine sums in another order than the eager kernels do; more than twice their error is wrong.
 _ALLOWED_RATIO = 2.0

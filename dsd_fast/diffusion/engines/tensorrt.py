@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.diffusion import engine_cache, parity, tensorrt_library
-from dsd_fast.diffusion.engine import UNetEngine
-from dsd_fast.diffusion.onnx_export import INPUTS, OUTPUT, UNetShape, export_unet
-from dsd_fast.diffusion.tensorrt_library import Capability, Library
+from dsd_fast.diffusion.engines import cache, parity, tensorrt_library
+from dsd_fast.diffusion.engines.base import UNetEngine
+from dsd_fast.diffusion.engines.onnx_export import INPUTS, OUTPUT, UNetShape, export_unet
+from dsd_fast.diffusion.engines.tensorrt_library import Capability, Library
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _Profile:
 
 
 class TensorRTEngine:
-    """Runs a UNet through TensorRT or TensorRT-RTX (see `dsd_fast.diffusion.engine`).
+    """Runs a UNet through TensorRT or TensorRT-RTX (see `dsd_fast.diffusion.engines.base`).
 
     The engine is loaded or built at the first call, which tells the sizes; it is compared with
     the eager module before its first result is handed out. An engine that cannot be built, or
@@ -185,7 +185,7 @@ def open_engine(
 
     The runtime has to live as long as the engine.
     """
-    path = engine_cache.path_of(engine_key(unet, shape, rows, dtype, library, capability))
+    path = cache.path_of(engine_key(unet, shape, rows, dtype, library, capability))
     runtime = library.module.Runtime(library.logger())
 
     def load(file: Path) -> Any:
@@ -196,7 +196,7 @@ def open_engine(
             onnx_file = export_unet(unet, shape, Path(folder))
             return tensorrt_library.build(library, onnx_file, shape, rows, (capability,))
 
-    return engine_cache.load_or_build(path, load, build), runtime
+    return cache.load_or_build(path, load, build), runtime
 
 
 def engine_key(
@@ -208,8 +208,8 @@ def engine_key(
     capability: Capability,
 ) -> str:
     """The cache's name of the engine of a UNet."""
-    weights = engine_cache.weights_digest(unet)
-    return engine_cache.key(weights, shape, rows, dtype, library.name, library.version, capability)
+    weights = cache.weights_digest(unet)
+    return cache.key(weights, shape, rows, dtype, library.name, library.version, capability)
 
 
 def make_tensorrt(

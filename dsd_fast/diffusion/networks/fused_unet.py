@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsd_fast.diffusion import tokens
+from dsd_fast.diffusion.networks import token_ops
 
 # cuDNN's attention is 1.6 times as fast as FlashAttention 2 at 4096 tokens on an H100. The rest are
 # for what it does not take; the last one takes everything, the CPU included.
@@ -237,13 +237,13 @@ class _Norm:
         self.add = add
 
     def group(self, x: _Tokens, silu: bool, **more: Tensor | None) -> Tensor:
-        return tokens.group_norm(
+        return token_ops.group_norm(
             x.data, self.weight, self.bias, self.groups, self.eps, silu,
             **{"add": self.add, "residual": x.residual} | more,
         )  # fmt: skip
 
     def layer(self, x: Tensor) -> Tensor:
-        return tokens.layer_norm(x, self.weight, self.bias, self.eps, add=self.add)
+        return token_ops.layer_norm(x, self.weight, self.bias, self.eps, add=self.add)
 
 
 class _ResNet:
@@ -368,7 +368,7 @@ class _Block:
         q = F.linear(self.norm_2.layer(h), self.query)
         k, v = text[..., self.keys : self.keys + 2 * q.shape[-1]].chunk(2, -1)
         _accumulate(h, self._attend(q, k, v), self.cross_out)
-        wide = tokens.linear_geglu(self.norm_3.layer(h), self.ff_in, self.ff_bias)
+        wide = token_ops.linear_geglu(self.norm_3.layer(h), self.ff_in, self.ff_bias)
         return _accumulate(h, wide, self.ff_out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -534,10 +534,10 @@ class FusedUNet:
     def _upsample(self, x: _Tokens, weight: Tensor) -> Tensor:
         if self.split_upsampling:
             frame = _convolve(x.settle().data, weight, x.height, x.width)
-            return tokens.interleave(frame, x.height, x.width)
+            return token_ops.interleave(frame, x.height, x.width)
         if x.residual is not None:
             x.settle()
-        y = tokens.upsample(x.data, x.height, x.width, x.bias)
+        y = token_ops.upsample(x.data, x.height, x.width, x.bias)
         return _convolve(y, weight, 2 * x.height, 2 * x.width)
 
 

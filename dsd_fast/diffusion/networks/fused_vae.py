@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsd_fast.diffusion import vae_ops
+from dsd_fast.diffusion.networks import vae_ops
 from dsd_fast.graphs import tuned_convolutions
 
 # Half-precision convolutions on tensor cores read 8 channels at once.

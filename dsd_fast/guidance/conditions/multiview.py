@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast.cameras import camera_condition
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.multiview_unet import CAMERA_NUMBERS, with_cameras
+from dsd_fast.diffusion.networks.multiview_unet import CAMERA_NUMBERS, with_cameras
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance.base import (
     Guidance,
@@ -32,12 +31,13 @@ from dsd_fast.guidance.base import (
     distillation_loss,
     levels_of,
 )
+from dsd_fast.guidance.baselines import SDS
+from dsd_fast.guidance.conditions.text import text_mix
 from dsd_fast.guidance.dsd import DSDGuidance
-from dsd_fast.guidance.fused import Batch
+from dsd_fast.guidance.passes import Batch
 from dsd_fast.guidance.plan import Plan
-from dsd_fast.guidance.prompt import text_mix
-from dsd_fast.guidance.rivals import SDS
 from dsd_fast.guidance.trajectory import CameraGrid
+from dsd_fast.scene.cameras import camera_condition
 from dsd_fast.upload import Pack
 
 # Keeps the ratio of two standard deviations finite.

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion.reference import relative_pose
+from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.diffusion.view_model import ViewModel
 from dsd_fast.guidance.base import Guidance, GuidanceConfig
+from dsd_fast.guidance.baselines import SDS
 from dsd_fast.guidance.dsd import DSDGuidance
-from dsd_fast.guidance.rivals import SDS
 from dsd_fast.guidance.trajectory import CameraGrid
 from dsd_fast.upload import Pack
 

@@ -1,0 +1,1 @@
+"""Our forwards of the networks of diffusion models."""

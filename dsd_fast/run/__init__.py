@@ -1,0 +1,1 @@
+"""What keeps a run: its state, optimizer, checkpoints, outputs, progress and memory."""

@@ -1,0 +1,1 @@
+"""What is optimised and seen: cameras, field, renderer, images, meshes."""
