@@ -241,9 +241,7 @@ def table(result: dict) -> str:
     return markdown(methods, COLUMNS)
 
 
-def markdown(
-    methods: dict[str, dict[str, float]], columns: Sequence[tuple[str, str, int]]
-) -> str:
+def markdown(methods: dict[str, dict[str, float]], columns: Sequence[tuple[str, str, int]]) -> str:
     """A table of methods by those of the columns that any of them has a figure for."""
     columns = [c for c in columns if any(c[0] in figures for figures in methods.values())]
     lines = [
@@ -252,8 +250,7 @@ def markdown(
     ]
     for name, figures in methods.items():
         cells = [
-            f"{figures[key]:.{decimals}f}" if key in figures else ""
-            for key, _, decimals in columns
+            f"{figures[key]:.{decimals}f}" if key in figures else "" for key, _, decimals in columns
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -124,6 +124,7 @@ class Loop:
     @contextmanager
     def counting_fills(self, counter: CountingEngine) -> Iterator[None]:
         """Within it the rows that the cache of trajectories asks for count as `fill_rows`."""
+
         def within(function: Callable) -> Callable:
             def call(*args: Any, **kwargs: Any) -> Any:
                 with counter.filling():

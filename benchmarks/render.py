@@ -18,6 +18,7 @@ from dsd_fast.scene.renderer import Renderer
 # Room for the samples a ray of this scene has on average: 47 to march and 29 to keep at 512².
 _ROOM = (64.0, 40.0)
 
+
 def render(width: int, device: torch.device, generator: torch.Generator) -> Workload:
     """width² pixels of the official field at step 0, its initial blob: 8 of 16 levels are active.
 

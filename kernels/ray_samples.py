@@ -3,7 +3,7 @@
 Lighting comes as eight numbers on the device, so that one CUDA graph serves every way of lighting:
 the colours of the ambient and of the point light, then whether the albedo and whether the light
 count (0 or 1). There may be room behind the samples: rows from `n_valid` on are neither read nor
-written. Arguments are checked by the callers (`dsd_fast.scene.material`, `dsd_fast.scene.renderer`);
+written. Arguments are checked by the callers (`scene.material`, `scene.renderer`);
 tensors are float32 but for indices, contiguous and on one device.
 """
 

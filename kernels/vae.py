@@ -3,7 +3,7 @@
 The middle attention has one head of as many channels as the network is wide, so it is computed by
 plain matrix products around these rows. Shares of thousands of tokens are near the smallest normal
 half: they are kept times SHARE_SCALE, and their gradient times GRADIENT_SCALE, which the products
-that read them divide by in float32. Arguments are checked by `dsd_fast.diffusion.networks.vae_ops`, which
+that read them divide by in float32. Arguments are checked by `diffusion.networks.vae_ops`, which
 is the way in.
 """
 

@@ -56,9 +56,7 @@ class TestNoiseSchedule:
 
         config = {"beta_start": 0.001, "beta_end": 0.015, "beta_schedule": schedule}
         theirs = DDIMScheduler(**config).alphas_cumprod
-        torch.testing.assert_close(
-            noise_path.alphas_cumprod(config), theirs, rtol=1e-4, atol=1e-9
-        )
+        torch.testing.assert_close(noise_path.alphas_cumprod(config), theirs, rtol=1e-4, atol=1e-9)
 
     def test_trained_betas(self) -> None:
         betas = [0.001 + 1e-6 * i for i in range(1000)]

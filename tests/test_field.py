@@ -255,8 +255,9 @@ def test_half_table_follows_the_table():
 
 
 @cuda_only
-@pytest.mark.parametrize("changes", [{"normal_type": "pred"}, {"n_neurons": 32},
-                                     {"normal_type": "finite_difference"}])
+@pytest.mark.parametrize(
+    "changes", [{"normal_type": "pred"}, {"n_neurons": 32}, {"normal_type": "finite_difference"}]
+)
 def test_fields_of_another_shape_run_on_cuda(changes):
     field = _field(**changes).cuda()
     output = field(_points().cuda())

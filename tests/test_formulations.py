@@ -61,9 +61,7 @@ def gaussian_guidance(method: str, n_seeds: int = B, max_steps: int = 100, **fie
         GaussianUNet(), nn.Identity(), None, alphas_cumprod=ABAR, latent_size=SIZE, engine="eager"
     )
     text = torch.tensor(MEANS).view(4, 1, 1)
-    prompts = PromptEmbeddings(
-        text, torch.full_like(text, EMPTY), torch.full((1, 1, 1), POOR)
-    )
+    prompts = PromptEmbeddings(text, torch.full_like(text, EMPTY), torch.full((1, 1, 1), POOR))
     cfg = replace(GuidanceConfig(), method=method, **settings(method, max_steps))
     cfg = replace(cfg, **fields)
     noise = torch.randn(n_seeds, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -217,9 +215,7 @@ def test_negatives_of_perp_neg_count(method):
         linked = eps
     else:
         later = reference.noisy(eps, reference.t_delta)
-        linked = noise_of(
-            later, ABAR.double()[reference.t_delta].view(-1, 1, 1, 1), mu[:B]
-        )
+        linked = noise_of(later, ABAR.double()[reference.t_delta].view(-1, 1, 1, 1), mu[:B])
     want = reference.weighted(target - linked)
     assert (got - want).norm() / want.norm() < 2e-5
 

@@ -52,9 +52,7 @@ class Runner:
 
     def metrics(self, seed: int = 0) -> list[dict]:
         lines = self.run(seed).metrics.read_text().splitlines()
-        return [
-            {k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines
-        ]
+        return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
     def tensors(self, step: int, seed: int = 0, prompt: str = "a chair") -> dict:
         flat: dict = {}
@@ -210,8 +208,7 @@ def test_practical_form_comes_near_the_ddim_image_of_its_seed(tmp_path):
 
     ours = [small(run.run(seed, "a red car").image) for seed in (0, 1)]
     samples = [
-        small(tmp_path / "ddim" / f"a_red_car-seed{seed}" / sample_command.IMAGE)
-        for seed in (0, 1)
+        small(tmp_path / "ddim" / f"a_red_car-seed{seed}" / sample_command.IMAGE) for seed in (0, 1)
     ]
     apart = np.array([[np.abs(a - b).mean() for b in samples] for a in ours])
     assert apart[0, 0] < apart[0, 1] / 2 and apart[1, 1] < apart[1, 0] / 2, apart
@@ -657,6 +654,7 @@ def test_samples_of_prompts_and_views(tmp_path, tiny_model):
     assert folders == ["a_chair-seed5", "a_chair-seed6", "a_cup-seed5", "a_cup-seed6"]
     about = json.loads((tmp_path / "backs" / "a_cup-seed6" / "asset.json").read_text())
     assert about["text"] == "a cup, back view" and about["azimuths"] is None
-    pixels = [imageio.imread(tmp_path / name / "a_cup-seed6" / "000.png") for name in
-              ("backs", "ddim")]
+    pixels = [
+        imageio.imread(tmp_path / name / "a_cup-seed6" / "000.png") for name in ("backs", "ddim")
+    ]
     assert not (pixels[0] == pixels[1]).all()

@@ -574,9 +574,7 @@ class TestDSD:
             alphas_cumprod=alphas_cumprod(SCHEDULER),
             n_ddim_steps=5,
         )
-        guidance = make_guidance(
-            trajectory="exact", n_ddim_steps=5, view_dependent=view_dependent
-        )
+        guidance = make_guidance(trajectory="exact", n_ddim_steps=5, view_dependent=view_dependent)
         latents = x.clone().requires_grad_()
         output = guidance.at_levels(latents, elevation, azimuth, torch.tensor([t] * 4),
                                     torch.tensor([t_delta] * 4))  # fmt: skip
@@ -639,9 +637,7 @@ class TestDSD:
             torch.cat([x, x]), *(angle.repeat(2) for angle in views), t, t
         )
         for i in range(2):
-            alone = make_guidance(noise=noise[4 * i : 4 * i + 4]).at_levels(
-                x, *views, t[:4], t[:4]
-            )
+            alone = make_guidance(noise=noise[4 * i : 4 * i + 4]).at_levels(x, *views, t[:4], t[:4])
             torch.testing.assert_close(
                 both.grad[4 * i : 4 * i + 4], alone.grad, rtol=1e-3, atol=1e-4
             )
@@ -896,9 +892,7 @@ class TestRun:
         assert code == 0
         assert metrics(parts) == metrics(whole)
         assert all(math.isfinite(line["dsd"]) for line in metrics(whole))
-        a, b = (
-            checkpoint.load(checkpoint.step_path(f.checkpoints, 4)) for f in (whole, parts)
-        )
+        a, b = (checkpoint.load(checkpoint.step_path(f.checkpoints, 4)) for f in (whole, parts))
         assert a["scene"].keys() == b["scene"].keys()
         for name, tensor in a["scene"].items():
             assert torch.equal(tensor, b["scene"][name]), name
@@ -912,9 +906,7 @@ class TestRun:
         assert code == 0
         code, alone = run(tmp_path / "one", folder, *flags)
         assert code == 0
-        two = outputs.RunFolder.named(
-            tmp_path / "two", "diverse-score-distillation", "a chair", 0
-        )
+        two = outputs.RunFolder.named(tmp_path / "two", "diverse-score-distillation", "a chair", 0)
         for a, b in zip(metrics(two), metrics(alone), strict=True):
             assert a["dsd"] == pytest.approx(b["dsd"], rel=1e-3)
 

@@ -70,7 +70,9 @@ def archive(tmp_path: Path) -> Path:
     Image.fromarray(texture).save(png, "PNG")
     path = tmp_path / "Blend.sh3f"
     with ZipFile(path, "w") as file:
-        file.writestr("PluginFurnitureCatalog.properties", """# a comment
+        file.writestr(
+            "PluginFurnitureCatalog.properties",
+            """# a comment
 id=SweetHome3D#Models
 id#1=Blend Swap CC-0#box
 model#1=/m/box/box.obj
@@ -79,7 +81,8 @@ model#2=/m/square/square.obj
 modelRotation#2=0 0 1 0 1 0 -1 0 0
 id#3=Blend Swap CC-0#rug
 model#3=/m/rug/rug.obj
-""")
+""",
+        )
         file.writestr("m/box/box.obj", BOX)
         file.writestr("m/box/box.mtl", BOX_MTL)
         file.writestr("m/square/square.obj", SQUARE)
@@ -90,8 +93,11 @@ model#3=/m/rug/rug.obj
 
 @pytest.fixture
 def entries(archive: Path) -> list[catalogue.Entry]:
-    table = [noun("Blend Swap CC-0#box"), noun("Blend Swap CC-0#rug", exclude="rug"),
-             noun("Blend Swap CC-0#square")]
+    table = [
+        noun("Blend Swap CC-0#box"),
+        noun("Blend Swap CC-0#rug", exclude="rug"),
+        noun("Blend Swap CC-0#square"),
+    ]
     return catalogue.load([archive], {row.id: row for row in table})
 
 
@@ -111,11 +117,19 @@ def fixed_views(azimuth: list[float], elevation: list[float]) -> views.Views:
     flat = np.zeros((n, 4))
     flat[:, 2] = 1.0
     return replace(
-        drawn, azimuth=np.array(azimuth), elevation=np.array(elevation),
+        drawn,
+        azimuth=np.array(azimuth),
+        elevation=np.array(elevation),
         position=1.8 * views.direction(np.array(azimuth), np.array(elevation)),
-        centre=np.zeros((n, 3)), up=np.tile([0.0, 0.0, 1.0], (n, 1)),
-        fovy=np.full(n, np.radians(50.0)), key=flat, fill=flat, sky=np.ones((n, 3)),
-        ground=np.ones((n, 3)), gloss=np.tile([0.0, 10.0], (n, 1)))
+        centre=np.zeros((n, 3)),
+        up=np.tile([0.0, 0.0, 1.0], (n, 1)),
+        fovy=np.full(n, np.radians(50.0)),
+        key=flat,
+        fill=flat,
+        sky=np.ones((n, 3)),
+        ground=np.ones((n, 3)),
+        gloss=np.tile([0.0, 10.0], (n, 1)),
+    )
 
 
 # The committed table.
@@ -154,8 +168,9 @@ def test_catalogue_joins_table_and_skips_excluded(entries):
 
 def test_missing_model_is_an_error(archive):
     with pytest.raises(FileNotFoundError, match=r"rug\.obj"):
-        catalogue.load([archive], {"r": noun("r"), "Blend Swap CC-0#rug": noun(
-            "Blend Swap CC-0#rug")})
+        catalogue.load(
+            [archive], {"r": noun("r"), "Blend Swap CC-0#rug": noun("Blend Swap CC-0#rug")}
+        )
 
 
 def test_unpack_reads_debian_packages(archive, tmp_path):
@@ -168,8 +183,9 @@ def test_unpack_reads_debian_packages(archive, tmp_path):
         return header + content + b"\n" * (len(content) % 2)
 
     deb = tmp_path / "models.deb"
-    deb.write_bytes(b"!<arch>\n" + member("debian-binary", b"2.0")
-                    + member("data.tar.xz", data.getvalue()))
+    deb.write_bytes(
+        b"!<arch>\n" + member("debian-binary", b"2.0") + member("data.tar.xz", data.getvalue())
+    )
     [unpacked] = catalogue.unpack(deb, tmp_path / "unpacked")
     assert unpacked.read_bytes() == archive.read_bytes()
     assert catalogue.unpack(tmp_path / "unpacked", tmp_path) == [unpacked]
@@ -186,8 +202,10 @@ def test_unpack_reads_debian_packages(archive, tmp_path):
 
 
 def test_obj_corners_and_fans():
-    obj = parse_obj("v 0 0 0 1 1 1\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 0 0 1\nvt .5 .25 0\n"
-                    "f 1 2//7 3/1 4/1/9 5\nusemtl a b\nf 1 2 \\\n3\nf 1 2\n")
+    obj = parse_obj(
+        "v 0 0 0 1 1 1\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 0 0 1\nvt .5 .25 0\n"
+        "f 1 2//7 3/1 4/1/9 5\nusemtl a b\nf 1 2 \\\n3\nf 1 2\n"
+    )
     assert obj.positions.shape == (5, 3)
     assert obj.corner_position.tolist() == [[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 1, 2]]
     assert obj.corner_uv[1].tolist() == [-1, 0, 0]
@@ -211,7 +229,7 @@ def test_axes_centre_and_size(entries):
     np.testing.assert_allclose((high - low) / (high - low)[2], [4, 2, 1], rtol=1e-4)
     assert np.linalg.norm(model.positions, axis=1).max() == pytest.approx(mesh.RADIUS, abs=2e-5)
     red = next(part for part in model.parts if part.colour == (1.0, 0.0, 0.0))
-    front = model.positions[model.triangles[red.first:red.first + red.count]]
+    front = model.positions[model.triangles[red.first : red.first + red.count]]
     assert (front[..., 0] > 0).all()
 
 
@@ -261,8 +279,9 @@ def test_creases_stay_hard_and_shallow_edges_smooth():
 
 
 def test_seams_do_not_split_shading():
-    positions = np.array([[0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [-1, 0, 0.2]],
-                         np.float32)  # vertices 3, 4 repeat 0, 1
+    positions = np.array(
+        [[0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [-1, 0, 0.2]], np.float32
+    )  # vertices 3, 4 repeat 0, 1
     source, normals, split = mesh.crease_normals(positions, np.array([[0, 2, 1], [3, 4, 5]]))
     assert len(source) == 6
     np.testing.assert_array_equal(normals[split[0, 0]], normals[split[1, 0]])
@@ -298,9 +317,14 @@ def test_geometry_codec_on_random_meshes():
     rows = rng.integers(0, 9, (300, 3, 1)) * [[[7001, 13, 6007, 4096 * 3, -5]]]
     vertices, triangles = mesh._index_by_first_use(rows.reshape(-1, 5))
     model = mesh.Model(
-        "random", mesh._dequantise(vertices[:, :3]),
-        (vertices[:, 3:] * mesh.UV_STEP).astype(np.float32), triangles, (),
-        (np.zeros((1, 1, 4), np.uint8),), mesh.MainPart(0, 0.0, 0.0))
+        "random",
+        mesh._dequantise(vertices[:, :3]),
+        (vertices[:, 3:] * mesh.UV_STEP).astype(np.float32),
+        triangles,
+        (),
+        (np.zeros((1, 1, 4), np.uint8),),
+        mesh.MainPart(0, 0.0, 0.0),
+    )
     data = mesh.encode_geometry(model)
     positions, uvs, decoded = mesh.decode_geometry(data, len(vertices), len(triangles), True)
     np.testing.assert_array_equal(positions, model.positions)
@@ -342,10 +366,12 @@ def test_camera_is_that_of_the_training_loop():
     clip += drawn.view_projection()[:, None, :, 3]
     ndc = clip[..., :2] / clip[..., 3:]
     centres = (np.arange(size) + 0.5) / size * 2 - 1
-    np.testing.assert_allclose(ndc[..., 0].reshape(5, size, size)[:, 0], np.tile(centres, (5, 1)),
-                               atol=1e-9)
-    np.testing.assert_allclose(ndc[..., 1].reshape(5, size, size)[:, :, 0],
-                               np.tile(-centres, (5, 1)), atol=1e-9)
+    np.testing.assert_allclose(
+        ndc[..., 0].reshape(5, size, size)[:, 0], np.tile(centres, (5, 1)), atol=1e-9
+    )
+    np.testing.assert_allclose(
+        ndc[..., 1].reshape(5, size, size)[:, :, 0], np.tile(-centres, (5, 1)), atol=1e-9
+    )
 
 
 # Renders.
@@ -435,7 +461,8 @@ def test_render_views_writes_a_consistent_set(renderer, archive, tmp_path):
     assert [index["nouns"][k] for k in meta["noun"][[0, n]]] == ["sofa", "horse"]
     assert (meta["colour"][n:] == -1).all() and (meta["colour"][:n] >= 0).any()
     np.testing.assert_array_equal(
-        meta["view"], captions.view_index(meta["azimuth"], meta["elevation"]))
+        meta["view"], captions.view_index(meta["azimuth"], meta["elevation"])
+    )
     for row in range(2 * n):
         texts = [index["captions"][k] for k in meta["caption"][row]]
         named = [text for text in texts if text.endswith(" view")]
@@ -449,8 +476,21 @@ def test_view_thresholds_are_strict():
     azimuth = [0, 44.9, 45, -45, 90, 135, 135.1, 180, -180, 270, 360, 0, 0]
     elevation = [0] * 11 + [60, 60.1]
     names = [captions.VIEWS[k] for k in captions.view_index(azimuth, elevation)]
-    assert names == ["front", "front", "side", "side", "side", "side", "back", "back", "back",
-                     "side", "front", "front", "overhead"]
+    assert names == [
+        "front",
+        "front",
+        "side",
+        "side",
+        "side",
+        "side",
+        "back",
+        "back",
+        "back",
+        "side",
+        "front",
+        "front",
+        "overhead",
+    ]
 
 
 def test_captions_are_true_and_deterministic():
@@ -468,8 +508,13 @@ def test_captions_are_true_and_deterministic():
 def test_materials_are_named_unless_painted():
     row = noun("x", noun="armchair", colour="brown", colour_share=0.9, material="wooden")
     unpainted = [captions.caption(row, 1, -1, np.random.default_rng(k)) for k in range(400)]
-    assert {"an armchair, front view", "a wooden armchair, front view", "a wooden armchair",
-            "a brown armchair, front view", "a brown wooden armchair, front view"} <= set(unpainted)
+    assert {
+        "an armchair, front view",
+        "a wooden armchair, front view",
+        "a wooden armchair",
+        "a brown armchair, front view",
+        "a brown wooden armchair, front view",
+    } <= set(unpainted)
     assert 0.4 < np.mean(["wooden" in text for text in unpainted]) < 0.6
     painted = [captions.caption(row, 1, 0, np.random.default_rng(k)) for k in range(400)]
     assert "a red armchair, front view" in painted
@@ -537,13 +582,18 @@ def test_turntables_of_real_models(entries, tmp_path, renderer, monkeypatch):
     table = {e.noun.id: replace(e.noun, noun="armchair", group="chair") for e in entries}
     monkeypatch.setattr(turntables, "noun_by_id", lambda: table)
     cfg = turntables.TurntableConfig(
-        pack=pack, out=tmp_path / "real", prompts=("an armchair", "a red armchair"),
-        models=5, views=4, size=64,
+        pack=pack,
+        out=tmp_path / "real",
+        prompts=("an armchair", "a red armchair"),
+        models=5,
+        views=4,
+        size=64,
     )
     turntables.write_turntables(cfg)
     found = assets.gather([tmp_path / "real"], {})
     assert [(s.method, s.prompt, s.seed) for s in found] == [
-        ("real", prompt, seed) for prompt in ("a red armchair", "an armchair")
+        ("real", prompt, seed)
+        for prompt in ("a red armchair", "an armchair")
         for seed in range(len(entries))
     ]
     looks = [assets.load(source, 4, 0, torch.device("cpu")) for source in found]

@@ -51,13 +51,23 @@ def folder(tmp_path: Path) -> Path:
     noun = np.arange(n) % 2
     np.savez(
         path / "meta.npz",
-        model=noun, noun=noun, view=view, colour=np.full(n, -1),
-        azimuth=azimuth, elevation=elevation,
-        distance=np.full(n, 1.7, np.float32), fovy=np.full(n, 50.0, np.float32),
+        model=noun,
+        noun=noun,
+        view=view,
+        colour=np.full(n, -1),
+        azimuth=azimuth,
+        elevation=elevation,
+        distance=np.full(n, 1.7, np.float32),
+        fovy=np.full(n, 50.0, np.float32),
         caption=np.stack([noun * 4 + view, noun * 4 + view], 1).astype(np.int32),
     )
-    index = {"models": ["a", "b"], "nouns": ["chair", "sofa"], "views": captions.VIEWS,
-             "colours": captions.COLOURS, "captions": texts}
+    index = {
+        "models": ["a", "b"],
+        "nouns": ["chair", "sofa"],
+        "views": captions.VIEWS,
+        "colours": captions.COLOURS,
+        "captions": texts,
+    }
     (path / "index.json").write_text(json.dumps(index))
     return path
 
@@ -132,9 +142,7 @@ def test_noise_levels_are_those_of_the_sampler():
     from diffusers import DDIMScheduler
 
     want = DDIMScheduler(**models.SCHEDULER).alphas_cumprod
-    torch.testing.assert_close(
-        noise_path.alphas_cumprod(models.SCHEDULER), want, rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(noise_path.alphas_cumprod(models.SCHEDULER), want, rtol=1e-5, atol=0)
 
 
 def test_the_velocity_implies_the_noise():
@@ -275,8 +283,14 @@ def test_captions_follow_the_azimuth(folder: Path):
         return ("a chair", "a red sofa")[int(views.noun[row])]
 
     # by row of ANGLES[1:]: what the first caption and, where it counts, the second one names
-    wanted = {0: (1.0, "front", None), 1: (1.0, "side", None), 2: (0.0, None, "back"),
-              4: (1.0, "side", None), 5: (0.5, "front", "side"), 7: (0.5, "side", "back")}
+    wanted = {
+        0: (1.0, "front", None),
+        1: (1.0, "side", None),
+        2: (0.0, None, "back"),
+        4: (1.0, "side", None),
+        5: (0.5, "front", "side"),
+        7: (0.5, "side", "back"),
+    }
     for row, (part, a, b) in wanted.items():
         assert float(share[row]) == pytest.approx(part, abs=1e-6)
         if a:
@@ -318,18 +332,28 @@ def tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build_vae() -> AutoencoderKL:
         return AutoencoderKL(
-            sample_size=256, latent_channels=4, block_out_channels=(2, 2, 4, 4),
-            layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            sample_size=256,
+            latent_channels=4,
+            block_out_channels=(2, 2, 4, 4),
+            layers_per_block=1,
+            norm_num_groups=2,
+            mid_block_add_attention=False,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
         )
 
     def build_unet() -> UNet2DConditionModel:
         return UNet2DConditionModel(
-            sample_size=32, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4,
+            sample_size=32,
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=models.TEXT_WIDTH, attention_head_dim=2,
-            addition_embed_type="text", addition_embed_type_num_heads=4,
+            cross_attention_dim=models.TEXT_WIDTH,
+            attention_head_dim=2,
+            addition_embed_type="text",
+            addition_embed_type_num_heads=4,
             resnet_time_scale_shift="scale_shift",
         )
 
@@ -380,15 +404,28 @@ def test_train_export_load_and_resume(
     image = pipeline("a red sofa", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (256, 256, 3) and np.isfinite(image).all()
 
-    command(monkeypatch, "train-unet", *pieces, "--out", again, "--vae", out, "--resume", out,
-            "--seed", 1)
+    command(
+        monkeypatch,
+        "train-unet",
+        *pieces,
+        "--out",
+        again,
+        "--vae",
+        out,
+        "--resume",
+        out,
+        "--seed",
+        1,
+    )
     before, after = weights(out), weights(again)
     assert before.keys() == after.keys()
     # two steps of the warm-up are shorter than float16 resolves, another start is not
     assert max(float((before[k] - after[k]).abs().max()) for k in before) < 1e-3
     assert float((again / "scaling_factor").read_text()) == pytest.approx(scale)
-    vocab = [json.loads((p / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
-             for p in (out, again)]
+    vocab = [
+        json.loads((p / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+        for p in (out, again)
+    ]
     assert vocab[0] == vocab[1]
     command(monkeypatch, "export", "--state", again, "--out", again / "prior")
 
@@ -450,9 +487,7 @@ def test_steps_are_those_of_adamw(
 
 @pytest.mark.usefixtures("tiny_networks")
 def test_training_refuses_what_it_cannot_use(folder: Path, tmp_path: Path):
-    cfg = train.UnetConfig(
-        views=folder, out=tmp_path / "out", vae=tmp_path / "none", compile=False
-    )
+    cfg = train.UnetConfig(views=folder, out=tmp_path / "out", vae=tmp_path / "none", compile=False)
     with pytest.raises(FileNotFoundError, match=r"no weights of the vae: expected one of .*none"):
         train.train_unet(cfg)
     with pytest.raises(ValueError, match="weights of the vae are not of the network"):
@@ -545,8 +580,13 @@ def evaluate():
 def test_verdicts_count(evaluate):
     chair, table, sofa = (evaluate.COUNTED_NOUNS.index(n) for n in ("chair", "table", "sofa"))
     side, front, back, overhead = range(4)
-    said = [(chair, front, chair, front), (chair, back, sofa, front), (table, side, table, back),
-            (sofa, overhead, chair, overhead), (sofa, side, sofa, side)]
+    said = [
+        (chair, front, chair, front),
+        (chair, back, sofa, front),
+        (table, side, table, back),
+        (sofa, overhead, chair, overhead),
+        (sofa, side, sofa, side),
+    ]
     verdicts = evaluate.Verdicts(*torch.tensor(said).unbind(1))
     assert verdicts.noun_accuracy() == pytest.approx(3 / 5)
     assert verdicts.view_accuracy() == pytest.approx(3 / 4)  # tables have no front

@@ -39,14 +39,24 @@ def folder(tmp_path: Path) -> Path:
     np.save(path / "rgba.npy", rgba)
     np.savez(
         path / "meta.npz",
-        model=np.arange(n) // 8, noun=np.zeros(n, int), view=np.zeros(n, int),
-        colour=np.full(n, -1), orbit=np.arange(n) // 4,
-        azimuth=views.azimuth.astype(np.float32), elevation=views.elevation.astype(np.float32),
+        model=np.arange(n) // 8,
+        noun=np.zeros(n, int),
+        view=np.zeros(n, int),
+        colour=np.full(n, -1),
+        orbit=np.arange(n) // 4,
+        azimuth=views.azimuth.astype(np.float32),
+        elevation=views.elevation.astype(np.float32),
         distance=np.linalg.norm(views.position, axis=1).astype(np.float32),
-        fovy=np.degrees(views.fovy).astype(np.float32), caption=np.zeros((n, 2), np.int32),
+        fovy=np.degrees(views.fovy).astype(np.float32),
+        caption=np.zeros((n, 2), np.int32),
     )
-    index = {"models": IDS, "nouns": ["box"], "views": captions.VIEWS,
-             "colours": captions.COLOURS, "captions": ["a box"]}
+    index = {
+        "models": IDS,
+        "nouns": ["box"],
+        "views": captions.VIEWS,
+        "colours": captions.COLOURS,
+        "captions": ["a box"],
+    }
     (path / "index.json").write_text(json.dumps(index))
     return path
 
@@ -101,8 +111,7 @@ def test_views_without_orbits_are_refused(folder):
 
 
 class NumberingVae(torch.nn.Module):
-    """Encodes a picture as the azimuth and elevation that its row has, and 1 where it is mirrored.
-    """
+    """Encodes a picture as the azimuth and elevation of its row, and 1 where it is mirrored."""
 
     def __init__(self, data: orbits.Orbits, folder: Path) -> None:
         super().__init__()
@@ -209,8 +218,13 @@ def test_training_exports_a_model_that_guidance_loads(folder, tmp_path):
     # Another piece goes on from the folder.
     train_views.train_views(
         train_views.ViewTrainConfig(
-            views=folder, out=tmp_path / "more", minutes=0.05, batch_size=2, compile=False,
-            resume=out, seed=1,
+            views=folder,
+            out=tmp_path / "more",
+            minutes=0.05,
+            batch_size=2,
+            compile=False,
+            resume=out,
+            seed=1,
         )
     )
     again = load_part(tmp_path / "more", "camera_projection")
@@ -243,7 +257,12 @@ def test_psnr_and_ssim():
     assert metrics.psnr(a, a) == np.inf and metrics.ssim(a, a) == pytest.approx(1)
     assert metrics.psnr(np.zeros((2, 2, 3)), np.full((2, 2, 3), 0.1)) == pytest.approx(20)
     expected = structural_similarity(
-        a, b, data_range=1.0, channel_axis=2, gaussian_weights=True, sigma=1.5,
+        a,
+        b,
+        data_range=1.0,
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
         use_sample_covariance=False,
     )
     assert metrics.ssim(a, b) == pytest.approx(expected, abs=1e-12)

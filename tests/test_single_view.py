@@ -514,8 +514,18 @@ def test_a_run_with_clip_features(clip_folder, picture, tmp_path):
 
 def test_a_run_comes_to_look_like_its_picture(small_folder, picture, tmp_path):
     """Without guidance the reference view alone counts."""
-    flags = ("--loss.lambda-dsd", "0", "--cameras.width", "12", "12", "--cameras.height", "12",
-             "12", "--renderer.num-samples-per-ray", "96")
+    flags = (
+        "--loss.lambda-dsd",
+        "0",
+        "--cameras.width",
+        "12",
+        "12",
+        "--cameras.height",
+        "12",
+        "12",
+        "--renderer.num-samples-per-ray",
+        "96",
+    )
     assert run(tmp_path / "out", picture, small_folder, *flags, steps=60) == 0
     last = json.loads(folder_of(tmp_path / "out").metrics.read_text().splitlines()[-1])
     assert last["rgb"] < 0.01 and last["mask"] < 0.02
@@ -607,8 +617,17 @@ def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
         (objects / "disc").mkdir(parents=True)
         turned = {**cameras, "azimuth": azimuth + turn}
         np.savez(objects / "disc" / "truth.npz", rgba=rgba, **turned)
-        argv = [str(out), "--truth", str(objects), "--json", str(tmp_path / "t.json"),
-                "--sheets", str(tmp_path / "sheets"), "--device", "cpu"]
+        argv = [
+            str(out),
+            "--truth",
+            str(objects),
+            "--json",
+            str(tmp_path / "t.json"),
+            "--sheets",
+            str(tmp_path / "sheets"),
+            "--device",
+            "cpu",
+        ]
         assert truth.main(argv) == 0
         figures.append(json.loads((tmp_path / "t.json").read_text()))
     right, wrong = (entry["runs"][0] for entry in figures)

@@ -346,9 +346,7 @@ def test_engine_runs_between_its_buffers(
         assert given is settings and given.dynamic_shapes_kernel_specialization_strategy == "eager"
         return FakeContext(tiny_unet, factor)
 
-    plan = SimpleNamespace(
-        create_runtime_config=lambda: settings, create_execution_context=context
-    )
+    plan = SimpleNamespace(create_runtime_config=lambda: settings, create_execution_context=context)
     module = fake_library()
     module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=lambda data: plan)
     monkeypatch.setattr(tensorrt, "export_unet", lambda *_: tmp_path)

@@ -132,9 +132,7 @@ def test_seeds_side_by_side_are_the_runs_of_each(tmp_path, tiny_model, caplog):
     for seed in (3, 4):
         assert alone(*flags[:2], "--seed", str(seed)) == 0
         single, shared = (
-            outputs.RunFolder.named(
-                tmp_path / name, "diverse-score-distillation", "a chair", seed
-            )
+            outputs.RunFolder.named(tmp_path / name, "diverse-score-distillation", "a chair", seed)
             for name in ("alone", "together")
         )
         assert shared.preview.exists() and shared.last_step() == 4

@@ -230,13 +230,17 @@ class TrainConfig:
                 f"--cameras.n-view {self.cameras.n_view} is for objects from prompts: drop --task "
                 f"{self.task}"
             )
-        schedules = leaves(self.loss, "loss.") | {
-            f"single_view.lambda_{name}": value
-            for name, value in self.single_view.schedules().items()
-        } | {
-            "guidance.min_step_percent": self.guidance.min_step_percent,
-            "guidance.max_step_percent": self.guidance.max_step_percent,
-        }
+        schedules = (
+            leaves(self.loss, "loss.")
+            | {
+                f"single_view.lambda_{name}": value
+                for name, value in self.single_view.schedules().items()
+            }
+            | {
+                "guidance.min_step_percent": self.guidance.min_step_percent,
+                "guidance.max_step_percent": self.guidance.max_step_percent,
+            }
+        )
         for name, value in schedules.items():
             try:
                 Schedule.parse(value)
@@ -404,7 +408,7 @@ def _embedded(max_steps: int | None, on_cpu: bool) -> TrainConfig:
                 start_level=6,
                 start_step=at(0.1),
                 update_steps=at(0.08),
-            )
+            ),
         ),
         material=MaterialConfig(ambient_only_steps=at(0.1), ambient_only_on_test=True),
         renderer=RendererConfig(num_samples_per_ray=256 if on_cpu else 512),

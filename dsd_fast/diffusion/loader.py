@@ -156,18 +156,22 @@ def _networks(
         else read("unet", dtype)
     ).to(device, memory_format=torch.channels_last)
     vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
-    return unet, vae, {
-        "alphas_cumprod": noise_path.alphas_cumprod(folder.configs["scheduler"]),
-        "prediction_type": noise_path.prediction_type(folder.configs["scheduler"]),
-        "latent_channels": vae.config.latent_channels,
-        "latent_size": latent_size(folder.configs["unet"]),
-        "vae_factor": _vae_factor(folder),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": folder.configs["vae"].get("shift_factor") or 0.0,
-        "device": device,
-        "path": folder.path,
-        "weight_files": folder.weight_files,
-    }
+    return (
+        unet,
+        vae,
+        {
+            "alphas_cumprod": noise_path.alphas_cumprod(folder.configs["scheduler"]),
+            "prediction_type": noise_path.prediction_type(folder.configs["scheduler"]),
+            "latent_channels": vae.config.latent_channels,
+            "latent_size": latent_size(folder.configs["unet"]),
+            "vae_factor": _vae_factor(folder),
+            "scaling_factor": vae.config.scaling_factor,
+            "shift_factor": folder.configs["vae"].get("shift_factor") or 0.0,
+            "device": device,
+            "path": folder.path,
+            "weight_files": folder.weight_files,
+        },
+    )
 
 
 Model = TypeVar("Model", bound=DiffusionModel)

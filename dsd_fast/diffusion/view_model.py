@@ -147,4 +147,3 @@ def load_projection(files: list[Path], features: int | None) -> CameraProjection
     projection = CameraProjection(width, len(weight))
     projection.proj.load_state_dict({"weight": weight, "bias": bias})
     return projection
-

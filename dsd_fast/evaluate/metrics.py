@@ -205,9 +205,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> tuple[float
     return gaussian_frechet(mean1, cov1, mean2, cov2), shrink
 
 
-def nearest_models(
-    features: np.ndarray, reference: np.ndarray, names: Sequence[str]
-) -> list[str]:
+def nearest_models(features: np.ndarray, reference: np.ndarray, names: Sequence[str]) -> list[str]:
     """For each asset the training model that its views are nearest to.
 
     argmax_m mean_v max_{r of m} cos(x_v, y_r): every view may be near another view of the model.

@@ -144,9 +144,7 @@ class Rival(Guidance):
     def _rows(self, z: Tensor, t: Tensor) -> Batch:
         """The UNet's batch for z [B,C,h,w] at levels t [B]."""
         perp_neg = self.cfg.use_perp_neg
-        return Batch(
-            z, expand_rows(z, perp_neg).to(self.model.dtype), expand_rows(t, perp_neg)
-        )
+        return Batch(z, expand_rows(z, perp_neg).to(self.model.dtype), expand_rows(t, perp_neg))
 
     def _parts(self, z: Tensor, t: Tensor, text: Tensor, plan: Plan) -> Parts:
         """Predictions at z [B,C,h,w], levels t [B]: one UNet call."""
@@ -156,9 +154,7 @@ class Rival(Guidance):
         weights = plan.tensors["weights"] if self.cfg.use_perp_neg else None
         n_items = plan.kind.n_items
         unconditional = eps[n_items : 2 * n_items].float()
-        return Parts(
-            unconditional, passes.combine(eps, Guide(weights, True), 1.0) - unconditional
-        )
+        return Parts(unconditional, passes.combine(eps, Guide(weights, True), 1.0) - unconditional)
 
 
 class SDS(Rival):

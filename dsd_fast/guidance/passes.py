@@ -484,9 +484,7 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 
 def _on_kernels(tensor: Tensor) -> bool:
     """The one place that chooses: Triton for CUDA tensors it can take, the references otherwise."""
-    return (
-        tensor.is_cuda and tensor.dtype != torch.float64 and has_triton() and not use_reference()
-    )
+    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton() and not use_reference()
 
 
 def _kernels():

@@ -50,13 +50,9 @@ class VSD(Rival):
     ):
         super().__init__(cfg, model, prompts, noise, max_steps)
         if self._n_seeds != 1:
-            raise ValueError(
-                "--guidance.method vsd trains adapters for one run: drop --num-seeds"
-            )
+            raise ValueError("--guidance.method vsd trains adapters for one run: drop --num-seeds")
         self._lora = _with_adapters(model.unet)
-        self._learned = {
-            name: p for name, p in self._lora.named_parameters() if p.requires_grad
-        }
+        self._learned = {name: p for name, p in self._lora.named_parameters() if p.requires_grad}
         # A CUDA graph can hold a step of it: the count of steps is on the device, gradients stay
         # where they are, and the device itself leaves a step out.
         self._optimizer = torch.optim.AdamW(
@@ -97,9 +93,7 @@ class VSD(Rival):
         azimuth, elevation = (
             torch.deg2rad(plan.tensors[name]) for name in ("azimuth", "elevation")
         )
-        return torch.stack(
-            [azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()], 1
-        )
+        return torch.stack([azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos()], 1)
 
     def _own(self, noisy: Tensor, t: Tensor, text: Tensor, camera: Tensor) -> Tensor:
         """e_LoRA [B,C,h,w] float32."""

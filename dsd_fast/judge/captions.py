@@ -16,6 +16,7 @@ from dsd_fast.prior.catalogue import Noun, nouns
 # The order of diffusion.text.VIEWS, said again so that render workers need not import torch.
 VIEWS = ("side", "front", "back", "overhead")
 
+# fmt: off
 # Colours that recolouring can give; the order is the colour index of the renders.
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black",
            "white", "gray")
@@ -85,6 +86,7 @@ NO_FRONT = frozenset({
 
 # Living and grown things keep their own colours, and no colour is named for them.
 NATURAL = frozenset({"animal", "bush", "flowers", "food", "person", "plant", "tree"})
+# fmt: on
 
 
 def view_index(azimuth_deg: np.ndarray, elevation_deg: np.ndarray) -> np.ndarray:
@@ -148,8 +150,7 @@ def caption_set(
     """
     number: dict[str, int] = {}
     index = [
-        [number.setdefault(caption(noun, view, colour, rng), len(number))
-         for _ in range(variants)]
+        [number.setdefault(caption(noun, view, colour, rng), len(number)) for _ in range(variants)]
         for noun, view, colour in rows
     ]
     return list(number), np.array(index, np.int32).reshape(-1, variants)

@@ -91,8 +91,10 @@ def unpack(source: Path, folder: Path) -> list[Path]:
     Raises FileNotFoundError when `source` holds none, ValueError when it is no Debian package.
     """
     if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; on Debian, `apt-get download "
-                                "sweethome3d-furniture` fetches the package")
+        raise FileNotFoundError(
+            f"{source} does not exist; on Debian, `apt-get download "
+            "sweethome3d-furniture` fetches the package"
+        )
     if source.is_file():
         with tarfile.open(fileobj=_deb_data(source)) as archive:
             for member in archive:
@@ -103,8 +105,10 @@ def unpack(source: Path, folder: Path) -> list[Path]:
         source = folder
     found = sorted(source.rglob("*.sh3f"))
     if not found:
-        raise FileNotFoundError(f"no .sh3f file below {source}; expected the contents of Debian's "
-                                "package sweethome3d-furniture")
+        raise FileNotFoundError(
+            f"no .sh3f file below {source}; expected the contents of Debian's "
+            "package sweethome3d-furniture"
+        )
     return found
 
 
@@ -154,7 +158,8 @@ def load(archives: list[Path], table: dict[str, Noun] | None = None) -> list[Ent
             values = item.get("modelRotation")
             rotation = tuple(float(v) for v in values.split()) if values else IDENTITY
             if len(rotation) != 9:
-                raise ValueError(f"{archive}: modelRotation of {noun.id} has {len(rotation)} "
-                                 "numbers, expected 9")
+                raise ValueError(
+                    f"{archive}: modelRotation of {noun.id} has {len(rotation)} numbers, expected 9"
+                )
             found[noun.id] = Entry(noun, archive, member, rotation)
     return [found[id_] for id_ in table if id_ in found]

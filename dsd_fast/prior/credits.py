@@ -7,23 +7,29 @@ from collections.abc import Sequence
 from dsd_fast.prior.catalogue import Noun, nouns
 
 LICENSES = {
-    "CC-BY-3.0": ("Creative Commons Attribution 3.0 Unported",
-                  "https://creativecommons.org/licenses/by/3.0/"),
-    "CC-BY-3.0-US": ("Creative Commons Attribution 3.0 United States",
-                     "https://creativecommons.org/licenses/by/3.0/us/"),
-    "CC0-1.0": ("CC0 1.0 Universal (public domain dedication)",
-                "https://creativecommons.org/publicdomain/zero/1.0/"),
+    "CC-BY-3.0": (
+        "Creative Commons Attribution 3.0 Unported",
+        "https://creativecommons.org/licenses/by/3.0/",
+    ),
+    "CC-BY-3.0-US": (
+        "Creative Commons Attribution 3.0 United States",
+        "https://creativecommons.org/licenses/by/3.0/us/",
+    ),
+    "CC0-1.0": (
+        "CC0 1.0 Universal (public domain dedication)",
+        "https://creativecommons.org/publicdomain/zero/1.0/",
+    ),
 }
 
 # Library -> the attribution that its LICENSE.TXT asks for.
 LIBRARIES = {
     "Scopia": "Emmanuel PUYBARET / eTeks <info@eteks.com> and Scopia Visual Interfaces Systems, "
-              "s.l. (http://www.scopia.es)",
+    "s.l. (http://www.scopia.es)",
     "Kator Legaz": "Andrew Kator & Jennifer Legaz (2003-2008)",
     "Reallusion": "Reallusion (http://www.reallusion.com/), 2008-2016",
     "Blend Swap CC-BY": "the author named with each model, by way of https://www.blendswap.com",
     "Blend Swap CC-0": "the authors, with gratitude (CC0 models ask for no credit), by way of "
-                       "https://www.blendswap.com",
+    "https://www.blendswap.com",
 }
 
 HEADER = """# Credits of the embedded prior
@@ -56,8 +62,10 @@ def credits(rows: Sequence[Noun] | None = None) -> str:
     rows = [row for row in nouns() if not row.exclude] if rows is None else rows
     for row in rows:
         if row.license not in LICENSES or row.library not in LIBRARIES:
-            raise ValueError(f"{row.id}: no credit text for library {row.library!r} under "
-                             f"{row.license!r}; add it to LIBRARIES or LICENSES")
+            raise ValueError(
+                f"{row.id}: no credit text for library {row.library!r} under "
+                f"{row.license!r}; add it to LIBRARIES or LICENSES"
+            )
     text = HEADER.format(count=len(rows))
     for license_ in sorted({row.license for row in rows}):
         name, link = LICENSES[license_]
@@ -66,10 +74,13 @@ def credits(rows: Sequence[Noun] | None = None) -> str:
         mine = [row for row in rows if row.library == library]
         if not mine:
             continue
-        text += (f"\n## {library}\n\nCredit: {attribution}\n\n"
-                 "| model | name | creator | licence |\n| --- | --- | --- | --- |\n")
+        text += (
+            f"\n## {library}\n\nCredit: {attribution}\n\n"
+            "| model | name | creator | licence |\n| --- | --- | --- | --- |\n"
+        )
         for row in mine:
             model = row.id.partition("#")[2]
-            text += (f"| {_cell(model)} | {_cell(row.name)} | {_cell(row.creator)} "
-                     f"| {row.license} |\n")
+            text += (
+                f"| {_cell(model)} | {_cell(row.name)} | {_cell(row.creator)} | {row.license} |\n"
+            )
     return text

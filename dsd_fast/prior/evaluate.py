@@ -147,8 +147,12 @@ class Judge(nn.Module):
         self.bins = nn.Linear(HIDDEN, N_BINS + 1)
         nn.init.zeros_(self.scale.weight)
         nn.init.zeros_(self.shift.weight)
-        bin_view = torch.cat([direction(torch.zeros(N_BINS), _bin_centres()),
-                              torch.tensor([VIEWS.index("overhead")])])
+        bin_view = torch.cat(
+            [
+                direction(torch.zeros(N_BINS), _bin_centres()),
+                torch.tensor([VIEWS.index("overhead")]),
+            ]
+        )
         self.register_buffer("view_of_bin", F.one_hot(bin_view, len(VIEWS)).float())
 
     def forward(
@@ -215,9 +219,7 @@ class Verdicts:
     def noun_confusions(self) -> dict[str, int]:
         """How often which noun was taken for which other, most frequent first."""
         pairs = zip(self.noun.tolist(), self.said_noun.tolist(), strict=True)
-        wrong = Counter(
-            f"{COUNTED_NOUNS[a]} -> {COUNTED_NOUNS[b]}" for a, b in pairs if a != b
-        )
+        wrong = Counter(f"{COUNTED_NOUNS[a]} -> {COUNTED_NOUNS[b]}" for a, b in pairs if a != b)
         return dict(wrong.most_common(N_CONFUSIONS))
 
     def view_confusion(self) -> dict[str, dict[str, int]]:

@@ -158,9 +158,7 @@ def _sample(
     return Sampled(orbits.models[orbit], picture[0].cpu(), truths, samples, turned)
 
 
-def _through(
-    model: ViewModel, images: torch.Tensor, generator: torch.Generator
-) -> torch.Tensor:
+def _through(model: ViewModel, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return model.decode_latents(model.encode_images(images, generator)).cpu()
 
 

@@ -95,8 +95,8 @@ def _read_materials(
         members = [
             name
             for lower, name in names.items()
-            if lower.endswith(".mtl") and PurePosixPath(lower).parent == PurePosixPath(
-                str(folder).lower())
+            if lower.endswith(".mtl")
+            and PurePosixPath(lower).parent == PurePosixPath(str(folder).lower())
         ]
         if len(members) > 1:
             members = []
@@ -150,8 +150,9 @@ def load_model(entry: Entry) -> Model:
 
     axes = np.asarray(entry.rotation).reshape(3, 3)[[2, 0, 1]]  # then (X, Y, Z) = (z, x, y)
     angle = -np.radians(entry.noun.front_az)
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0],
-                     [0, 0, 1]])
+    turn = np.array(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+    )
     points = normalise((obj.positions @ (turn @ axes).T), obj.corner_position[order])
 
     levels = np.rint((points / RADIUS + 1) / 2 * POSITION_LEVELS).astype(np.int64)
@@ -165,8 +166,9 @@ def load_model(entry: Entry) -> Model:
     corner_uv[wild] %= tile
     parts, corner_uv, triangles_of = _parts(variant, materials, texture, corner_level, corner_uv)
 
-    rows = np.concatenate([corner_level[triangles_of].reshape(-1, 3),
-                           corner_uv[triangles_of].reshape(-1, 2)], axis=1)
+    rows = np.concatenate(
+        [corner_level[triangles_of].reshape(-1, 3), corner_uv[triangles_of].reshape(-1, 2)], axis=1
+    )
     vertices, triangles = _index_by_first_use(rows)
     model = Model(
         id=entry.id,
@@ -214,8 +216,15 @@ def _parts(
         is_textured = bool(value % 2)
         if is_textured:
             corner_uv[chosen] -= corner_uv[chosen].min(axis=(0, 1)) // tile * tile
-        parts.append(Part(first, len(chosen), material.colour, material.opacity,
-                          int(texture[value // 2]) if is_textured else -1))
+        parts.append(
+            Part(
+                first,
+                len(chosen),
+                material.colour,
+                material.opacity,
+                int(texture[value // 2]) if is_textured else -1,
+            )
+        )
         kept.append(chosen)
         first += len(chosen)
     return tuple(parts), corner_uv, np.concatenate(kept)
@@ -242,8 +251,9 @@ def find_main_part(model: Model, n_samples: int = 60_000, size: int = 64) -> Mai
     """
     rng = np.random.default_rng(0)
     corners = model.positions[model.triangles].astype(np.float64)
-    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]),
-                          axis=1)
+    area = np.linalg.norm(
+        np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1
+    )
     triangle = np.searchsorted(np.cumsum(area) / area.sum(), rng.random(n_samples))
     triangle = np.minimum(triangle, len(area) - 1)
     root, v = np.sqrt(rng.random(n_samples)), rng.random(n_samples)
@@ -325,23 +335,27 @@ def crease_normals(
     graph = coo_matrix((np.ones(len(rows), np.int8), (rows, columns)), (n_corners, n_corners))
     n_groups, group = connected_components(graph, directed=False)
 
-    sums = np.stack([np.bincount(group, np.repeat(face_normal[:, k], 3), n_groups)
-                     for k in range(3)], axis=1)
+    sums = np.stack(
+        [np.bincount(group, np.repeat(face_normal[:, k], 3), n_groups) for k in range(3)], axis=1
+    )
     norm = np.linalg.norm(sums, axis=1, keepdims=True)
     normals = np.where(norm > 0, sums / np.maximum(norm, 1e-30), [0.0, 0.0, 1.0])
 
     vertex = triangles.ravel().astype(np.int64)
-    _, first, inverse = np.unique(vertex * n_groups + group, return_index=True,
-                                  return_inverse=True)
-    return (vertex[first], normals[group[first]].astype(np.float32),
-            inverse.reshape(-1, 3).astype(np.int32))
+    _, first, inverse = np.unique(vertex * n_groups + group, return_index=True, return_inverse=True)
+    return (
+        vertex[first],
+        normals[group[first]].astype(np.float32),
+        inverse.reshape(-1, 3).astype(np.int32),
+    )
 
 
 def _planes(values: np.ndarray) -> bytes:
     """Byte planes of an integer array, column by column: they compress better than rows."""
     columns = np.ascontiguousarray(values.reshape(len(values), -1).T)
-    return columns.view(np.uint8).reshape(*columns.shape, values.itemsize).transpose(
-        0, 2, 1).tobytes()
+    return (
+        columns.view(np.uint8).reshape(*columns.shape, values.itemsize).transpose(0, 2, 1).tobytes()
+    )
 
 
 def _from_planes(data: memoryview, dtype: str, rows: int, columns: int) -> tuple[np.ndarray, int]:
@@ -398,7 +412,7 @@ def decode_geometry(
     positions = _dequantise(_undelta(levels))
     uvs = np.zeros((n_vertices, 2), np.float32)
     if has_uv:
-        steps, _ = _from_planes(view[size + used:], "<u4", n_vertices, 2)
+        steps, _ = _from_planes(view[size + used :], "<u4", n_vertices, 2)
         uvs = (_undelta(steps).view("<i4") * UV_STEP).astype(np.float32)
     return positions, uvs, triangles
 
@@ -422,8 +436,10 @@ def _pack_one(entry: Entry) -> tuple[dict, list[bytes]]:
         "vertices": len(model.positions),
         "triangles": len(model.triangles),
         "bytes": [len(stream) for stream in streams],
-        "parts": [[p.first, p.count, *(round(c, 4) for c in p.colour), round(p.opacity, 4),
-                   p.texture] for p in model.parts],
+        "parts": [
+            [p.first, p.count, *(round(c, 4) for c in p.colour), round(p.opacity, 4), p.texture]
+            for p in model.parts
+        ],
         "main": [model.main.part, round(model.main.share, 4), round(model.main.luma, 4)],
     }
     return record, streams
@@ -500,8 +516,9 @@ class Pack:
             file.seek(self._starts[number])
             geometry, *encoded = [file.read(size) for size in record["bytes"]]
         positions, uvs, triangles = decode_geometry(
-            geometry, record["vertices"], record["triangles"], bool(encoded))
-        textures = tuple(np.array(Image.open(io.BytesIO(data)).convert("RGBA"))
-                         for data in encoded)
-        return Model(record["id"], positions, uvs, triangles, self.parts(number), textures,
-                     self.main(number))
+            geometry, record["vertices"], record["triangles"], bool(encoded)
+        )
+        textures = tuple(np.array(Image.open(io.BytesIO(data)).convert("RGBA")) for data in encoded)
+        return Model(
+            record["id"], positions, uvs, triangles, self.parts(number), textures, self.main(number)
+        )

@@ -102,8 +102,11 @@ def build_view_unet() -> UNet2DConditionModel:
     from diffusers import UNet2DConditionModel
 
     config = {k: v for k, v in build_unet().config.items() if not k.startswith("_")}
-    config |= {"in_channels": 8, "block_out_channels": (48, 96, VIEW_UNET_WIDTH),
-               "attention_head_dim": (2, 3, VIEW_UNET_WIDTH // HEAD_WIDTH)}
+    config |= {
+        "in_channels": 8,
+        "block_out_channels": (48, 96, VIEW_UNET_WIDTH),
+        "attention_head_dim": (2, 3, VIEW_UNET_WIDTH // HEAD_WIDTH),
+    }
     return UNet2DConditionModel(**config)
 
 
@@ -132,8 +135,10 @@ def narrowed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if name == "conv_in.weight" and dim == 1:
                 values = torch.cat([values, torch.zeros_like(values)], dim=1)
             elif old != new:
-                heads = (dim == 0 and name.endswith(("to_q.weight", "to_k.weight", "to_v.weight")),
-                         dim == 1 and name.endswith("to_out.0.weight"))
+                heads = (
+                    dim == 0 and name.endswith(("to_q.weight", "to_k.weight", "to_v.weight")),
+                    dim == 1 and name.endswith("to_out.0.weight"),
+                )
                 index = torch.arange(new) if any(heads) else of_size[old]
                 values = values.index_select(dim, index)
         out[name] = values

@@ -103,8 +103,7 @@ class Orbits:
         return len(self.rows)
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
-        """Views of rows [B] of the folder on white: [B,3,256,256] float32 in [0,1] on the device.
-        """
+        """Views of rows [B] on white: [B,3,256,256] float32 in [0,1] on the device."""
         return on_white(torch.from_numpy(self._rgba[rows.numpy()]).to(self.device))
 
     @torch.no_grad()

@@ -153,28 +153,29 @@ def create_context(device_index: int = 0) -> moderngl.Context:
     for libraries in ({}, {"libgl": "libGL.so.1", "libegl": "libEGL.so.1"}):
         try:
             return moderngl.create_context(
-                require=330, standalone=True, backend="egl", device_index=device_index,
-                **libraries)
+                require=330, standalone=True, backend="egl", device_index=device_index, **libraries
+            )
         except Exception as error:  # moderngl and glcontext raise bare Exceptions
             causes.append(str(error))
     raise RuntimeError(
         f"no EGL context on device {device_index}: {'; '.join(causes)}. On Debian install libegl1, "
         "libgl1 and libgl1-mesa-dri; with an NVIDIA driver set __EGL_VENDOR_LIBRARY_FILENAMES to "
-        "its 10_nvidia.json")
+        "its 10_nvidia.json"
+    )
 
 
 class Renderer:
     """Draws models into SIZE² straight-alpha images; one a process, on one EGL device."""
 
-    def __init__(self, device_index: int = 0, size: int = SIZE,
-                 supersampling: int = SUPERSAMPLING) -> None:
+    def __init__(
+        self, device_index: int = 0, size: int = SIZE, supersampling: int = SUPERSAMPLING
+    ) -> None:
         self.size = size
         self.context = create_context(device_index)
         self.name: str = self.context.info["GL_RENDERER"]
         large = (size * supersampling, size * supersampling)
         self.image = self.context.texture(large, 4)
-        self.target = self.context.framebuffer(
-            [self.image], self.context.depth_renderbuffer(large))
+        self.target = self.context.framebuffer([self.image], self.context.depth_renderbuffer(large))
         self.tiles = self.context.framebuffer([self.context.texture((size, size * TILES), 4)])
         self.program = self.context.program(VERTEX_SHADER, FRAGMENT_SHADER)
         self.resolve = self.context.program(RESOLVE_VERTEX_SHADER, RESOLVE_FRAGMENT_SHADER)
@@ -183,15 +184,15 @@ class Renderer:
         self.fullscreen = self.context.vertex_array(self.resolve, [])
 
     def render(self, model: Model, views: Views, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 [n, size, size, 4] images, into `out` when given (C-contiguous, may be mapped).
-        """
+        """uint8 [n, size, size, 4] images, into `out` when given (C-contiguous, may be mapped)."""
         import moderngl
 
         shape = (len(views), self.size, self.size, 4)
         out = np.empty(shape, np.uint8) if out is None else out
         if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-            raise ValueError(f"out: expected C-contiguous uint8 {shape}, got {out.dtype} "
-                             f"{out.shape}")
+            raise ValueError(
+                f"out: expected C-contiguous uint8 {shape}, got {out.dtype} {out.shape}"
+            )
         if not len(views):
             return out
         context = self.context
@@ -214,8 +215,11 @@ class Renderer:
                     self.resolve["tile"] = tile
                     self.fullscreen.render(moderngl.TRIANGLES, vertices=3)
                 self.tiles.read_into(
-                    memoryview(out[chunk.start:chunk.stop]).cast("B"),
-                    viewport=(0, 0, self.size, self.size * len(chunk)), components=4, alignment=1)
+                    memoryview(out[chunk.start : chunk.stop]).cast("B"),
+                    viewport=(0, 0, self.size, self.size * len(chunk)),
+                    components=4,
+                    alignment=1,
+                )
         finally:
             blocks.release()
             scene.release()
@@ -242,8 +246,15 @@ def _view_blocks(views: Views, main_luma: float) -> bytes:
     return block.tobytes()
 
 
-VERTEX = np.dtype([("position", "<f4", 3), ("normal", "<f4", 3), ("uv", "<f4", 2),
-                   ("colour", "u1", 4), ("part", "<f4", 2)])
+VERTEX = np.dtype(
+    [
+        ("position", "<f4", 3),
+        ("normal", "<f4", 3),
+        ("uv", "<f4", 2),
+        ("colour", "u1", 4),
+        ("part", "<f4", 2),
+    ]
+)
 
 
 class _Scene:
@@ -276,9 +287,19 @@ class _Scene:
         self.indices = context.buffer(indices.astype("<u4"))
         self.array = context.vertex_array(
             self.program,
-            [(self.vertices, "3f 3f 2f 4f1 2f", "in_position", "in_normal", "in_uv", "in_colour",
-              "in_part")],
-            index_buffer=self.indices)
+            [
+                (
+                    self.vertices,
+                    "3f 3f 2f 4f1 2f",
+                    "in_position",
+                    "in_normal",
+                    "in_uv",
+                    "in_colour",
+                    "in_part",
+                )
+            ],
+            index_buffer=self.indices,
+        )
         self.textures = _texture_array(context, model.textures)
         self.n_opaque = 3 * int(is_opaque[part_of].sum())
         self.transparent: list[tuple[np.ndarray, int, int]] = []  # centre, first index, count
@@ -303,7 +324,8 @@ class _Scene:
             context.fbo.depth_mask = False
             self.program["alpha_test"] = 0.0
             far_first = sorted(
-                self.transparent, key=lambda t: -np.sum((t[0] * stretch - camera) ** 2))
+                self.transparent, key=lambda t: -np.sum((t[0] * stretch - camera) ** 2)
+            )
             for _, first, count in far_first:
                 self.array.render(moderngl.TRIANGLES, vertices=count, first=first)
             context.fbo.depth_mask = True
@@ -313,18 +335,23 @@ class _Scene:
             resource.release()
 
 
-def _texture_array(context: moderngl.Context, textures: tuple[np.ndarray, ...]
-                   ) -> moderngl.TextureArray:
+def _texture_array(
+    context: moderngl.Context, textures: tuple[np.ndarray, ...]
+) -> moderngl.TextureArray:
     """All textures as layers of one array, resized to the largest; mipmapped, repeating."""
     import moderngl
     from PIL import Image
 
     height = max((image.shape[0] for image in textures), default=1)
     width = max((image.shape[1] for image in textures), default=1)
-    layers = [np.full((height, width, 4), 255, np.uint8)] if not textures else [
-        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-        for image in textures
-    ]
+    layers = (
+        [np.full((height, width, 4), 255, np.uint8)]
+        if not textures
+        else [
+            np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+            for image in textures
+        ]
+    )
     data = np.stack(layers)[:, ::-1]  # OpenGL's first row is the bottom one
     array = context.texture_array((width, height, len(layers)), 4, data.tobytes(), alignment=1)
     array.build_mipmaps()
@@ -360,8 +387,11 @@ def _model_views(pack: Pack, number: int, n: int, orbit: int, seed: int) -> View
     group = noun_by_id()[pack.ids[number]].group
     recolourable = is_recolourable(group, pack.parts(number), pack.main(number))
     rng = np.random.default_rng([seed, number])
-    return sample_orbits(n // orbit, orbit, recolourable, rng) if orbit else sample_views(
-        n, recolourable, rng)
+    return (
+        sample_orbits(n // orbit, orbit, recolourable, rng)
+        if orbit
+        else sample_views(n, recolourable, rng)
+    )
 
 
 def _render_model(number: int) -> str:
@@ -373,7 +403,7 @@ def _render_model(number: int) -> str:
     n = _job.views_per_model
     images = np.lib.format.open_memmap(_job.images, mode="r+")
     views = _model_views(_job.pack, number, n, _job.views_per_orbit, _job.seed)
-    _renderer.render(_job.pack.load(number), views, images[number * n:(number + 1) * n])
+    _renderer.render(_job.pack.load(number), views, images[number * n : (number + 1) * n])
     return _renderer.name
 
 
@@ -401,11 +431,14 @@ def render_views(
     `progress` is called with (models done, models, GL renderer name).
     """
     if views_per_model < 1 or workers < 1:
-        raise ValueError("views_per_model and workers: expected at least 1, got "
-                         f"{views_per_model} and {workers}")
+        raise ValueError(
+            f"views_per_model and workers: expected at least 1, got {views_per_model} and {workers}"
+        )
     if views_per_orbit < 0 or (views_per_orbit and views_per_model % views_per_orbit):
-        raise ValueError(f"views_per_orbit: expected 0 or a divisor of the {views_per_model} views "
-                         f"per model, got {views_per_orbit}")
+        raise ValueError(
+            f"views_per_orbit: expected 0 or a divisor of the {views_per_model} views "
+            f"per model, got {views_per_orbit}"
+        )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     total = len(pack) * views_per_model
@@ -429,8 +462,10 @@ def _write_index(
     """meta.npz and index.json of the rendered set."""
     table = noun_by_id()
     nouns = captions.noun_list()
-    every = [_model_views(pack, number, views_per_model, views_per_orbit, seed)
-             for number in range(len(pack))]
+    every = [
+        _model_views(pack, number, views_per_model, views_per_orbit, seed)
+        for number in range(len(pack))
+    ]
     azimuth = np.concatenate([views.azimuth for views in every])
     elevation = np.concatenate([views.elevation for views in every])
     colour = np.concatenate([views.colour for views in every])
@@ -439,22 +474,31 @@ def _write_index(
     rows = [table[id_] for id_ in pack.ids]
     texts, caption = captions.caption_set(
         ((rows[m], v, c) for m, v, c in zip(model, view, colour, strict=True)),
-        CAPTION_VARIANTS, np.random.default_rng([seed, len(pack)]))
+        CAPTION_VARIANTS,
+        np.random.default_rng([seed, len(pack)]),
+    )
     np.savez(
         out_dir / "meta.npz",
         model=model,
         noun=np.array([nouns.index(row.noun) for row in rows])[model],
         view=view,
         colour=colour,
-        orbit=np.arange(len(model)) // views_per_orbit if views_per_orbit else np.full(
-            len(model), -1),
+        orbit=np.arange(len(model)) // views_per_orbit
+        if views_per_orbit
+        else np.full(len(model), -1),
         azimuth=azimuth.astype(np.float32),
         elevation=elevation.astype(np.float32),
         distance=np.concatenate([np.linalg.norm(v.position, axis=1) for v in every]).astype(
-            np.float32),
+            np.float32
+        ),
         fovy=np.degrees(np.concatenate([views.fovy for views in every])).astype(np.float32),
         caption=caption,
     )
-    index = {"models": pack.ids, "nouns": nouns, "views": captions.VIEWS,
-             "colours": captions.COLOURS, "captions": texts}
+    index = {
+        "models": pack.ids,
+        "nouns": nouns,
+        "views": captions.VIEWS,
+        "colours": captions.COLOURS,
+        "captions": texts,
+    }
     (out_dir / "index.json").write_text(json.dumps(index), encoding="utf-8")

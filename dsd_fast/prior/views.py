@@ -124,8 +124,9 @@ def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
 
     lights = _lights(position, rng)
     colour, paint = _paints(n, recolourable, rng)
-    return Views(azimuth, elevation, position, centre, up, fovy, *lights, colour, paint,
-                 np.ones((n, 3)))
+    return Views(
+        azimuth, elevation, position, centre, up, fovy, *lights, colour, paint, np.ones((n, 3))
+    )
 
 
 def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generator) -> Views:
@@ -149,9 +150,15 @@ def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generat
     paints = _paints(n, recolourable, rng)
     parts = (*lights, *paints, _stretches(n, rng))
     shared = (np.repeat(part, views, axis=0) for part in parts)
-    return Views(azimuth, elevation, position, np.zeros((total, 3)),
-                 np.tile([0.0, 0.0, 1.0], (total, 1)), np.full(total, np.radians(ORBIT_FOVY)),
-                 *shared)
+    return Views(
+        azimuth,
+        elevation,
+        position,
+        np.zeros((total, 3)),
+        np.tile([0.0, 0.0, 1.0], (total, 1)),
+        np.full(total, np.radians(ORBIT_FOVY)),
+        *shared,
+    )
 
 
 def _lights(position: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -170,9 +177,7 @@ def _lights(position: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray,
     return key, fill, ambient * (1.0 + relief), ambient * (1.0 - relief), gloss
 
 
-def _paints(
-    n: int, recolourable: bool, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _paints(n: int, recolourable: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """colour and paint of `Views`."""
     colour = np.full(n, -1, np.int64)
     paint = np.zeros((n, 3))
@@ -193,8 +198,11 @@ def _stretches(n: int, rng: np.random.Generator) -> np.ndarray:
 
 def is_recolourable(group: str, parts: tuple[Part, ...], main: MainPart) -> bool:
     """Whether painting the main part makes a colour word true of the whole object."""
-    return (group not in captions.NATURAL and main.share >= RECOLOUR_VISIBLE
-            and parts[main.part].opacity >= 1.0)
+    return (
+        group not in captions.NATURAL
+        and main.share >= RECOLOUR_VISIBLE
+        and parts[main.part].opacity >= 1.0
+    )
 
 
 def mean_paint(colour: int) -> tuple[float, float, float]:

@@ -276,9 +276,7 @@ class Field(nn.Module):
             n_valid=n_valid,
         )
 
-    def _evaluate_fused(
-        self, points: Tensor, normals: bool, n_valid: Tensor | None
-    ) -> FieldOutput:
+    def _evaluate_fused(self, points: Tensor, normals: bool, n_valid: Tensor | None) -> FieldOutput:
         analytic = self.cfg.normal_type == "analytic"
         density, features, normal = self._fused(
             points, n_valid, features=True, normals=normals and analytic

@@ -39,9 +39,7 @@ class PictureScene(Scene):
         rgba: [1,4,S,S] of `read_picture`.
     """
 
-    def __init__(
-        self, cfg: TrainConfig, generator: torch.Generator | None, rgba: Tensor
-    ) -> None:
+    def __init__(self, cfg: TrainConfig, generator: torch.Generator | None, rgba: Tensor) -> None:
         super().__init__(cfg, generator)
         heights = cfg.cameras.height
         sizes = (heights,) if isinstance(heights, int) else heights
@@ -125,8 +123,7 @@ def check(cfg: TrainConfig) -> None:
         raise ConfigError("--task single-view needs a picture: pass --image chair.png")
     if not -90 < cfg.single_view.elevation < 90:
         raise ConfigError(
-            f"--single-view.elevation: expected between -90 and 90, got "
-            f"{cfg.single_view.elevation}"
+            f"--single-view.elevation: expected between -90 and 90, got {cfg.single_view.elevation}"
         )
     near, far = cameras.camera_distance_range
     if near != far or near != cameras.eval_camera_distance:

@@ -115,8 +115,7 @@ class SingleViewStep(TrainStep):
 
 
 def color_error(rgb: Tensor, truth: Tensor, behind: Tensor) -> Tensor:
-    """Mean squared error of a rendering [B,h,w,3] to a picture [B,h,w,4] over the same background.
-    """
+    """Mean squared error of a rendering [B,h,w,3] to a picture [B,h,w,4] over one background."""
     alpha = truth[..., 3:]
     return F.mse_loss(rgb, truth[..., :3] * alpha + behind * (1 - alpha))
 
@@ -157,8 +156,5 @@ def surface_smoothness(
 
 def _of_views(image: RenderOutput, first: int) -> RenderOutput:
     """The views from number `first` on; the count of samples is that of all."""
-    parts = {
-        name: value[first:] for name, value in vars(image).items() if name != "n_samples"
-    }
+    parts = {name: value[first:] for name, value in vars(image).items() if name != "n_samples"}
     return RenderOutput(**parts, n_samples=image.n_samples)
-

@@ -205,8 +205,7 @@ class TrainStep:
         return Drawn(views, draws, noise, t, t_delta, chance)
 
     def _views(self, step: int, generator: torch.Generator) -> CameraBatch:
-        """The cameras of a step; their angles are those of the views that guidance is asked about.
-        """
+        """The cameras of a step; their angles are those of the views that are guided."""
         return self.cameras.sample(step, generator)
 
     def _run(
@@ -331,9 +330,7 @@ class TrainStep:
         """Room for the samples of every run; None where steps shall not be captured (yet)."""
         if not self._captures:
             return None
-        pairs = [
-            state.scene.renderer.rooms(_n_rays(d)) for state, d in zip(self.states, drawn)
-        ]
+        pairs = [state.scene.renderer.rooms(_n_rays(d)) for state, d in zip(self.states, drawn)]
         rooms = tuple(room for pair in pairs for room in pair)
         return None if None in rooms else rooms
 

@@ -283,9 +283,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
 
 def _embedder(width: int, embedding: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-    )
+    return nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
 
 
 class _Block(nn.Sequential):
