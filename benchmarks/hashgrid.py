@@ -44,7 +44,7 @@ def along_rays(n: int, device: torch.device, generator: torch.Generator) -> Tens
     k = torch.arange(_PER_RAY, device=device) - 0.5 * _PER_RAY + jitter[:, None]
     t = scene.DISTANCE + scene.STEP_SIZE * k
     points = origins[:, None] + dirs[:, None] * t[..., None]
-    return (points / (2 * scene.RENDERER.radius) + 0.5).reshape(-1, 3)[:n].contiguous()
+    return (points / (2 * scene.RADIUS) + 0.5).reshape(-1, 3)[:n].contiguous()
 
 
 @cache

@@ -31,7 +31,7 @@ def render(width: int, device: torch.device, generator: torch.Generator) -> Work
     field = Field(FieldConfig(), generator).to(device)
     background = Background(BackgroundConfig(random_aug=False), generator).to(device)
     cfg = replace(scene.RENDERER, randomized=False, sample_room=_ROOM)
-    renderer = Renderer(cfg).to(device)
+    renderer = Renderer(cfg, scene.RADIUS).to(device)
     renderer.occupancy.load_state_dict(scene.occupancy(device).state_dict())
     cameras = scene.view(width, scene.RENDER_FOVY_DEG, device, generator)
     towards = torch.randn(1, width, width, 3, generator=generator).to(device) / width**2

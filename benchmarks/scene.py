@@ -21,8 +21,9 @@ DISTANCE = 1.75
 MARCH_FOVY_DEG = 47.9
 RENDER_FOVY_DEG = 56.5
 
+RADIUS = FieldConfig.radius
 RENDERER = RendererConfig()
-STEP_SIZE = Renderer(RENDERER).step_size
+STEP_SIZE = Renderer(RENDERER, RADIUS).step_size
 
 
 class Samples(NamedTuple):
@@ -73,7 +74,7 @@ def blob_density(points: Tensor) -> Tensor:
 @cache
 def occupancy(device: torch.device) -> OccupancyGrid:
     """The occupancy grid after the first update of a run."""
-    grid = OccupancyGrid(RENDERER.occupancy, RENDERER.radius, STEP_SIZE)
+    grid = OccupancyGrid(RENDERER.occupancy, RADIUS, STEP_SIZE)
     grid.update(0, blob_density, torch.Generator().manual_seed(0))
     return grid.to(device)
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.config import ConfigError, TrainConfig, resolve_device, to_dict
+from dsd_fast.config import ConfigError, TrainConfig, check, resolve_device, to_dict
 from dsd_fast.guidance import Guidance, seed_noise
 from dsd_fast.rng import RngStreams
 from dsd_fast.run import checkpoint, cli, memory, versions
@@ -84,7 +84,7 @@ def train(jobs: Sequence[Job]) -> None:
     Interrupted, with the states saved.
     """
     cfg = jobs[0].config
-    cfg.validate()
+    check(cfg, flags=True)
     device = resolve_device(cfg.device)
     task = TASKS[cfg.task]
     for job in jobs:

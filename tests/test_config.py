@@ -9,6 +9,7 @@ import torch
 from dsd_fast.config import (
     ConfigError,
     TrainConfig,
+    check,
     from_dict,
     leaves,
     preset,
@@ -76,9 +77,10 @@ def test_unknown_settings_name_the_nearest():
     ("path", "value", "expected"),
     [
         ("guidance.guidance_scale", "high", "a number"),
-        ("cameras.fovy_range", [40], "a list of 2"),
-        ("cameras.width", [64, "x"], "an integer or a list of an integer"),
-        ("field.normal_type", "numeric", "'analytic' or 'finite_difference'"),
+        ("cameras.fovy_range", [40], "2 values"),
+        ("cameras.width", [64, "x"], "an integer, got"),
+        ("cameras.width", "x", "an integer or a list"),
+        ("field.normal_type", "numeric", "'analytic', 'finite_difference', .* or 'pred'"),
         ("max_steps", 10.5, "an integer"),
         ("trainer.progress", 1, "true or false"),
         ("text.front", 3, "a text or nothing"),
@@ -103,16 +105,26 @@ def test_values_are_converted():
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_empty_prompt(prompt):
     with pytest.raises(ConfigError, match="the prompt is empty"):
-        TrainConfig(prompt=prompt).validate()
+        check(TrainConfig(prompt=prompt))
 
 
 def test_values_that_cannot_work():
     cfg = TrainConfig(prompt="a chair", max_steps=0)
-    with pytest.raises(ConfigError, match="max_steps must be at least 1, got 0"):
-        cfg.validate()
-    cfg.max_steps, cfg.field.radius = 1, 1.0
-    with pytest.raises(ConfigError, match="they describe one box"):
-        cfg.validate()
+    with pytest.raises(ConfigError, match="max_steps: expected 1 or more, got 0"):
+        check(cfg)
+    cfg.max_steps, cfg.renderer.near_plane = 1, 1e10
+    with pytest.raises(ConfigError, match=r"^renderer\.near_plane: expected less than far_plane"):
+        check(cfg)
+
+
+def test_the_radius_of_older_configurations():
+    older = to_dict(TrainConfig())
+    older["field"]["radius"] = older["renderer"]["radius"] = 1.0
+    assert from_dict(TrainConfig, older).field.radius == 1.0
+    assert "radius" in older["renderer"], "what is given stays as it is"
+    for values in (older | {"field": {"radius": 2.0}}, {"renderer": {"radius": 1.0}}):
+        with pytest.raises(ConfigError, match=r"renderer\.radius: expected that of the field, 2.0"):
+            from_dict(TrainConfig, values)
 
 
 def test_devices(monkeypatch):

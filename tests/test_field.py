@@ -291,13 +291,13 @@ def test_networks_follow_the_generator_and_the_grid_does_not():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normal_type": "mesh"}, "normal_type: expected one of analytic"),
-        ({"density_activation": "relu"}, "density_activation: expected one of softplus"),
-        ({"density_bias": "cube"}, "density_bias: expected one of blob_magic3d"),
+        ({"normal_type": "mesh"}, "normal_type: expected 'analytic'"),
+        ({"density_activation": "relu"}, "density_activation: expected 'softplus'"),
+        ({"density_bias": "cube"}, "density_bias: expected 'blob_magic3d' or .* or a number"),
         ({"n_hidden_layers": 2}, "needs n_hidden_layers = 1"),
         ({"grid": GridConfig(n_levels=4, start_level=5)}, "start_level: expected 1 to"),
-        ({"grid": GridConfig(update_steps=0)}, "update_steps: expected at least 1"),
-        ({"radius": 0.0}, "radius: expected a positive"),
+        ({"grid": GridConfig(update_steps=0)}, "update_steps: expected 1 or more"),
+        ({"radius": 0.0}, "radius: expected 0.001 or more"),
     ],
 )
 def test_bad_configurations(changes, message):

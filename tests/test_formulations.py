@@ -27,6 +27,7 @@ from dsd_fast.guidance import (
     make_guidance,
     settings,
 )
+from dsd_fast.ranges import check
 from dsd_fast.tasks.step import TrainStep
 
 ABAR = alphas_cumprod(SCHEDULER)
@@ -294,8 +295,8 @@ def test_methods_bring_their_settings_and_flags_win():
     vsd = config("--guidance.method", "vsd", "--max-steps", "50")
     assert tuple(vsd.max_step_percent) == (10, 0.98, 0.5, 11)
     assert set(METHODS) == {m for m in METHODS if settings(m, 10) or m == "dsd"}
-    with pytest.raises(ValueError, match=r"guidance\.method: expected one of dsd, sds"):
-        GuidanceConfig(method="best").validate()
+    with pytest.raises(ValueError, match=r"method: expected one of dsd, sds.* got 'best'"):
+        check(GuidanceConfig(method="best"))
 
 
 # Runs

@@ -14,7 +14,7 @@ from tiny_model import build_tiny_model
 
 from dsd_fast import sample as sample_command
 from dsd_fast import train
-from dsd_fast.config import ConfigError, TrainConfig, from_dict, preset
+from dsd_fast.config import ConfigError, TrainConfig, check, from_dict, preset
 from dsd_fast.diffusion import load_model
 from dsd_fast.diffusion.ddim import ddim_levels, ddim_scheduler
 from dsd_fast.evaluate import __main__ as evaluate_command
@@ -514,12 +514,12 @@ def test_presets_of_images():
     assert len({practical.name, exact.name, preset("embedded").name}) == 3
     assert preset("embedded", max_steps=7, task="image").max_steps == 7
     practical.prompt = "a chair"
-    practical.validate()
+    check(practical)
     practical.image.azimuth, practical.guidance.use_perp_neg = 0.0, True
-    practical.validate()
+    check(practical)
     practical.image.azimuth = float("nan")
     with pytest.raises(ConfigError, match=r"image\.azimuth"):
-        practical.validate()
+        check(practical)
 
 
 # Samples and comparisons

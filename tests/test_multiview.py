@@ -20,7 +20,7 @@ from tiny_model import (
 from torch import Tensor, nn
 
 from dsd_fast import train as module
-from dsd_fast.config import ConfigError, PromptConfig, TrainConfig, preset
+from dsd_fast.config import ConfigError, PromptConfig, TrainConfig, check, preset
 from dsd_fast.diffusion import DiffusionModel, load_model
 from dsd_fast.diffusion.engines.base import EagerEngine, make_engine
 from dsd_fast.diffusion.networks.multiview_unet import (
@@ -816,7 +816,7 @@ class TestPreset:
     def test_values(self) -> None:
         cfg = preset("mvdream")
         cfg.prompt = "a chair"
-        cfg.validate()
+        check(cfg)
         assert cfg.max_steps == 10000
         assert (cfg.guidance.method, cfg.guidance.guidance_scale) == ("dsd", 7.5)
         assert cfg.cameras.batch_size == (8, 4)
@@ -841,7 +841,7 @@ class TestPreset:
     def test_methods_of_multi_view_models_alone(self) -> None:
         cfg = TrainConfig(prompt="a chair", guidance=GuidanceConfig(method="recon"))
         with pytest.raises(ConfigError, match="--preset mvdream"):
-            cfg.validate()
+            check(cfg)
 
     def test_memory(self) -> None:
         assert memory.settings_for(8, "mvdream")["cameras.batch_size"] == 4

@@ -53,7 +53,7 @@ def test_overrides_and_references():
     )
     assert cfg.prompt == "a toy robot, very detailed"
     assert cfg.tag == ""
-    assert cfg.field.radius == cfg.renderer.radius == 1.5
+    assert cfg.field.radius == 1.5
     assert cfg.cameras.width == (32, 64)
     assert (cfg.max_steps, cfg.seed) == (20, 3)
     assert cfg.optimizer.eps == 1e-8
@@ -91,6 +91,8 @@ def test_missing_prompt_is_left_to_the_flags():
         ("tag=${rmspce:a b,_}", "unknown function 'rmspce'.*rmspace"),
         ("trainer.precision=8", "trainer.precision: expected one of 16-mixed"),
         ("seed.x=1", "seed holds a value"),
+        ("system.renderer.radius=1.5", "geometry.radius = .* must agree"),
+        ("system.optimizer.args.betas=[2,2]", "args.betas: .*expected less than 1"),
         ("system.guidance.pretrained_model_name_or_path=other", "must agree"),
     ],
 )

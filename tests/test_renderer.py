@@ -54,7 +54,7 @@ def _small_field() -> Field:
 
 
 def _renderer(material: MaterialConfig = ALBEDO, **changes) -> Renderer:
-    return Renderer(RendererConfig(**changes), material)
+    return Renderer(RendererConfig(**changes), 2.0, material)
 
 
 def _cameras(batch: int = 1, size: int = 12, seed: int = 0):
@@ -385,7 +385,9 @@ def test_training_needs_a_generator():
         _renderer()(Sphere(), _background(), _cameras(), 0, training=True)
 
 
-@pytest.mark.parametrize("name", ["num_samples_per_ray", "eval_chunk_size", "radius"])
+@pytest.mark.parametrize("name", ["num_samples_per_ray", "eval_chunk_size"])
 def test_bad_configurations(name):
-    with pytest.raises(ValueError, match=f"{name}: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
         _renderer(**{name: 0})
+    with pytest.raises(ValueError, match="near_plane: expected less than far_plane"):
+        _renderer(near_plane=2.0, far_plane=1.0)

@@ -16,7 +16,10 @@ from typing import Any
 
 import yaml
 
-from dsd_fast.config import ConfigError, TrainConfig, nearest, preset, set_value
+from dsd_fast.config.codec import nearest, set_value
+from dsd_fast.config.presets import preset
+from dsd_fast.config.tree import TrainConfig
+from dsd_fast.ranges import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +125,13 @@ KEYS: dict[str, Sets | Only | Ignored] = {
     "system.background.color_activation": Only(("sigmoid",)),
     **_group("system.background", "background", "random_aug random_aug_prob eval_color"),
     "system.renderer_type": Only(("nerf-volume-renderer",)),
+    "system.renderer.radius": Sets("field.radius"),
     "system.renderer.estimator": Only(("occgrid",)),
     "system.renderer.return_comp_normal": Only((True,)),
     **_group(
         "system.renderer",
         "renderer",
-        "radius num_samples_per_ray eval_chunk_size randomized near_plane far_plane grid_prune "
+        "num_samples_per_ray eval_chunk_size randomized near_plane far_plane grid_prune "
         "prune_alpha_threshold",
     ),
     # Prompt and guidance

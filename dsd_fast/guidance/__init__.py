@@ -21,6 +21,7 @@ from dsd_fast.guidance.levels import timestep
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.trajectory import seed_noise
 from dsd_fast.guidance.vsd import VSD
+from dsd_fast.ranges import check
 
 __all__ = [
     "METHODS",
@@ -64,7 +65,7 @@ def make_guidance(
     max_steps: int,
 ) -> Guidance:
     """The formulation that `cfg.method` names; arguments and errors as of `Guidance`."""
-    cfg.validate()
+    check(cfg)
     if cfg.method not in _CLASSES:
         raise ValueError(f"guidance.method {cfg.method} is for a multi-view model alone")
     return _CLASSES[cfg.method](cfg, model, prompts, noise, max_steps)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,15 +24,18 @@ from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.conditions.text import TextMix, text_mix
 from dsd_fast.guidance.levels import random_timesteps, shifted_level, timestep
-from dsd_fast.guidance.passes import WEIGHTINGS, Batch
+from dsd_fast.guidance.passes import Batch
 from dsd_fast.guidance.plan import Plan
-from dsd_fast.schedules import Schedule, ScheduleValue
+from dsd_fast.ranges import Bins, ConfigError, NonNegative, Registered, ShareOverRun, check
+from dsd_fast.schedules import Schedule
 from dsd_fast.upload import Pack
 
 METHODS = ("dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
 # Of multi-view models alone.
 OWN_METHODS = ("recon",)
 TRAJECTORIES = ("exact", "cached")
+
+_METHOD = Registered(lambda: (*METHODS, *OWN_METHODS))
 
 
 @dataclass
@@ -41,36 +45,36 @@ class GuidanceConfig:
 
     # The formulation. Any but "dsd" brings its paper's scale, noise levels and weight along, which
     # flags change as ever (docs/usage.md has the table); "recon" is MVDream's own loss.
-    method: Literal["dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd", "recon"] = "dsd"
+    method: Annotated[str, _METHOD.check, _METHOD.flag] = "dsd"
     # Classifier-free guidance scale: of the target prediction and, unless trajectory_scale says
     # otherwise, of the trajectory.
-    guidance_scale: float = 7.5
+    guidance_scale: NonNegative = 7.5
     # Guidance scale of the trajectory, which the seed chooses its object by; None (official) takes
     # guidance_scale. Guidance narrows what a model draws, so that samples of a lower scale are more
     # diverse; of objects that has hardly been seen (docs/comparison.md).
-    trajectory_scale: float | None = None
+    trajectory_scale: NonNegative | None = None
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
     use_perp_neg: bool = True
     # Lowest noise level, as a share of 1000: a number or a schedule.
-    min_step_percent: ScheduleValue = 0.32
+    min_step_percent: ShareOverRun = 0.32
     # Highest noise level, as a share of 1000: a number or a schedule.
-    max_step_percent: ScheduleValue = 0.98
+    max_step_percent: ShareOverRun = 0.98
     # Let t fall from the highest to the lowest level over the run; otherwise t is random per view.
     t_anneal: bool = True
     # Anneal by the square root of the progress, fast at first.
     sqrt_anneal: bool = True
     # Lower bound of t_delta.
-    delta_min: int = 1
+    delta_min: Annotated[int, Interval(ge=0, lt=NUM_TRAIN_TIMESTEPS)] = 1
     # Intervals of the full trajectory from 999 to 0.
-    n_ddim_steps: int = 10
+    n_ddim_steps: Annotated[int, Interval(ge=1, lt=NUM_TRAIN_TIMESTEPS)] = 10
     # "cached" keeps the trajectories of azimuth_bins azimuths and trains on views from those alone;
     # "exact" (official) simulates one at every step, for views from anywhere.
     trajectory: Literal["exact", "cached"] = "cached"
     # Bins of |azimuth| in [0, 180] degrees that share a cached trajectory, that of their centre.
-    azimuth_bins: int = 48
+    azimuth_bins: Bins = 48
     # Levels between the entries of a table of the cached trajectories' noise, which is interpolated
     # between them; 0 asks the UNet for it at every step.
-    noise_table_step: int = 20
+    noise_table_step: Annotated[int, Interval(ge=0, lt=NUM_TRAIN_TIMESTEPS)] = 20
     # Views from azimuth < 0 follow the mirror image of the trajectory of those from azimuth > 0.
     # Officially both follow the same picture, so that a thing seen from the side faces the same way
     # from both sides and grows two backs; mirrored, they agree on a mirror-symmetric object.
@@ -83,7 +87,7 @@ class GuidanceConfig:
     # at scale 1, for the rendering put at t_delta; where t_delta = t, as late in a run, only the
     # classifier's direction is left, which has no rest. At 1 the gradient rests where a rendering
     # is what is predicted of it, as in DDIM, and half of the UNet's rows are saved.
-    trajectory_share: ScheduleValue = 0.0
+    trajectory_share: ShareOverRun = 0.0
     # Draw the rendering's latents from the VAE's posterior; False takes its mean.
     sample_posterior: bool = True
     # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
@@ -92,25 +96,14 @@ class GuidanceConfig:
     pure_conditional: bool = False
 
     def validate(self) -> None:
-        """Raise ValueError for a value outside its choices."""
-        for name, value, choices in (
-            ("method", self.method, (*METHODS, *OWN_METHODS)),
-            ("trajectory", self.trajectory, TRAJECTORIES),
-            ("weighting", self.weighting, WEIGHTINGS),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"guidance.{name}: expected one of {', '.join(choices)}, got {value!r}"
+        """Raise ConfigError for levels whose lowest is above the highest."""
+        low, high = Schedule.parse(self.min_step_percent), Schedule.parse(self.max_step_percent)
+        for step in sorted({int(step) for step, _ in (*low.knots, *high.knots)}):
+            if low(step) > high(step):
+                raise ConfigError(
+                    f"min_step_percent: expected at most max_step_percent, {high(step):g} at step "
+                    f"{step}, got {low(step):g}"
                 )
-        shares = [value for _, value in Schedule.parse(self.trajectory_share).knots]
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"guidance.trajectory_share: expected shares of 0 to 1, got {shares}")
-        if not 0 <= self.delta_min < NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"guidance.delta_min: expected 0 to 999, got {self.delta_min}")
-        if self.noise_table_step < 0:
-            raise ValueError(
-                f"guidance.noise_table_step: expected 0 or more, got {self.noise_table_step}"
-            )
 
     @property
     def lattice(self) -> int | None:
@@ -168,7 +161,7 @@ class Guidance:
         noise: Tensor,
         max_steps: int,
     ):
-        cfg.validate()
+        check(cfg)
         self.cfg = cfg
         self.model = model
         self.max_steps = max_steps

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,13 @@ from typing import Annotated
 
 import tyro
 
+from dsd_fast import guidance
 from dsd_fast.config import (
     PRESETS,
+    TASKS,
     ConfigError,
     TrainConfig,
+    check,
     from_dict,
     leaves,
     official,
@@ -30,8 +34,6 @@ from dsd_fast.config import (
     resolve_device,
     to_dict,
 )
-from dsd_fast.guidance import METHODS
-from dsd_fast.guidance import settings as method_settings
 from dsd_fast.run import checkpoint, memory
 from dsd_fast.run.closed_pipes import reader_may_leave
 from dsd_fast.run.outputs import RunFolder
@@ -88,19 +90,20 @@ def parse(argv: Sequence[str]) -> list[Job]:
     if not cfg.prompt and cfg.single_view.image is not None:
         # The run's name.
         cfg.prompt = cfg.single_view.image.stem
-    if command.num_seeds < 1:
-        raise ConfigError(f"--num-seeds must be at least 1, got {command.num_seeds}")
+    for flag, count in (("num-seeds", command.num_seeds), ("stop-at", command.stop_at)):
+        if count is not None and count < 1:
+            raise ConfigError(f"--{flag} must be at least 1, got {count}")
     if command.num_seeds > 1 and cfg.tag:
         raise ConfigError("--num-seeds names run folders by prompt and seed: drop --tag")
     seeds = range(cfg.seed, cfg.seed + command.num_seeds)
     if command.resume is None:
-        cfg.validate()
+        check(cfg, flags=True)
         return [_fresh(cfg, seed, command) for seed in seeds]
     if command.overwrite or command.config is not None:
         raise ConfigError("--resume continues a run as it is: drop --overwrite and --config")
 
     if command.resume == "auto":
-        cfg.validate()
+        check(cfg, flags=True)
         return _resume_all(cfg, seeds, flags, early, command)
     if command.num_seeds > 1:
         raise ConfigError("--num-seeds continues its runs with --resume auto alone")
@@ -157,7 +160,7 @@ def _resumed(
     saved.device, saved.vram = early.device, None
     cfg = _parse_flags(flags, _fitting(from_dict(TrainConfig, to_dict(saved)), early)).train
     _compare(saved, cfg)
-    cfg.validate()
+    check(cfg, flags=True)
     return Job(cfg, folder, state, False, command.stop_at)
 
 
@@ -218,12 +221,13 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
                 f"{overrides[0]}: overrides in this form change an official configuration file, "
                 "pass it with --config; every setting is a flag as well, see --help"
             )
-        steps = early.max_steps or ""
+        # A length that is none is left for the full parse, as are names that are not registered.
+        steps = early.max_steps if re.fullmatch("0*[1-9][0-9]{0,9}", early.max_steps or "") else 0
         return preset(
             early.preset if early.preset in PRESETS else "embedded",
-            int(steps) if steps.isdigit() and int(steps) > 0 else None,
+            int(steps) or None,
             resolve_device(early.device).type == "cpu",
-            early.task or "text",
+            early.task if early.task in TASKS else "text",
             early.exact,
             early.method or "dsd",
         )
@@ -242,11 +246,11 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
 
 def _fitting(starting_values: TrainConfig, early: argparse.Namespace) -> TrainConfig:
     """The same values with what --guidance.method and --vram bring along; flags still win."""
-    guidance = starting_values.guidance
+    before = starting_values.guidance
     # A configuration of this method has its settings already, and so has a preset for one picture.
-    if early.method in METHODS and early.method != guidance.method:
-        brought = method_settings(early.method, starting_values.max_steps)
-        starting_values.guidance = dataclasses.replace(guidance, method=early.method, **brought)
+    if early.method in guidance.METHODS and early.method != before.method:
+        brought = guidance.settings(early.method, starting_values.max_steps)
+        starting_values.guidance = dataclasses.replace(before, method=early.method, **brought)
     with contextlib.suppress(ValueError):  # not a number, which the full parse says
         if early.vram:
             memory.choose_settings(starting_values, float(early.vram))

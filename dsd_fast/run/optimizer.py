@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast import ops
-from dsd_fast.config import OptimizerConfig
 from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.scene.rates import OptimizerConfig
 from dsd_fast.scene.scene import Scene
 
 # The loss scale of mixed-precision training: where it starts, and the good steps before it doubles.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast.ops.sh import N_VALUES
+from dsd_fast.ranges import Color, Layers, Neurons, Share, check
 from dsd_fast.scene.mlp import MLP
 
 
@@ -17,15 +18,15 @@ class BackgroundConfig:
     # Replace the background of some training views by one random colour.
     random_aug: bool = True
     # The share of those views.
-    random_aug_prob: float = 0.5
+    random_aug_prob: Share = 0.5
     # That colour is one for all views of a step, as views that belong together need it.
     share_aug_bg: bool = False
     # One fixed colour (r g b in 0 to 1) in previews and evaluation instead of the learned map.
-    eval_color: tuple[float, float, float] | None = None
+    eval_color: Color | None = None
     # Neurons of the hidden layers.
-    n_neurons: int = 16
+    n_neurons: Neurons = 16
     # Hidden layers of the network.
-    n_hidden_layers: int = 2
+    n_hidden_layers: Layers = 2
 
 
 class Background(nn.Module):
@@ -33,6 +34,7 @@ class Background(nn.Module):
 
     def __init__(self, cfg: BackgroundConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
+        check(cfg)
         self.cfg = cfg
         self.network = MLP(
             N_VALUES,

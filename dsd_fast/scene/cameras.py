@@ -11,65 +11,122 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor
+
+from dsd_fast.ranges import (
+    ConfigError,
+    Count,
+    CountOrNone,
+    Elevation,
+    FieldOfView,
+    Length,
+    Pixels,
+    Span,
+    Spread,
+    Stages,
+    ViewElevation,
+    check,
+)
 
 
 @dataclass
 class CameraConfig:
     # Width of the training images in pixels; one number, or one per resolution stage.
-    width: int | tuple[int, ...] = (128, 512)
+    width: Stages[Pixels] = (128, 512)
     # Height of the training images in pixels; one number, or one per resolution stage.
-    height: int | tuple[int, ...] = (128, 512)
+    height: Stages[Pixels] = (128, 512)
     # Views per training step; one number, or one per resolution stage.
-    batch_size: int | tuple[int, ...] = 1
+    batch_size: Stages[Annotated[int, Interval(ge=1, le=4096)]] = 1
     # Views that belong together: 1, or the 4 of a multi-view model, which share all but their
     # azimuths, a quarter turn apart. The batch size is a multiple of it.
     n_view: Literal[1, 4] = 1
     # Steps at which the next resolution stage begins.
-    resolution_milestones: tuple[int, ...] = (5000,)
+    resolution_milestones: tuple[CountOrNone, ...] = (5000,)
     # Elevation of training cameras in degrees (lowest, highest).
-    elevation_range: tuple[float, float] = (-10.0, 45.0)
+    elevation_range: Span[Elevation] = (-10.0, 45.0)
     # Azimuth of training cameras in degrees (lowest, highest).
-    azimuth_range: tuple[float, float] = (-180.0, 180.0)
+    azimuth_range: Span[Annotated[float, Interval(ge=-720, le=720)]] = (-180.0, 180.0)
     # Distance of training cameras from the origin (nearest, farthest).
-    camera_distance_range: tuple[float, float] = (1.5, 2.0)
+    camera_distance_range: Span[Length] = (1.5, 2.0)
     # Take that range for the half height of the picture at the object, so that it looks equally
     # large at every field of view: the distance is the drawn number / tan(fovy / 2).
     relative_distance: bool = False
     # Vertical field of view of training cameras in degrees (narrowest, widest).
-    fovy_range: tuple[float, float] = (40.0, 70.0)
+    fovy_range: Span[FieldOfView] = (40.0, 70.0)
     # Largest shift of the camera position, per axis, uniform.
-    camera_perturb: float = 0.1
+    camera_perturb: Spread = 0.1
     # Standard deviation of the point looked at, per axis.
-    center_perturb: float = 0.2
+    center_perturb: Spread = 0.2
     # Standard deviation of the up vector, per axis.
-    up_perturb: float = 0.02
+    up_perturb: Spread = 0.02
     # Distance of the light from the origin (nearest, farthest).
-    light_distance_range: tuple[float, float] = (0.8, 1.5)
+    light_distance_range: Span[Length] = (0.8, 1.5)
     # Standard deviation of the light direction around the camera's (dreamfusion lights only).
-    light_position_perturb: float = 1.0
+    light_position_perturb: Spread = 1.0
     # Lights around the camera direction (dreamfusion) or on a ring around it (magic3d).
     light_sample_strategy: Literal["dreamfusion", "magic3d"] = "dreamfusion"
     # Spread the azimuths of a batch evenly over the range.
     batch_uniform_azimuth: bool = True
     # Widen the view ranges from the evaluation view to the full ranges over this many steps.
-    progressive_until: int = 0
+    progressive_until: CountOrNone = 0
     # Height of evaluation images in pixels.
-    eval_height: int = 512
+    eval_height: Pixels = 512
     # Width of evaluation images in pixels.
-    eval_width: int = 512
+    eval_width: Pixels = 512
     # Elevation of evaluation cameras in degrees.
-    eval_elevation_deg: float = 15.0
+    eval_elevation_deg: ViewElevation = 15.0
     # Distance of evaluation cameras from the origin.
-    eval_camera_distance: float = 2.0
+    eval_camera_distance: Length = 2.0
     # Vertical field of view of evaluation cameras in degrees.
-    eval_fovy_deg: float = 70.0
+    eval_fovy_deg: FieldOfView = 70.0
     # Number of views of the turntable.
-    n_test_views: int = 120
+    n_test_views: Count = 120
+
+    def validate(self) -> None:
+        """Raise ConfigError for settings that do not go together."""
+        milestones = self.resolution_milestones
+        if list(milestones) != sorted(set(milestones)):
+            raise ConfigError(f"resolution_milestones: expected growing steps, got {milestones}")
+        for name in ("height", "width", "batch_size"):
+            stages = self.per_stage(name)
+            if len(stages) != len(milestones) + 1:
+                raise ConfigError(
+                    f"{name}: expected one number or {len(milestones) + 1} numbers (one more than "
+                    f"resolution_milestones), got {stages}"
+                )
+        if self.n_view > 1:
+            self._validate_views_together()
+
+    def _validate_views_together(self) -> None:
+        """ConfigError for what views of one object cannot have."""
+        sizes = self.per_stage("batch_size")
+        if any(size % self.n_view for size in sizes):
+            raise ConfigError(
+                f"batch_size: expected multiples of n_view ({self.n_view}), whole objects, got "
+                f"{sizes}"
+            )
+        if not math.isclose(self.azimuth_range[1] - self.azimuth_range[0], 360.0):
+            raise ConfigError(
+                f"azimuth_range: {self.n_view} views of an object stand all around it: expected a "
+                f"range of 360 degrees, got {self.azimuth_range}"
+            )
+        for name in ("camera_perturb", "center_perturb", "up_perturb"):
+            if getattr(self, name) != 0:
+                raise ConfigError(
+                    f"{name}: a multi-view model is told cameras that look at the centre, got "
+                    f"{getattr(self, name)}; pass --cameras.{name.replace('_', '-')} 0"
+                )
+
+    def per_stage(self, name: str) -> list[int]:
+        """`width`, `height` or `batch_size` of each resolution stage."""
+        value = getattr(self, name)
+        n_stages = len(self.resolution_milestones) + 1
+        return [value] * n_stages if isinstance(value, int) else list(value)
 
 
 @dataclass(frozen=True)
@@ -199,50 +256,12 @@ class RandomCameras:
     """
 
     def __init__(self, cfg: CameraConfig, lattice: int | Lattice | None = None) -> None:
+        check(cfg)
         self.cfg = cfg
         self.lattice = lattice
-        n_stages = len(cfg.resolution_milestones) + 1
-        if list(cfg.resolution_milestones) != sorted(set(cfg.resolution_milestones)):
-            raise ValueError(
-                f"resolution_milestones must grow, got {list(cfg.resolution_milestones)}"
-            )
-        self._heights = _per_stage("height", cfg.height, n_stages)
-        self._widths = _per_stage("width", cfg.width, n_stages)
-        self._batch_sizes = _per_stage("batch_size", cfg.batch_size, n_stages)
-        for name in (
-            "elevation_range",
-            "azimuth_range",
-            "camera_distance_range",
-            "fovy_range",
-            "light_distance_range",
-        ):
-            low, high = getattr(cfg, name)
-            if low > high:
-                raise ValueError(f"{name}: expected (low, high), got ({low}, {high})")
-        if cfg.n_view > 1:
-            self._check_views_together()
-
-    def _check_views_together(self) -> None:
-        """ValueError for settings that views of one object cannot have."""
-        cfg = self.cfg
-        for size in self._batch_sizes:
-            if size % cfg.n_view:
-                raise ValueError(
-                    f"batch_size: expected multiples of n_view ({cfg.n_view}), whole objects, got "
-                    f"{list(self._batch_sizes)}"
-                )
-        if not math.isclose(cfg.azimuth_range[1] - cfg.azimuth_range[0], 360.0):
-            raise ValueError(
-                f"azimuth_range: {cfg.n_view} views of an object stand all around it: expected a "
-                f"range of 360 degrees, got {tuple(cfg.azimuth_range)}"
-            )
-        for name in ("camera_perturb", "center_perturb", "up_perturb"):
-            if getattr(cfg, name) != 0:
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"{name}: a multi-view model is told cameras that look at the centre, got "
-                    f"{getattr(cfg, name)}; pass --cameras.{flag} 0"
-                )
+        self._heights, self._widths, self._batch_sizes = (
+            cfg.per_stage(name) for name in ("height", "width", "batch_size")
+        )
 
     def stage(self, step: int) -> int:
         """Index of the resolution stage of a step."""
@@ -302,16 +321,11 @@ class RandomCameras:
         light_distance = uniform(*cfg.light_distance_range, n_objects)
         if cfg.light_sample_strategy == "dreamfusion":
             light_direction = F.normalize(positions + normal(cfg.light_position_perturb), dim=-1)
-        elif cfg.light_sample_strategy == "magic3d":
+        else:
             light_azimuth = uniform(-math.pi, math.pi, n_objects)
             light_elevation = uniform(math.pi / 6, math.pi / 2, n_objects)
             local = orbit_positions(light_elevation, light_azimuth, torch.ones(batch))
             light_direction = (_camera_frame(positions) @ local[:, :, None])[:, :, 0]
-        else:
-            raise ValueError(
-                "light_sample_strategy: expected 'dreamfusion' or 'magic3d', "
-                f"got {cfg.light_sample_strategy!r}"
-            )
         return _camera_batch(
             look_at(positions, centers, up),
             fovy,
@@ -412,15 +426,3 @@ def _camera_frame(positions: Tensor) -> Tensor:
 
 def _lerp(start: float, end: float, weight: float) -> float:
     return (1.0 - weight) * start + weight * end
-
-
-def _per_stage(name: str, value: int | tuple[int, ...], n_stages: int) -> list[int]:
-    values = [value] * n_stages if isinstance(value, int) else list(value)
-    if len(values) != n_stages:
-        raise ValueError(
-            f"{name}: expected one number or {n_stages} numbers (one more than "
-            f"resolution_milestones), got {values}"
-        )
-    if any(v < 1 for v in values):
-        raise ValueError(f"{name}: expected positive numbers, got {values}")
-    return values

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import tyro
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast._backend import use_reference
 from dsd_fast.ops.field import FieldShape, can_fuse
+from dsd_fast.ranges import (
+    ConfigError,
+    Count,
+    CountOrNone,
+    Layers,
+    Length,
+    Neurons,
+    Number,
+    check,
+)
 from dsd_fast.scene.encoding import HashGrid
 from dsd_fast.scene.mlp import MLP
 
-NORMAL_TYPES = ("analytic", "finite_difference", "finite_difference_laplacian", "pred")
-DENSITY_ACTIVATIONS = ("softplus", "exp", "trunc_exp")
-DENSITY_BLOBS = ("blob_magic3d", "blob_dreamfusion")
+# Cells along an edge of the finest level, of which float32 coordinates can tell each.
+FINEST = 2**24
 
 # Softplus is linear above this input, as in torch.
 _SOFTPLUS_THRESHOLD = 20.0
@@ -37,21 +48,34 @@ _QUERY_BLOCK = {"cpu": 16384, "cuda": 1 << 19}
 @dataclass
 class GridConfig:
     # Number of resolutions.
-    n_levels: int = 16
+    n_levels: Annotated[int, Interval(ge=1, le=32)] = 16
     # Features per level.
-    n_features: int = 2
+    n_features: Literal[2, 4] = 2
     # Base-2 logarithm of the largest table of a level.
-    log2_table_size: int = 19
+    log2_table_size: Annotated[int, Interval(ge=3, le=24)] = 19
     # Resolution of the coarsest level.
-    base_resolution: int = 16
+    base_resolution: Annotated[int, Interval(ge=2, le=4096)] = 16
     # Growth of the resolution from level to level.
-    per_level_scale: float = 1.447269237440378
+    per_level_scale: Annotated[float, Interval(ge=1, le=64)] = 1.447269237440378
     # Levels used from the start.
-    start_level: int = 8
+    start_level: Count = 8
     # Step after which further levels are unlocked.
-    start_step: int = 2000
+    start_step: CountOrNone = 2000
     # Steps from one unlocked level to the next.
-    update_steps: int = 500
+    update_steps: Count = 500
+
+    def validate(self) -> None:
+        """Raise ConfigError for settings that do not go together."""
+        if self.start_level > self.n_levels:
+            raise ConfigError(
+                f"start_level: expected 1 to n_levels = {self.n_levels}, got {self.start_level}"
+            )
+        finest = self.base_resolution * self.per_level_scale ** (self.n_levels - 1)
+        if finest > FINEST:
+            raise ConfigError(
+                f"per_level_scale: expected at most {FINEST} cells along an edge of the finest "
+                f"level, got {finest:.3g}"
+            )
 
 
 @dataclass
@@ -59,14 +83,14 @@ class FieldConfig:
     # The hash grid and when its levels are unlocked.
     grid: GridConfig = field(default_factory=GridConfig)
     # Half the edge of the box around the object.
-    radius: float = 2.0
+    radius: Annotated[Length, tyro.conf.arg(aliases=["--renderer.radius"])] = 2.0
     # Initial shape added to the raw density: a cone (blob_magic3d), a Gaussian (blob_dreamfusion),
     # or a constant.
-    density_bias: Literal["blob_magic3d", "blob_dreamfusion"] | float = "blob_magic3d"
+    density_bias: Literal["blob_magic3d", "blob_dreamfusion"] | Number = "blob_magic3d"
     # Height of the initial blob in raw density.
-    density_blob_scale: float = 10.0
+    density_blob_scale: Number = 10.0
     # Size of the initial blob.
-    density_blob_std: float = 0.5
+    density_blob_std: Length = 0.5
     # From raw density to density.
     density_activation: Literal["softplus", "exp", "trunc_exp"] = "softplus"
     # Where normals come from: the density's gradient (analytic), differences of densities
@@ -75,14 +99,22 @@ class FieldConfig:
         "analytic"
     )
     # Distance of the points of finite differences.
-    finite_difference_normal_eps: float = 0.01
+    finite_difference_normal_eps: Annotated[float, Interval(ge=1e-6, le=1e3)] = 0.01
     # Neurons of the hidden layers.
-    n_neurons: int = 64
+    n_neurons: Neurons = 64
     # Hidden layers of each network.
-    n_hidden_layers: int = 1
+    n_hidden_layers: Layers = 1
     # On CUDA, look up features in a float16 copy of the table and run the networks on tensor cores;
     # the table itself, its gradient and the optimizer stay float32.
     half_table: bool = True
+
+    def validate(self) -> None:
+        """Raise ConfigError for settings that do not go together."""
+        if self.normal_type == "analytic" and self.n_hidden_layers != 1:
+            raise ConfigError(
+                "normal_type: 'analytic' needs n_hidden_layers = 1, got "
+                f"{self.n_hidden_layers}; use 'finite_difference' for deeper networks"
+            )
 
 
 class FieldOutput(NamedTuple):
@@ -111,27 +143,7 @@ class Field(nn.Module):
 
     def __init__(self, cfg: FieldConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        _check_choice("normal_type", cfg.normal_type, NORMAL_TYPES)
-        _check_choice("density_activation", cfg.density_activation, DENSITY_ACTIVATIONS)
-        if not isinstance(cfg.density_bias, (int, float)):
-            _check_choice("density_bias", cfg.density_bias, (*DENSITY_BLOBS, "a number"))
-        if cfg.normal_type == "analytic" and cfg.n_hidden_layers != 1:
-            raise ValueError(
-                "normal_type 'analytic' needs n_hidden_layers = 1, got "
-                f"{cfg.n_hidden_layers}; use 'finite_difference' for deeper networks"
-            )
-        if not 1 <= cfg.grid.start_level <= cfg.grid.n_levels:
-            raise ValueError(
-                f"grid.start_level: expected 1 to n_levels = {cfg.grid.n_levels}, "
-                f"got {cfg.grid.start_level}"
-            )
-        if cfg.grid.update_steps < 1:
-            raise ValueError(
-                f"grid.update_steps: expected at least 1, got {cfg.grid.update_steps}; "
-                "start_level = n_levels unlocks every level at once"
-            )
-        if not cfg.radius > 0:
-            raise ValueError(f"radius: expected a positive number, got {cfg.radius}")
+        check(cfg)
         self.cfg = cfg
         self.grid = HashGrid(
             cfg.grid.n_levels,
@@ -378,8 +390,3 @@ def _blocks(points: Tensor) -> Iterator[slice]:
     size = _QUERY_BLOCK.get(points.device.type, _QUERY_BLOCK["cuda"])
     for start in range(0, len(points), size):
         yield slice(start, start + size)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from dsd_fast.diffusion.loader import PictureShape
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.ranges import ConfigError, Decay, Elevation, Epsilon, NonNegative, Number, Positive
 from dsd_fast.run.checkpoint import CheckpointError
 
 # Learning rates for the embedded model.
 RATES = {"latent": 0.3, "rgb": 1.0}
+
+
+def _none_or_whole(lengths: float) -> float:
+    if 0 < lengths < 1:
+        raise ValueError(f"expected 0, or 1 or more, got {lengths}")
+    return lengths
 
 
 @dataclass
@@ -26,50 +35,37 @@ class ImageConfig:
     # "noise" is normal noise for a latent, uniform noise for pixels.
     start: Literal["prediction", "noise"] = "prediction"
     # Height and width of an rgb parameter; none is the model's own.
-    size: int | None = None
+    size: Annotated[int, Interval(ge=8, le=8192)] | None = None
     # Ask for the view from this azimuth in degrees, 0 the front; none asks for no view.
-    azimuth: float | None = None
+    azimuth: Number | None = None
     # Elevation in degrees of that view; above 60 it is the overhead view.
-    elevation: float = 0.0
+    elevation: Elevation = 0.0
     # The exact form: one step a DDIM step, of unit length, so that the image is DDIM's sample. The
     # length of the run is then the number of DDIM steps, and the optimizer is not used.
     exact: bool = False
     # Learning rate of Adam at its highest; none is 0.3 for a latent, 1 for pixels.
-    lr: float | None = None
+    lr: Positive | None = None
     # Share of the run in which the learning rate rises to that.
-    warm_up: float = 0.0
+    warm_up: Decay = 0.0
     # The rate falls as a cosine that would reach zero after so many lengths of the run; 0 keeps it.
-    cosine_length: float = 0.0
+    cosine_length: Annotated[NonNegative, AfterValidator(_none_or_whole)] = 0.0
     # Adam's decay rates.
-    betas: tuple[float, float] = (0.0, 0.99)
+    betas: tuple[Decay, Decay] = (0.0, 0.99)
     # Adam's epsilon. Above the gradients it makes Adam gradient descent, which leaves alone what
     # the gradient leaves alone.
-    eps: float = 1.0
+    eps: Epsilon = 1.0
 
     def validate(self) -> None:
-        """Raise ValueError for a value that cannot work."""
-        if self.size is not None and (self.size < 8 or self.parameter == "latent"):
-            raise ValueError(
-                "image.size: expected at least 8, for --image.parameter rgb alone (a latent has "
-                f"the model's size), got {self.size} for {self.parameter}"
+        """Raise ConfigError for settings that do not go together."""
+        if self.size is not None and self.parameter == "latent":
+            raise ConfigError(
+                "size: --image.size is for --image.parameter rgb alone, a latent has the model's "
+                f"size; got {self.size}"
             )
         if self.exact and self.parameter != "latent":
-            raise ValueError(
-                "image.exact: DDIM leaves a latent; drop --image.exact or --image.parameter rgb"
+            raise ConfigError(
+                "exact: DDIM leaves a latent; drop --image.exact or --image.parameter rgb"
             )
-        for name, good, expected in (
-            ("lr", self.rate > 0, "more than 0"),
-            ("warm_up", 0 <= self.warm_up < 1, "0 or more and less than 1"),
-            (
-                "cosine_length",
-                self.cosine_length == 0 or self.cosine_length >= 1,
-                "0, or 1 or more",
-            ),
-            ("eps", self.eps > 0, "more than 0"),
-            ("azimuth", self.azimuth is None or math.isfinite(self.azimuth), "degrees"),
-        ):
-            if not good:
-                raise ValueError(f"image.{name}: expected {expected}, got {getattr(self, name)}")
 
     @property
     def rate(self) -> float:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsd_fast.ranges import Weight
 from dsd_fast.scene.renderer import OPAQUE, RenderOutput
-from dsd_fast.schedules import Schedule, ScheduleValue
+from dsd_fast.schedules import Schedule
 
 # Side of the normal image that convexity looks at.
 _CONVEX_SIZE = 8
@@ -20,17 +21,17 @@ _CONVEX_MIN_WEIGHT = 1e-6
 @dataclass
 class LossConfig:
     # Weight of the distillation loss; each weight is a number or a schedule [s0, v0, v1, s1, …].
-    lambda_dsd: ScheduleValue = 1.0
+    lambda_dsd: Weight = 1.0
     # Weight against normals that face away from the camera.
-    lambda_orient: ScheduleValue = 0.1
+    lambda_orient: Weight = 0.1
     # Weight against opacity.
-    lambda_sparsity: ScheduleValue = (0, 0.15, 0.0, 3000)
+    lambda_sparsity: Weight = (0, 0.15, 0.0, 3000)
     # Weight for pixels that are either empty or opaque.
-    lambda_opaque: ScheduleValue = 0.1
+    lambda_opaque: Weight = 0.1
     # Weight for convex shapes.
-    lambda_convex: ScheduleValue = (0, 1.0, 1.0, 5000)
+    lambda_convex: Weight = (0, 1.0, 1.0, 5000)
     # Weight against fog: variance of depth along a ray.
-    lambda_z_variance: ScheduleValue = 1.0
+    lambda_z_variance: Weight = 1.0
 
 
 def regularizers(

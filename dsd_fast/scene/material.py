@@ -10,24 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast._backend import has_triton, use_reference
+from dsd_fast.ranges import Color, CountOrNone, Share
 
 ShadingMode = Literal["albedo", "textureless", "diffuse"]
 MODES: tuple[ShadingMode, ...] = ("albedo", "textureless", "diffuse")
-Color = tuple[float, float, float]
 
 
 @dataclass
 class MaterialConfig:
     # Colour of the ambient light.
-    ambient_light_color: tuple[float, float, float] = (0.1, 0.1, 0.1)
+    ambient_light_color: Color = (0.1, 0.1, 0.1)
     # Colour of the point light.
-    diffuse_light_color: tuple[float, float, float] = (0.9, 0.9, 0.9)
+    diffuse_light_color: Color = (0.9, 0.9, 0.9)
     # Steps at the start that show the albedo alone.
-    ambient_only_steps: int = 1000
+    ambient_only_steps: CountOrNone = 1000
     # After that, the share of training views that are lit.
-    diffuse_prob: float = 0.3
+    diffuse_prob: Share = 0.3
     # Among the lit views, the share without texture.
-    textureless_prob: float = 0.75
+    textureless_prob: Share = 0.75
     # Show the albedo alone in previews, turntables and evaluation.
     ambient_only_on_test: bool = False
     # Draw the strength of the point light in training; the ambient light is the rest.

@@ -7,16 +7,22 @@ the field, and everything is written as one GLB file. The diffusion model is nev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Interval
+from pydantic import AfterValidator
 
 from dsd_fast.files import replacing
+from dsd_fast.ranges import CountOrNone, Share, check
 from dsd_fast.scene.material import albedo_color
 
 log = logging.getLogger(__name__)
@@ -29,6 +35,13 @@ QUERY_POINTS = 1 << 18
 FIELD_TO_GLTF = (1, 2, 0)
 
 
+def _known_iso(iso: str) -> str:
+    with contextlib.suppress(ValueError):
+        if iso == "auto" or 0 < float(iso) < math.inf:
+            return iso
+    raise ValueError(f'expected "auto" or a number above 0, got {iso!r}')
+
+
 class MeshError(RuntimeError):
     """No mesh can be made from this field with these settings."""
 
@@ -38,13 +51,13 @@ class MeshConfig:
     """How a mesh is cut out of the density."""
 
     # Grid points along the longest side of the box.
-    resolution: int = 192
+    resolution: Annotated[int, Interval(ge=2, le=1024)] = 192
     # Density of the surface: a number, or "auto" for the mean density of non-empty grid points.
-    iso: str = "auto"
+    iso: Annotated[str, AfterValidator(_known_iso)] = "auto"
     # Components with fewer faces than this fraction of the largest one are dropped.
-    min_component: float = 0.01
+    min_component: Share = 0.01
     # Larger meshes are decimated to this many faces (needs fast-simplification). 0 keeps all.
-    max_faces: int = 0
+    max_faces: CountOrNone = 0
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,10 @@ def make_mesh(field: torch.nn.Module, radius: float, cfg: MeshConfig, device: to
     """The surface of ``field`` at the configured density.
 
     ``field.density(points[N, 3]) -> [N]`` and ``field(points, normals=False).features`` are queried
-    in the box [-radius, radius]^3. Raises MeshError when the surface is empty.
+    in the box [-radius, radius]^3. Raises ConfigError for settings that cannot work, MeshError when
+    the surface is empty.
     """
+    check(cfg)
     box = np.array([[-radius] * 3, [radius] * 3])
     density, axes = _density_grid(field, box, max(cfg.resolution // 2, 16), device)
     iso = _iso_value(cfg.iso, density)
@@ -178,10 +193,7 @@ def _density_grid(
 def _iso_value(iso: str, density: np.ndarray) -> float:
     """The surface level: a number, or for "auto" the mean over points that hold any density."""
     if iso != "auto":
-        try:
-            return float(iso)
-        except ValueError:
-            raise MeshError(f'iso must be "auto" or a number, got "{iso}"') from None
+        return float(iso)
     filled = density[density > 1e-5]
     return float(filled.mean()) if len(filled) else 0.0
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from dsd_fast import ops
+from dsd_fast.ranges import Count, CountOrNone, NonNegative, Share, check
 from dsd_fast.upload import upload
 
 
 @dataclass
 class OccupancyConfig:
     # Cells per axis.
-    resolution: int = 32
+    resolution: Annotated[int, Interval(ge=1, le=512)] = 32
     # Steps between updates.
-    update_interval: int = 16
+    update_interval: Count = 16
     # Steps during which every update visits all cells; later updates visit a part of them.
-    warmup_steps: int = 256
+    warmup_steps: CountOrNone = 256
     # Factor on the stored value of a visited cell, before the maximum with the new one.
-    decay: float = 0.95
+    decay: Share = 0.95
     # Upper bound of the threshold; the mean over the cells is used when it is lower.
-    max_threshold: float = 0.01
+    max_threshold: NonNegative = 0.01
 
 
 class OccupancyGrid(nn.Module):
@@ -38,9 +41,7 @@ class OccupancyGrid(nn.Module):
 
     def __init__(self, cfg: OccupancyConfig, radius: float, step_size: float) -> None:
         super().__init__()
-        for name in ("resolution", "update_interval"):
-            if getattr(cfg, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(cfg, name)}")
+        check(cfg)
         self.cfg = cfg
         self.radius = float(radius)
         self.step_size = float(step_size)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from dsd_fast.ranges import AnyPath, Bins, ViewElevation, Weight
 from dsd_fast.schedules import ScheduleValue
 
 # Pictures whose alpha is above this everywhere have a background.
@@ -26,25 +27,25 @@ RECENTRED_SIDE = 0.75
 @dataclass
 class SingleViewConfig:
     # Picture of the object: with an alpha channel, or with a background that rembg removes.
-    image: Annotated[Path | None, tyro.conf.arg(name="image", prefix_name=False)] = None
+    image: Annotated[AnyPath | None, tyro.conf.arg(name="image", prefix_name=False)] = None
     # Elevation in degrees from which the picture was taken; azimuth 0 is where it was taken from.
-    elevation: float = 5.0
+    elevation: ViewElevation = 5.0
     # Crop the picture to the object and centre it at the size of the model's training pictures.
     recenter: bool = False
     # The model is Stable Zero123, whose pose ends with the picture's polar angle.
     polar_pose: bool = False
     # Bins of azimuth, all around, that share a cached trajectory.
-    azimuth_bins: int = 24
+    azimuth_bins: Bins = 24
     # Bins of elevation over --cameras.elevation-range.
-    elevation_bins: int = 6
+    elevation_bins: Bins = 6
     # Weight of the colours of the reference view: mean squared error; a number or a schedule.
-    lambda_rgb: ScheduleValue = 500.0
+    lambda_rgb: Weight = 500.0
     # Weight of its outline: mean squared error of the opacity.
-    lambda_mask: ScheduleValue = 50.0
+    lambda_mask: Weight = 50.0
     # Weight for normals that change little from pixel to pixel.
-    lambda_normal_smooth: ScheduleValue = 8.0
+    lambda_normal_smooth: Weight = 8.0
     # Weight for normals that change little from a point on the surface to one beside it.
-    lambda_normal_smooth_3d: ScheduleValue = 8.0
+    lambda_normal_smooth_3d: Weight = 8.0
 
     # Of the picture's file: a resumed run must find the same.
     digest: tyro.conf.Suppress[str] = ""

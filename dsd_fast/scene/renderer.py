@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Interval
+from pydantic import AllowInfNan
 from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast._backend import has_triton, use_reference
 from dsd_fast.ops import PackedSamples
+from dsd_fast.ranges import ConfigError, Count, NonNegative, Positive, check
 from dsd_fast.scene.background import Background
 from dsd_fast.scene.cameras import CameraBatch
 from dsd_fast.scene.field import Field
@@ -26,18 +30,16 @@ OPAQUE = 0.5
 
 @dataclass
 class RendererConfig:
-    # Half the edge of the box that rays are marched through; the field's radius.
-    radius: float = 2.0
     # Steps across the box's diagonal; sets the length of a step.
-    num_samples_per_ray: int = 512
+    num_samples_per_ray: Annotated[int, Interval(ge=1, le=2**16)] = 512
     # Samples evaluated at a time where no gradient is needed; bounds memory.
-    eval_chunk_size: int = 160000
+    eval_chunk_size: Count = 160000
     # Shift the samples of each ray by a random part of a step in training.
     randomized: bool = True
     # Distance from the camera at which rays begin.
-    near_plane: float = 0.0
+    near_plane: NonNegative = 0.0
     # Distance from the camera at which rays end.
-    far_plane: float = 1e10
+    far_plane: Annotated[float, AllowInfNan(), Gt(0)] = 1e10
     # Skip empty cells of the occupancy grid.
     grid_prune: bool = True
     # Drop samples that are transparent or hidden before they are shaded.
@@ -45,9 +47,16 @@ class RendererConfig:
     # On CUDA, room for so many samples a ray on average, those marched and those kept; samples that
     # find no room are dropped and reported. None learns it from the renderings before. A CUDA graph
     # needs numbers.
-    sample_room: tuple[float, float] | None = None
+    sample_room: tuple[Positive, Positive] | None = None
     # The occupancy grid.
     occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
+
+    def validate(self) -> None:
+        """Raise ConfigError for settings that do not go together."""
+        if self.near_plane >= self.far_plane:
+            raise ConfigError(
+                f"near_plane: expected less than far_plane, {self.far_plane}, got {self.near_plane}"
+            )
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,8 @@ class _Samples:
 class Renderer(nn.Module):
     """Renders a field in front of a background.
 
+    Rays are marched through the box [-radius, radius]³, the field's.
+
     Holds the occupancy grid (buffers `occupancy.occs`, `occupancy.binary`) and no parameters.
 
     On CUDA, with a field of the usual shape, nothing waits for the device but the first renderings,
@@ -143,16 +154,17 @@ class Renderer(nn.Module):
     bytes for each sample there is room for, and 315 MiB.
     """
 
-    def __init__(self, cfg: RendererConfig, material: MaterialConfig | None = None) -> None:
+    def __init__(
+        self, cfg: RendererConfig, radius: float, material: MaterialConfig | None = None
+    ) -> None:
         super().__init__()
-        for name in ("num_samples_per_ray", "eval_chunk_size", "radius"):
-            if not getattr(cfg, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(cfg, name)}")
         self.cfg = cfg
         self.material = material or MaterialConfig()
+        check(self.cfg)
+        check(self.material)
         # √3 as the official code rounds it.
-        self.step_size = 1.732 * 2.0 * cfg.radius / cfg.num_samples_per_ray
-        self.occupancy = OccupancyGrid(cfg.occupancy, cfg.radius, self.step_size)
+        self.step_size = 1.732 * 2.0 * radius / cfg.num_samples_per_ray
+        self.occupancy = OccupancyGrid(cfg.occupancy, radius, self.step_size)
         if not cfg.grid_prune:
             self.occupancy.fill()
         marched, kept = cfg.sample_room or (None, None)

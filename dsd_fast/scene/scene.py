@@ -23,7 +23,7 @@ class Scene(nn.Module):
         super().__init__()
         self.field = Field(cfg.field, generator)
         self.background = Background(cfg.background, generator)
-        self.renderer = Renderer(cfg.renderer, cfg.material)
+        self.renderer = Renderer(cfg.renderer, cfg.field.radius, cfg.material)
 
     @classmethod
     def from_checkpoint(cls, cfg: TrainConfig, state: dict[str, Tensor]) -> Scene:

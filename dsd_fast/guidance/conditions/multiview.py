@@ -37,6 +37,7 @@ from dsd_fast.guidance.dsd import DSDGuidance
 from dsd_fast.guidance.passes import Batch
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.trajectory import CameraGrid
+from dsd_fast.ranges import Bins, Share, check
 from dsd_fast.scene.cameras import camera_condition
 from dsd_fast.upload import Pack
 
@@ -49,23 +50,13 @@ _TOLERANCE = 1e-2
 @dataclass
 class MultiViewConfig:
     # Cached trajectories: bins of the first view's azimuth, within a quarter of the circle ...
-    azimuth_bins: int = 12
+    azimuth_bins: Bins = 12
     # ... and of the elevation, within --cameras.elevation-range. Training views are at the middle
     # of the bins; each of the azimuth_bins x elevation_bins has a trajectory of its own.
-    elevation_bins: int = 4
+    elevation_bins: Bins = 4
     # For "recon": the share of the reconstruction whose contrast is brought back to that without
     # guidance; 0 leaves it as it is.
-    recon_std_rescale: float = 0.5
-
-    def validate(self) -> None:
-        """Raise ValueError for a value out of range."""
-        for name in ("azimuth_bins", "elevation_bins"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"multiview.{name}: expected 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.recon_std_rescale <= 1:
-            raise ValueError(
-                f"multiview.recon_std_rescale: expected 0 to 1, got {self.recon_std_rescale}"
-            )
+    recon_std_rescale: Share = 0.5
 
 
 class QuarterBins(CameraGrid):
@@ -82,7 +73,7 @@ class QuarterBins(CameraGrid):
     def __init__(
         self, cfg: MultiViewConfig, elevation_range: tuple[float, float], n_views: int
     ) -> None:
-        cfg.validate()
+        check(cfg)
         quarter = (0.0, 360.0 / n_views)
         super().__init__(cfg.azimuth_bins, cfg.elevation_bins, quarter, elevation_range)
 

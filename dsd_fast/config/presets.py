@@ -1,0 +1,333 @@
+"""Starting values: those of the presets, and what a task makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dsd_fast.config.tree import (
+    PRESETS,
+    TASKS,
+    BackgroundConfig,
+    CameraConfig,
+    FieldConfig,
+    GuidanceConfig,
+    LossConfig,
+    MaterialConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RendererConfig,
+    Start,
+    TrainConfig,
+    TrainerConfig,
+    register_task,
+)
+from dsd_fast.ranges import ConfigError
+from dsd_fast.scene.field import GridConfig
+
+STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
+MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
+# What MVDream is guided away from.
+MVDREAM_NEGATIVE = (
+    "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and "
+    "unclear, cropped, lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn "
+    "face, deformed, dehydrated, bad proportions"
+)
+
+# Steps of the embedded preset where --max-steps does not say.
+EMBEDDED_STEPS_GPU = 1500
+EMBEDDED_STEPS_CPU = 600
+# Steps of a 2D run, and of one in the exact form.
+IMAGE_STEPS = 100
+EXACT_STEPS = 50
+# Their guidance scales. Every step of the practical form adds its share of guidance: with these
+# steps and this rate, a scale of 1.5 comes to as much as 4 in a sampler.
+IMAGE_SCALE = 1.5
+IMAGE_SCALE_EXACT = 4.0
+# The same from one picture.
+VIEW_STEPS_GPU = 600
+VIEW_STEPS_CPU = 300
+# Distance and vertical field of view in degrees of the cameras that the models of views know.
+VIEW_CAMERA = (1.75, 50.0)
+ZERO123 = "ashawkey/zero123-xl-diffusers"
+ZERO123_CAMERA = (3.8, 20.0)
+ZERO123_STEPS = 600
+
+
+def preset(
+    name: str,
+    max_steps: int | None = None,
+    on_cpu: bool = False,
+    task: str = "text",
+    exact: bool = False,
+    method: str = "dsd",
+) -> TrainConfig:
+    """The configuration of a preset, for a run of ``max_steps`` (None: the preset's own length).
+
+    ``exact`` is the exact form of the task "image", whose own length is another; ``method`` that of
+    the guidance, for which the task "single-view" and the preset "mvdream" have scale and levels of
+    their own. ConfigError for a preset or a task that is not registered.
+    """
+    for kind, given, known in (("preset", name, PRESETS), ("task", task, TASKS)):
+        if given not in known:
+            raise ConfigError(f"unknown {kind} {given!r}: expected one of {', '.join(known)}")
+    if name == "mvdream" and task != "text":
+        raise ConfigError(f"--preset mvdream makes objects from prompts: drop --task {task}")
+    start = Start(name, max_steps, on_cpu, method, exact)
+    cfg = (TASKS[task] or PRESETS[name])(start)
+    cfg.preset, cfg.task = name, task
+    return cfg
+
+
+def _embedded(start: Start) -> TrainConfig:
+    """Settings for the small prior that ships with the package.
+
+    Everything that is indexed by the step is a share of the run's length, so that a run of any
+    length goes through all of its phases. On a CPU renderings are smaller and the run shorter.
+    """
+    on_cpu = start.on_cpu
+    steps = start.max_steps or (EMBEDDED_STEPS_CPU if on_cpu else EMBEDDED_STEPS_GPU)
+    return TrainConfig(
+        model="embedded",
+        max_steps=steps,
+        # Its captions have no words for what is poor.
+        text=PromptConfig(poor=""),
+        # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
+        guidance=GuidanceConfig(
+            guidance_scale=5.0,
+            mirror_trajectory=True,
+            # The step at which a run this short needs fewest rows, as near the exact gradient.
+            noise_table_step=25,
+            # From the highest level to the lowest, in proportion to the steps. At first views agree
+            # on one object, whose colours and edges then come to rest.
+            trajectory_share=(320, 0.5, 0.125, 650, 0.0, 980),
+        ),
+        # Each trajectory has a background of its own. Learned too slowly, it is made up for by
+        # floating shapes of its colour.
+        optimizer=OptimizerConfig(background_lr=0.01),
+        # What is learned behind the object is of no use to anyone: pictures show a plain grey.
+        background=BackgroundConfig(eval_color=(0.7, 0.7, 0.7)),
+        loss=LossConfig(
+            lambda_sparsity=(0, 0.2, 0.05, _at(0.75, steps)),
+            lambda_convex=(0, 1.0, 1.0, _at(0.5, steps)),
+        ),
+        cameras=_embedded_cameras(steps, on_cpu),
+        field=_embedded_field(steps, on_cpu),
+        material=MaterialConfig(ambient_only_steps=_at(0.1, steps), ambient_only_on_test=True),
+        renderer=RendererConfig(num_samples_per_ray=256 if on_cpu else 512),
+        trainer=TrainerConfig(
+            log_every=min(10, _at(0.02, steps)),
+            preview_every=_at(0.2, steps),
+            checkpoint_every=_at(0.25, steps),
+        ),
+        mesh=MeshConfig(resolution=128 if on_cpu else 192),
+    )
+
+
+def _embedded_cameras(steps: int, on_cpu: bool) -> CameraConfig:
+    size = (48, 64) if on_cpu else (64, 128)
+    eval_size = 128 if on_cpu else 256
+    return CameraConfig(
+        width=size,
+        height=size,
+        resolution_milestones=(_at(0.5, steps),),
+        eval_height=eval_size,
+        eval_width=eval_size,
+        # Looking past the object teaches a 32x32 latent little: it stays near the centre.
+        camera_perturb=0.05,
+        center_perturb=0.05,
+        # Views spread from the front: an object is the front's first, and so the seed's own,
+        # before the trajectories of other views, which are of other objects, have a say. Longer
+        # than this, what few pixels and steps there are on a CPU make it flat.
+        progressive_until=_at(1 / 6 if on_cpu else 1 / 3, steps),
+        eval_camera_distance=1.9,
+        eval_fovy_deg=60,
+    )
+
+
+def _embedded_field(steps: int, on_cpu: bool) -> FieldConfig:
+    return FieldConfig(
+        # What a larger blob leaves above flat things floats there to the end.
+        density_blob_std=0.3,
+        grid=GridConfig(
+            n_levels=12,
+            log2_table_size=16,
+            base_resolution=16,
+            per_level_scale=((128 if on_cpu else 256) / 16) ** (1 / 11),  # cells of the finest
+            start_level=6,
+            start_step=_at(0.1, steps),
+            update_steps=_at(0.08, steps),
+        ),
+    )
+
+
+def _dsd(start: Start) -> TrainConfig:
+    """The official settings for Stable Diffusion."""
+    return TrainConfig(model=STABLE_DIFFUSION, max_steps=start.max_steps or TrainConfig.max_steps)
+
+
+def _dsd_low_res(start: Start) -> TrainConfig:
+    cfg = _dsd(start)
+    cfg.max_steps = start.max_steps or 5000
+    cfg.cameras.width = cfg.cameras.height = (128, 128)
+    return cfg
+
+
+def _mvdream(start: Start) -> TrainConfig:
+    """Settings of MVDream in threestudio (DSD_SPEC 11.3); with "dsd" scale and levels are DSD's.
+
+    The original's "no-material" is the albedo alone; its AdamW decays weights by 0.01 of each step,
+    which is left out.
+    """
+    guidance = GuidanceConfig(method=start.method, use_perp_neg=False, standard_cfg=True)
+    if start.method != "dsd":
+        guidance.guidance_scale = 50.0
+        guidance.t_anneal = False
+        guidance.min_step_percent = (0, 0.98, 0.02, 8000)
+        guidance.max_step_percent = (0, 0.98, 0.50, 8000)
+    return TrainConfig(
+        model=MVDREAM,
+        max_steps=start.max_steps or 10000,
+        text=PromptConfig(negative=MVDREAM_NEGATIVE, view_dependent=False),
+        guidance=guidance,
+        loss=LossConfig(
+            lambda_orient=0.0,
+            lambda_sparsity=0.0,
+            lambda_opaque=0.0,
+            lambda_convex=0.0,
+            lambda_z_variance=0.0,
+        ),
+        cameras=CameraConfig(
+            width=(64, 256),
+            height=(64, 256),
+            batch_size=(8, 4),
+            n_view=4,
+            resolution_milestones=(5000,),
+            elevation_range=(0.0, 30.0),
+            camera_distance_range=(0.8, 1.0),
+            relative_distance=True,
+            fovy_range=(15.0, 60.0),
+            camera_perturb=0.0,
+            center_perturb=0.0,
+            up_perturb=0.0,
+            eval_camera_distance=3.0,
+            eval_fovy_deg=40.0,
+        ),
+        # All levels from the start.
+        field=FieldConfig(radius=1.0, grid=GridConfig(start_level=16)),
+        material=MaterialConfig(diffuse_prob=0.0, ambient_only_on_test=True),
+        background=BackgroundConfig(share_aug_bg=True),
+        optimizer=OptimizerConfig(network_lr=0.001),
+    )
+
+
+def _image(start: Start) -> TrainConfig:
+    """Settings of the task "image": of a preset's those of the model stay."""
+    steps = start.max_steps or (EXACT_STEPS if start.exact else IMAGE_STEPS)
+    cfg = PRESETS[start.preset](dataclasses.replace(start, max_steps=steps))
+    cfg.name = f"{cfg.name}-2d{'-exact' * start.exact}"
+    cfg.image.exact = start.exact
+    # No view is asked for, and scales are those of samplers. Levels fall evenly, as a sampler's do,
+    # and to the end: no camera moves the details. Steps have DDIM's weight, for what is left of
+    # official steps at the highest levels is too short to settle colours and layout.
+    cfg.guidance = GuidanceConfig(
+        guidance_scale=IMAGE_SCALE_EXACT if start.exact else IMAGE_SCALE,
+        use_perp_neg=False,
+        standard_cfg=True,
+        min_step_percent=0.02,
+        max_step_percent=0.999,
+        sqrt_anneal=False,
+        weighting="ddim",
+        noise_table_step=cfg.guidance.noise_table_step,
+    )
+    cfg.trainer.log_every = min(10, max(steps // 20, 1))
+    cfg.trainer.preview_every = max(steps // 8, 1)
+    cfg.trainer.checkpoint_every = max(steps // 4, 1)
+    return cfg
+
+
+def _single_view(start: Start) -> TrainConfig:
+    """Settings for one picture: those of Zero-1-to-3 in threestudio (DSD_SPEC 11.2), on the presets
+    "dsd" and "dsd-low-res" as they are, on "embedded" with the small model's camera and size."""
+    small = start.preset == "embedded"
+    default = (VIEW_STEPS_CPU if start.on_cpu else VIEW_STEPS_GPU) if small else ZERO123_STEPS
+    start = dataclasses.replace(start, max_steps=start.max_steps or default)
+    cfg = _embedded(start) if small else TrainConfig(model=ZERO123, max_steps=start.max_steps)
+    small_dsd = small and start.method == "dsd"
+    cfg.guidance = _single_view_guidance(start, small_dsd)
+    cfg.cameras = _single_view_cameras(start, cfg.cameras, small_dsd)
+    cfg.loss = LossConfig(
+        lambda_dsd=(0.2 if start.on_cpu else 0.15) if small_dsd else 0.1,
+        lambda_orient=1.0,
+        lambda_sparsity=0.1,
+        lambda_opaque=0.1,
+        lambda_convex=0.0,
+        lambda_z_variance=0.0,
+    )
+    # The box holds the object, and the cameras stand outside.
+    cfg.field.radius = 1.0
+    # The picture's light is part of its colours.
+    cfg.material = MaterialConfig(diffuse_prob=0.0, ambient_only_on_test=True)
+    cfg.background = BackgroundConfig(random_aug=False, eval_color=(1.0, 1.0, 1.0))
+    return cfg
+
+
+def _single_view_guidance(start: Start, small_dsd: bool) -> GuidanceConfig:
+    guidance = GuidanceConfig(
+        method=start.method,
+        guidance_scale=3.0,
+        use_perp_neg=False,
+        standard_cfg=True,
+        # Views come from so many directions that a table would be filled more often than read.
+        noise_table_step=0,
+    )
+    if small_dsd:
+        # Against the rendering's own prediction the small model's contrast has no bound.
+        guidance.trajectory_share = 1.0
+        guidance.guidance_scale = 5.0
+        guidance.min_step_percent = 0.25
+        # A CPU's run has no time for finer trajectories.
+        guidance.n_ddim_steps = 20 if start.on_cpu else 40
+    if start.method == "sds":
+        third = _at(1 / 3, start.max_steps)
+        guidance.t_anneal = False
+        guidance.min_step_percent = (0, 0.4, 0.2, third)
+        guidance.max_step_percent = (0, 0.85, 0.5, third)
+    return guidance
+
+
+def _single_view_cameras(start: Start, of_preset: CameraConfig, small_dsd: bool) -> CameraConfig:
+    small, steps = start.preset == "embedded", start.max_steps
+    distance, fovy = VIEW_CAMERA if small else ZERO123_CAMERA
+    # Rendered size and views a step.
+    stages = ((48, 1), (64, 1)) if start.on_cpu else ((64, 4), (128, 4))
+    stages = stages if small else ((64, 12), (128, 4), (256, 2))
+    sizes, views = (tuple(column) for column in zip(*stages))
+    return CameraConfig(
+        width=sizes,
+        height=sizes,
+        batch_size=views,
+        resolution_milestones=tuple(_at(s, steps) for s in ((1 / 2,) if small else (1 / 3, 1 / 2))),
+        elevation_range=(-10.0, 80.0),
+        camera_distance_range=(distance, distance),
+        fovy_range=(fovy, fovy),
+        camera_perturb=0.0,
+        # A trajectory's cameras stand still: unless they shift, their pixels' cells show.
+        center_perturb=0.03 if small_dsd else 0.0,
+        up_perturb=0.0,
+        eval_height=of_preset.eval_height,
+        eval_width=of_preset.eval_width,
+        eval_camera_distance=distance,
+        eval_fovy_deg=fovy,
+    )
+
+
+def _at(share: float, steps: int) -> int:
+    """The step at which a share of a run is done."""
+    return max(round(share * steps), 1)
+
+
+PRESETS |= {"embedded": _embedded, "dsd": _dsd, "dsd-low-res": _dsd_low_res, "mvdream": _mvdream}
+register_task("text")
+register_task("single-view", _single_view)
+register_task("image", _image)
