@@ -83,7 +83,7 @@ def test_unknown_settings_name_the_nearest():
         ("field.normal_type", "numeric", "'analytic', 'finite_difference', .* or 'pred'"),
         ("max_steps", 10.5, "an integer"),
         ("trainer.progress", 1, "true or false"),
-        ("text.front", 3, "a text or nothing"),
+        ("text.front", 3, "a text, got 3"),
     ],
 )
 def test_wrong_types(path, value, expected):

@@ -83,5 +83,5 @@ def test_resumes_from_its_state():
 
 @pytest.mark.parametrize("name", ["resolution", "update_interval"])
 def test_bad_configurations(name):
-    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
         _grid(**{name: 0})

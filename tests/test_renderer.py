@@ -372,7 +372,7 @@ def test_room_reports_what_was_dropped(caplog):
 
 
 def test_room_must_be_positive():
-    with pytest.raises(ValueError, match="sample_room: expected positive numbers, got 0"):
+    with pytest.raises(ValueError, match="sample_room: expected more than 0, got"):
         _renderer(sample_room=(1.0, 0.0))
 
 

@@ -49,10 +49,6 @@ class Ignored:
     reason: str
 
 
-def _density_bias(value: Any) -> Any:
-    return float(value) if isinstance(value, (int, float)) else value
-
-
 def _precision(value: Any) -> str:
     names = {"16-mixed": "auto", "bf16-mixed": "bfloat16", "32": "float32", "32-true": "float32"}
     if str(value) not in names:
@@ -91,11 +87,10 @@ KEYS: dict[str, Sets | Only | Ignored] = {
     "system_type": Only(("dsd-system",)),
     "system.geometry_type": Only(("implicit-volume",)),
     "system.geometry.radius": Sets("field.radius"),
-    "system.geometry.density_bias": Sets("field.density_bias", _density_bias),
     **_group(
         "system.geometry",
         "field",
-        "normal_type density_activation density_blob_scale density_blob_std "
+        "normal_type density_bias density_activation density_blob_scale density_blob_std "
         "finite_difference_normal_eps",
     ),
     "system.geometry.n_feature_dims": Only((3,)),

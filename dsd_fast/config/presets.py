@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsd_fast.config.tree import (
-    PRESETS,
-    TASKS,
-    BackgroundConfig,
-    CameraConfig,
-    FieldConfig,
-    GuidanceConfig,
-    LossConfig,
-    MaterialConfig,
-    MeshConfig,
-    OptimizerConfig,
-    PromptConfig,
-    RendererConfig,
-    Start,
-    TrainConfig,
-    TrainerConfig,
-    register_task,
-)
+from dsd_fast.config.tree import PRESETS, TASKS, Start, TrainConfig, register_task
+from dsd_fast.guidance import GuidanceConfig
 from dsd_fast.ranges import ConfigError
-from dsd_fast.scene.field import GridConfig
+from dsd_fast.scene.background import BackgroundConfig
+from dsd_fast.scene.cameras import CameraConfig
+from dsd_fast.scene.material import MaterialConfig
 
 STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
@@ -87,78 +73,56 @@ def _embedded(start: Start) -> TrainConfig:
     """
     on_cpu = start.on_cpu
     steps = start.max_steps or (EMBEDDED_STEPS_CPU if on_cpu else EMBEDDED_STEPS_GPU)
-    return TrainConfig(
-        model="embedded",
-        max_steps=steps,
-        # Its captions have no words for what is poor.
-        text=PromptConfig(poor=""),
-        # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
-        guidance=GuidanceConfig(
-            guidance_scale=5.0,
-            mirror_trajectory=True,
-            # The step at which a run this short needs fewest rows, as near the exact gradient.
-            noise_table_step=25,
-            # From the highest level to the lowest, in proportion to the steps. At first views agree
-            # on one object, whose colours and edges then come to rest.
-            trajectory_share=(320, 0.5, 0.125, 650, 0.0, 980),
-        ),
-        # Each trajectory has a background of its own. Learned too slowly, it is made up for by
-        # floating shapes of its colour.
-        optimizer=OptimizerConfig(background_lr=0.01),
-        # What is learned behind the object is of no use to anyone: pictures show a plain grey.
-        background=BackgroundConfig(eval_color=(0.7, 0.7, 0.7)),
-        loss=LossConfig(
-            lambda_sparsity=(0, 0.2, 0.05, _at(0.75, steps)),
-            lambda_convex=(0, 1.0, 1.0, _at(0.5, steps)),
-        ),
-        cameras=_embedded_cameras(steps, on_cpu),
-        field=_embedded_field(steps, on_cpu),
-        material=MaterialConfig(ambient_only_steps=_at(0.1, steps), ambient_only_on_test=True),
-        renderer=RendererConfig(num_samples_per_ray=256 if on_cpu else 512),
-        trainer=TrainerConfig(
-            log_every=min(10, _at(0.02, steps)),
-            preview_every=_at(0.2, steps),
-            checkpoint_every=_at(0.25, steps),
-        ),
-        mesh=MeshConfig(resolution=128 if on_cpu else 192),
-    )
+    cfg = TrainConfig(model="embedded", max_steps=steps)
+    # Its captions have no words for what is poor.
+    cfg.text.poor = ""
+    # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
+    cfg.guidance.guidance_scale = 5.0
+    cfg.guidance.mirror_trajectory = True
+    # The step at which a run this short needs fewest rows, as near the exact gradient.
+    cfg.guidance.noise_table_step = 25
+    # From the highest level to the lowest, in proportion to the steps. At first views agree on one
+    # object, whose colours and edges then come to rest.
+    cfg.guidance.trajectory_share = (320, 0.5, 0.125, 650, 0.0, 980)
+    # Each trajectory has a background of its own. Learned too slowly, it is made up for by floating
+    # shapes of its colour.
+    cfg.optimizer.background_lr = 0.01
+    # What is learned behind the object is of no use to anyone: pictures show a plain grey.
+    cfg.background.eval_color = (0.7, 0.7, 0.7)
+    cfg.loss.lambda_sparsity = (0, 0.2, 0.05, _at(0.75, steps))
+    cfg.loss.lambda_convex = (0, 1.0, 1.0, _at(0.5, steps))
+    _embedded_scene(cfg, on_cpu)
+    cfg.trainer.log_every = min(10, _at(0.02, steps))
+    cfg.trainer.preview_every = _at(0.2, steps)
+    cfg.trainer.checkpoint_every = _at(0.25, steps)
+    cfg.mesh.resolution = 128 if on_cpu else 192
+    return cfg
 
 
-def _embedded_cameras(steps: int, on_cpu: bool) -> CameraConfig:
-    size = (48, 64) if on_cpu else (64, 128)
-    eval_size = 128 if on_cpu else 256
-    return CameraConfig(
-        width=size,
-        height=size,
-        resolution_milestones=(_at(0.5, steps),),
-        eval_height=eval_size,
-        eval_width=eval_size,
-        # Looking past the object teaches a 32x32 latent little: it stays near the centre.
-        camera_perturb=0.05,
-        center_perturb=0.05,
-        # Views spread from the front: an object is the front's first, and so the seed's own,
-        # before the trajectories of other views, which are of other objects, have a say. Longer
-        # than this, what few pixels and steps there are on a CPU make it flat.
-        progressive_until=_at(1 / 6 if on_cpu else 1 / 3, steps),
-        eval_camera_distance=1.9,
-        eval_fovy_deg=60,
-    )
-
-
-def _embedded_field(steps: int, on_cpu: bool) -> FieldConfig:
-    return FieldConfig(
-        # What a larger blob leaves above flat things floats there to the end.
-        density_blob_std=0.3,
-        grid=GridConfig(
-            n_levels=12,
-            log2_table_size=16,
-            base_resolution=16,
-            per_level_scale=((128 if on_cpu else 256) / 16) ** (1 / 11),  # cells of the finest
-            start_level=6,
-            start_step=_at(0.1, steps),
-            update_steps=_at(0.08, steps),
-        ),
-    )
+def _embedded_scene(cfg: TrainConfig, on_cpu: bool) -> None:
+    steps, cameras, field = cfg.max_steps, cfg.cameras, cfg.field
+    cameras.width = cameras.height = (48, 64) if on_cpu else (64, 128)
+    cameras.resolution_milestones = (_at(0.5, steps),)
+    cameras.eval_height = cameras.eval_width = 128 if on_cpu else 256
+    # Looking past the object teaches a 32x32 latent little: it stays near the centre.
+    cameras.camera_perturb = cameras.center_perturb = 0.05
+    # Views spread from the front: an object is the front's first, and so the seed's own, before the
+    # trajectories of other views, which are of other objects, have a say. Longer than this, what
+    # few pixels and steps there are on a CPU make it flat.
+    cameras.progressive_until = _at(1 / 6 if on_cpu else 1 / 3, steps)
+    cameras.eval_camera_distance = 1.9
+    cameras.eval_fovy_deg = 60.0
+    # What a larger blob leaves above flat things floats there to the end.
+    field.density_blob_std = 0.3
+    finest = 128 if on_cpu else 256  # cells along an edge
+    field.grid.n_levels, field.grid.log2_table_size = 12, 16
+    field.grid.per_level_scale = (finest / field.grid.base_resolution) ** (1 / 11)
+    field.grid.start_level = 6
+    field.grid.start_step = _at(0.1, steps)
+    field.grid.update_steps = _at(0.08, steps)
+    cfg.material.ambient_only_steps = _at(0.1, steps)
+    cfg.material.ambient_only_on_test = True
+    cfg.renderer.num_samples_per_ray = 256 if on_cpu else 512
 
 
 def _dsd(start: Start) -> TrainConfig:
@@ -179,46 +143,38 @@ def _mvdream(start: Start) -> TrainConfig:
     The original's "no-material" is the albedo alone; its AdamW decays weights by 0.01 of each step,
     which is left out.
     """
-    guidance = GuidanceConfig(method=start.method, use_perp_neg=False, standard_cfg=True)
+    cfg = TrainConfig(model=MVDREAM, max_steps=start.max_steps or 10000)
+    cfg.text.negative, cfg.text.view_dependent = MVDREAM_NEGATIVE, False
+    cfg.guidance = GuidanceConfig(method=start.method, use_perp_neg=False, standard_cfg=True)
     if start.method != "dsd":
-        guidance.guidance_scale = 50.0
-        guidance.t_anneal = False
-        guidance.min_step_percent = (0, 0.98, 0.02, 8000)
-        guidance.max_step_percent = (0, 0.98, 0.50, 8000)
-    return TrainConfig(
-        model=MVDREAM,
-        max_steps=start.max_steps or 10000,
-        text=PromptConfig(negative=MVDREAM_NEGATIVE, view_dependent=False),
-        guidance=guidance,
-        loss=LossConfig(
-            lambda_orient=0.0,
-            lambda_sparsity=0.0,
-            lambda_opaque=0.0,
-            lambda_convex=0.0,
-            lambda_z_variance=0.0,
-        ),
-        cameras=CameraConfig(
-            width=(64, 256),
-            height=(64, 256),
-            batch_size=(8, 4),
-            n_view=4,
-            resolution_milestones=(5000,),
-            elevation_range=(0.0, 30.0),
-            camera_distance_range=(0.8, 1.0),
-            relative_distance=True,
-            fovy_range=(15.0, 60.0),
-            camera_perturb=0.0,
-            center_perturb=0.0,
-            up_perturb=0.0,
-            eval_camera_distance=3.0,
-            eval_fovy_deg=40.0,
-        ),
-        # All levels from the start.
-        field=FieldConfig(radius=1.0, grid=GridConfig(start_level=16)),
-        material=MaterialConfig(diffuse_prob=0.0, ambient_only_on_test=True),
-        background=BackgroundConfig(share_aug_bg=True),
-        optimizer=OptimizerConfig(network_lr=0.001),
+        cfg.guidance.guidance_scale = 50.0
+        cfg.guidance.t_anneal = False
+        cfg.guidance.min_step_percent = (0, 0.98, 0.02, 8000)
+        cfg.guidance.max_step_percent = (0, 0.98, 0.50, 8000)
+    cfg.loss.lambda_orient = cfg.loss.lambda_sparsity = cfg.loss.lambda_opaque = 0.0
+    cfg.loss.lambda_convex = cfg.loss.lambda_z_variance = 0.0
+    cfg.cameras = CameraConfig(
+        width=(64, 256),
+        height=(64, 256),
+        batch_size=(8, 4),
+        n_view=4,
+        elevation_range=(0.0, 30.0),
+        camera_distance_range=(0.8, 1.0),
+        relative_distance=True,
+        fovy_range=(15.0, 60.0),
+        camera_perturb=0.0,
+        center_perturb=0.0,
+        up_perturb=0.0,
+        eval_camera_distance=3.0,
+        eval_fovy_deg=40.0,
     )
+    cfg.field.radius = 1.0
+    # All levels from the start.
+    cfg.field.grid.start_level = cfg.field.grid.n_levels
+    cfg.material.diffuse_prob, cfg.material.ambient_only_on_test = 0.0, True
+    cfg.background.share_aug_bg = True
+    cfg.optimizer.network_lr = 0.001
+    return cfg
 
 
 def _image(start: Start) -> TrainConfig:
@@ -256,14 +212,10 @@ def _single_view(start: Start) -> TrainConfig:
     small_dsd = small and start.method == "dsd"
     cfg.guidance = _single_view_guidance(start, small_dsd)
     cfg.cameras = _single_view_cameras(start, cfg.cameras, small_dsd)
-    cfg.loss = LossConfig(
-        lambda_dsd=(0.2 if start.on_cpu else 0.15) if small_dsd else 0.1,
-        lambda_orient=1.0,
-        lambda_sparsity=0.1,
-        lambda_opaque=0.1,
-        lambda_convex=0.0,
-        lambda_z_variance=0.0,
-    )
+    cfg.loss.lambda_dsd = (0.2 if start.on_cpu else 0.15) if small_dsd else 0.1
+    cfg.loss.lambda_orient = 1.0
+    cfg.loss.lambda_sparsity = cfg.loss.lambda_opaque = 0.1
+    cfg.loss.lambda_convex = cfg.loss.lambda_z_variance = 0.0
     # The box holds the object, and the cameras stand outside.
     cfg.field.radius = 1.0
     # The picture's light is part of its colours.

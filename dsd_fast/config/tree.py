@@ -14,18 +14,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from dsd_fast import ranges
 from dsd_fast.diffusion.text import VIEWS
 from dsd_fast.guidance import GuidanceConfig, MultiViewConfig
-from dsd_fast.ranges import (
-    AnyPath,
-    ConfigError,
-    Count,
-    CountOrNone,
-    Pixels,
-    Positive,
-    Registered,
-    Share,
-)
+from dsd_fast.ranges import ConfigError, Registered
 from dsd_fast.scene.background import BackgroundConfig
 from dsd_fast.scene.cameras import CameraConfig
 from dsd_fast.scene.field import FieldConfig
@@ -111,19 +103,19 @@ class DiffusionConfig:
 @dataclass
 class TrainerConfig:
     # Steps between lines of metrics.jsonl; each line waits for the device once.
-    log_every: Count = 10
+    log_every: ranges.Count = 10
     # Steps between preview images; 0 makes none.
-    preview_every: CountOrNone = 500
+    preview_every: ranges.CountOrNone = 500
     # Steps between checkpoints; there is always one at the end and on Ctrl-C.
-    checkpoint_every: Count = 500
+    checkpoint_every: ranges.Count = 500
     # Checkpoints kept, the newest ones.
-    keep_checkpoints: Count = 2
+    keep_checkpoints: ranges.Count = 2
     # Stop after this many steps in a row whose gradients were not finite.
-    max_bad_steps: Count = 50
+    max_bad_steps: ranges.Count = 50
     # Warn when the mean opacity stays under this ...
-    min_opacity: Share = 0.005
+    min_opacity: ranges.Share = 0.005
     # ... for this many steps.
-    min_opacity_steps: Count = 200
+    min_opacity_steps: ranges.Count = 200
     # Show progress.
     progress: bool = True
     # On CUDA, hold steps in CUDA graphs.
@@ -135,11 +127,11 @@ class TrainerConfig:
 @dataclass
 class PictureConfig:
     # Views in a preview image.
-    preview_views: Count = 4
+    preview_views: ranges.Count = 4
     # Height and width of a view in a preview image.
-    preview_size: Pixels = 128
+    preview_size: ranges.Pixels = 128
     # Views in the final contact sheet.
-    sheet_views: Count = 8
+    sheet_views: ranges.Count = 8
     # Make the turntable video (views and size: --cameras.n-test-views, --cameras.eval-height).
     turntable: bool = True
     # Frames per second of the video.
@@ -165,14 +157,14 @@ class TrainConfig:
     # "dsd-low-res" are the official ones for Stable Diffusion, "mvdream" those of MVDream.
     preset: Annotated[str, _PRESET.check, _PRESET.flag] = "embedded"
     # Length of the run; the schedules of the embedded preset scale with it.
-    max_steps: Count = 10000
+    max_steps: ranges.Count = 10000
     # "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
     device: str = "auto"
     # Fit a GPU of so many GiB: choose settings that need less memory (other flags win over them),
     # and let this process take no more.
-    vram: Positive | None = None
+    vram: ranges.Positive | None = None
     # Folder under which run folders are made.
-    output: AnyPath = Path("outputs")
+    output: ranges.AnyPath = Path("outputs")
     # Folder inside --output that holds the runs.
     name: str = "diverse-score-distillation"
     # Name of the run folder in place of the prompt.

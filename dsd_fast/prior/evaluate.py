@@ -24,6 +24,7 @@ from dsd_fast.guidance.conditions.text import direction, wrapped
 from dsd_fast.judge.captions import VIEWS, frequent_nouns, has_front, with_article
 from dsd_fast.judge.features import FEATURE_WIDTH, load_features
 from dsd_fast.prior.dataset import Views
+from dsd_fast.ranges import Count, NonNegative, check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,15 +76,14 @@ class SampleConfig:
     # Model to judge: a diffusers folder, or `embedded`.
     model: str = "embedded"
     # DDIM steps of a sample.
-    steps: int = 50
+    steps: Count = 50
     # Guidance scale of the samples.
-    scale: float = 7.5
+    scale: NonNegative = 7.5
     # Device.
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        check(self)
 
 
 @dataclass(kw_only=True)
@@ -97,15 +97,9 @@ class EvaluateConfig(SampleConfig):
     # Folder of rendered views.
     views: Path
     # Samples of each noun and view.
-    seeds: int = 8
+    seeds: Count = 8
     # Gradient steps of the judge.
-    judge_steps: int = 3000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("seeds", "judge_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+    judge_steps: Count = 3000
 
 
 def _bin_centres(device: torch.device | None = None) -> torch.Tensor:

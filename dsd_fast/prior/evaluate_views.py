@@ -16,6 +16,7 @@ from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.evaluate.metrics import psnr, ssim
 from dsd_fast.prior.evaluate import SampleConfig, check_device
 from dsd_fast.prior.orbits import Orbits
+from dsd_fast.ranges import Count, NonNegative
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,16 +42,11 @@ class ViewEvaluateConfig(SampleConfig):
     # Model to evaluate: a folder, or `embedded`.
     model: str = "embedded"
     # Guidance scale of the samples.
-    scale: float = 3.0
+    scale: NonNegative = 3.0
     # Pairs that are sampled, spread over the held-out models.
-    pairs: int = 96
+    pairs: Count = 96
     # Seed of the choice of views and of the noise.
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pairs < 1:
-            raise ValueError(f"pairs: expected at least 1, got {self.pairs}")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.orbits import is_held_out
 from dsd_fast.prior.render import Renderer
 from dsd_fast.prior.views import ORBIT_FOVY, Views, direction, sample_orbits
+from dsd_fast.ranges import Count, check
 
 # Of the cameras, that of reconstruction with the small prior.
 DISTANCE = 1.75
@@ -29,7 +30,7 @@ class ObjectsConfig:
     # Folder to write: NAME/NAME.png, straight alpha, and NAME/truth.npz.
     out: Path
     # True views, evenly around from the picture's azimuth on.
-    views: int = 12
+    views: Count = 12
     # Elevation of the picture in degrees.
     elevation: float = 5.0
     # Elevation of the true views in degrees.
@@ -68,8 +69,7 @@ def render_objects(cfg: ObjectsConfig) -> None:
         ValueError: no views were asked for, or no model of the pack is held out.
         RuntimeError: no EGL context.
     """
-    if cfg.views < 1:
-        raise ValueError(f"views: expected at least 1, got {cfg.views}")
+    check(cfg)
     pack = Pack(cfg.pack)
     numbers = [i for i, id_ in enumerate(pack.ids) if is_held_out(id_)]
     if not numbers:

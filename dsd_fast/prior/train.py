@@ -15,16 +15,18 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 
 from dsd_fast.diffusion import int8, noise_path
 from dsd_fast.graphs import captured
 from dsd_fast.prior import models
 from dsd_fast.prior.dataset import CaptionTable, Views, composite
+from dsd_fast.ranges import Count, Decay, NonNegative, Positive, Share, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -54,46 +56,36 @@ class TrainConfig:
     # Folder for states and logs.
     out: Path
     # Wall-clock budget of this piece, in minutes.
-    minutes: float = 8.0
+    minutes: Positive = 8.0
     # Diffusers folder to go on from, such as an exported prior; none starts anew.
     resume: Path | None = None
     # Images a step and process.
-    batch_size: int = 256
+    batch_size: Count = 256
     # Peak learning rate.
-    lr: float = 8e-4
+    lr: Positive = 8e-4
     # Share of the budget after which the learning rate starts to fall to zero; 0 is a plain cosine.
-    hold: float = 0.3
+    hold: Decay = 0.3
     # Decay of the exponential moving average of the weights.
-    ema_decay: float = 0.999
+    ema_decay: Decay = 0.999
     # Minutes between two saves of the averaged weights; they are always saved at the end.
-    save_minutes: float = 3.0
+    save_minutes: Positive = 3.0
     # Compile the networks (pays from about five minutes on).
     compile: bool = True
     # Seed of initialisation and draws.
     seed: int = 0
 
     def __post_init__(self) -> None:
-        expect("minutes", self.minutes, "more than 0", self.minutes > 0)
-        expect("save_minutes", self.save_minutes, "more than 0", self.save_minutes > 0)
-        expect("batch_size", self.batch_size, "at least 1", self.batch_size >= 1)
-        expect("lr", self.lr, "more than 0", self.lr > 0)
-        expect("hold", self.hold, "0 or more and below 1", 0 <= self.hold < 1)
-        expect("ema_decay", self.ema_decay, "0 or more and below 1", 0 <= self.ema_decay < 1)
-
-
-def expect(name: str, value: float, expected: str, is_right: bool) -> None:
-    if not is_right:
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+        check(self)
 
 
 @dataclass(kw_only=True)
 class VaeConfig(TrainConfig):
     """Settings of the VAE's training."""
 
-    batch_size: int = 48
-    lr: float = 1e-3
+    batch_size: Count = 48
+    lr: Positive = 1e-3
     # Weight of the KL term, per latent element.
-    kl_weight: float = 3e-4
+    kl_weight: NonNegative = 3e-4
 
 
 @dataclass(kw_only=True)
@@ -103,23 +95,15 @@ class UnetConfig(TrainConfig):
     # Trained VAE: a folder that `train-vae` wrote, or a diffusers folder.
     vae: Path
     # Encodings of each view, each on another background and mirrored by a coin.
-    encodings: int = 3
+    encodings: Count = 3
     # Share of rows trained without a caption, for classifier-free guidance (Ho and Salimans 2022).
-    caption_dropout: float = 0.1
+    caption_dropout: Share = 0.1
     # Share of captioned rows whose embedding is interpolated between views by azimuth, as Perp-Neg
     # guidance will ask.
-    interpolated: float = 0.9
+    interpolated: Share = 0.9
     # Largest weight of the noisy levels, where what and which side is shown is decided: rows weigh
     # 1/sqrt(SNR), at most this and at least 0.3. Plain noise prediction nearly ignores them.
-    max_weight: float = 8.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect("encodings", self.encodings, "at least 1", self.encodings >= 1)
-        expect("max_weight", self.max_weight, "at least 0.3", self.max_weight >= MIN_WEIGHT)
-        for name in ("caption_dropout", "interpolated"):
-            share = getattr(self, name)
-            expect(name, share, "a share from 0 to 1", 0 <= share <= 1)
+    max_weight: Annotated[Positive, Ge(MIN_WEIGHT)] = 8.0
 
 
 class World:

@@ -35,11 +35,11 @@ from dsd_fast.prior.train import (
     Trainer,
     World,
     draw_levels,
-    expect,
     load_part,
     load_weights,
     save_part,
 )
+from dsd_fast.ranges import Count, Share
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -53,16 +53,12 @@ POSE_STD = 0.4
 class ViewTrainConfig(TrainConfig):
     """Settings of the pose-conditioned UNet's training."""
 
-    batch_size: int = 512
+    batch_size: Count = 512
     # Diffusers folder with the autoencoder, and with the UNet to begin with where `resume` is None.
     text_model: str = EMBEDDED
     # Share of rows trained without reference and pose, for classifier-free guidance (Ho and
     # Salimans 2022).
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect("dropout", self.dropout, "a share from 0 to 1", 0 <= self.dropout <= 1)
+    dropout: Share = 0.1
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ from dsd_fast.prior.catalogue import noun_by_id
 from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.render import Renderer
 from dsd_fast.prior.views import Views
+from dsd_fast.ranges import Count, Pixels, check
 
 
 @dataclass(kw_only=True)
@@ -37,20 +38,18 @@ class TurntableConfig:
     # What to show, such as "an armchair"; a colour word paints what can be painted.
     prompts: tuple[str, ...]
     # Models of each prompt, drawn at random; fewer where there are not so many.
-    models: int = 8
+    models: Count = 8
     # Views of each model, evenly spaced from the front on.
-    views: int = 8
+    views: Count = 8
     # Side of the images in pixels.
-    size: int = 224
+    size: Pixels = 224
     # Seed of the draw.
     seed: int = 0
     # EGL device.
     device_index: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("models", "views", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check(self)
 
 
 def write_turntables(cfg: TurntableConfig) -> None:

@@ -197,17 +197,7 @@ def _early_flags(flags: list[str]) -> argparse.Namespace:
     try:
         early, _ = parser.parse_known_args(flags)
     except argparse.ArgumentError:
-        early = argparse.Namespace(
-            preset=None,
-            config=None,
-            device=None,
-            resume=None,
-            vram=None,
-            task=None,
-            method=None,
-            max_steps="",
-            exact=False,
-        )
+        early = parser.parse_args([])
     early.device = early.device or "auto"
     return early
 

@@ -18,80 +18,68 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor
 
-from dsd_fast.ranges import (
-    ConfigError,
-    Count,
-    CountOrNone,
-    Elevation,
-    FieldOfView,
-    Length,
-    Pixels,
-    Span,
-    Spread,
-    Stages,
-    ViewElevation,
-    check,
-)
+from dsd_fast import ranges
+from dsd_fast.ranges import ConfigError, check
 
 
 @dataclass
 class CameraConfig:
     # Width of the training images in pixels; one number, or one per resolution stage.
-    width: Stages[Pixels] = (128, 512)
+    width: ranges.Stages[ranges.Pixels] = (128, 512)
     # Height of the training images in pixels; one number, or one per resolution stage.
-    height: Stages[Pixels] = (128, 512)
+    height: ranges.Stages[ranges.Pixels] = (128, 512)
     # Views per training step; one number, or one per resolution stage.
-    batch_size: Stages[Annotated[int, Interval(ge=1, le=4096)]] = 1
+    batch_size: ranges.Stages[Annotated[int, Interval(ge=1, le=2**15)]] = 1
     # Views that belong together: 1, or the 4 of a multi-view model, which share all but their
     # azimuths, a quarter turn apart. The batch size is a multiple of it.
     n_view: Literal[1, 4] = 1
     # Steps at which the next resolution stage begins.
-    resolution_milestones: tuple[CountOrNone, ...] = (5000,)
+    resolution_milestones: tuple[ranges.CountOrNone, ...] = (5000,)
     # Elevation of training cameras in degrees (lowest, highest).
-    elevation_range: Span[Elevation] = (-10.0, 45.0)
+    elevation_range: ranges.Span[ranges.Elevation] = (-10.0, 45.0)
     # Azimuth of training cameras in degrees (lowest, highest).
-    azimuth_range: Span[Annotated[float, Interval(ge=-720, le=720)]] = (-180.0, 180.0)
+    azimuth_range: ranges.Span[Annotated[float, Interval(ge=-720, le=720)]] = (-180.0, 180.0)
     # Distance of training cameras from the origin (nearest, farthest).
-    camera_distance_range: Span[Length] = (1.5, 2.0)
+    camera_distance_range: ranges.Span[ranges.Length] = (1.5, 2.0)
     # Take that range for the half height of the picture at the object, so that it looks equally
     # large at every field of view: the distance is the drawn number / tan(fovy / 2).
     relative_distance: bool = False
     # Vertical field of view of training cameras in degrees (narrowest, widest).
-    fovy_range: Span[FieldOfView] = (40.0, 70.0)
+    fovy_range: ranges.Span[ranges.FieldOfView] = (40.0, 70.0)
     # Largest shift of the camera position, per axis, uniform.
-    camera_perturb: Spread = 0.1
+    camera_perturb: ranges.Spread = 0.1
     # Standard deviation of the point looked at, per axis.
-    center_perturb: Spread = 0.2
+    center_perturb: ranges.Spread = 0.2
     # Standard deviation of the up vector, per axis.
-    up_perturb: Spread = 0.02
+    up_perturb: ranges.Spread = 0.02
     # Distance of the light from the origin (nearest, farthest).
-    light_distance_range: Span[Length] = (0.8, 1.5)
+    light_distance_range: ranges.Span[ranges.Length] = (0.8, 1.5)
     # Standard deviation of the light direction around the camera's (dreamfusion lights only).
-    light_position_perturb: Spread = 1.0
+    light_position_perturb: ranges.Spread = 1.0
     # Lights around the camera direction (dreamfusion) or on a ring around it (magic3d).
     light_sample_strategy: Literal["dreamfusion", "magic3d"] = "dreamfusion"
     # Spread the azimuths of a batch evenly over the range.
     batch_uniform_azimuth: bool = True
     # Widen the view ranges from the evaluation view to the full ranges over this many steps.
-    progressive_until: CountOrNone = 0
+    progressive_until: ranges.CountOrNone = 0
     # Height of evaluation images in pixels.
-    eval_height: Pixels = 512
+    eval_height: ranges.Pixels = 512
     # Width of evaluation images in pixels.
-    eval_width: Pixels = 512
+    eval_width: ranges.Pixels = 512
     # Elevation of evaluation cameras in degrees.
-    eval_elevation_deg: ViewElevation = 15.0
+    eval_elevation_deg: ranges.ViewElevation = 15.0
     # Distance of evaluation cameras from the origin.
-    eval_camera_distance: Length = 2.0
+    eval_camera_distance: ranges.Length = 2.0
     # Vertical field of view of evaluation cameras in degrees.
-    eval_fovy_deg: FieldOfView = 70.0
+    eval_fovy_deg: ranges.FieldOfView = 70.0
     # Number of views of the turntable.
-    n_test_views: Count = 120
+    n_test_views: ranges.Count = 120
 
     def validate(self) -> None:
         """Raise ConfigError for settings that do not go together."""
         milestones = self.resolution_milestones
         if list(milestones) != sorted(set(milestones)):
-            raise ConfigError(f"resolution_milestones: expected growing steps, got {milestones}")
+            raise ConfigError(f"resolution_milestones: the steps must grow, got {milestones}")
         for name in ("height", "width", "batch_size"):
             stages = self.per_stage(name)
             if len(stages) != len(milestones) + 1:

@@ -17,24 +17,12 @@ import tyro
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from dsd_fast import ops
+from dsd_fast import ops, ranges
 from dsd_fast._backend import use_reference
 from dsd_fast.ops.field import FieldShape, can_fuse
-from dsd_fast.ranges import (
-    ConfigError,
-    Count,
-    CountOrNone,
-    Layers,
-    Length,
-    Neurons,
-    Number,
-    check,
-)
+from dsd_fast.ranges import ConfigError, check
 from dsd_fast.scene.encoding import HashGrid
 from dsd_fast.scene.mlp import MLP
-
-# Cells along an edge of the finest level, of which float32 coordinates can tell each.
-FINEST = 2**24
 
 # Softplus is linear above this input, as in torch.
 _SOFTPLUS_THRESHOLD = 20.0
@@ -58,23 +46,17 @@ class GridConfig:
     # Growth of the resolution from level to level.
     per_level_scale: Annotated[float, Interval(ge=1, le=64)] = 1.447269237440378
     # Levels used from the start.
-    start_level: Count = 8
+    start_level: ranges.Count = 8
     # Step after which further levels are unlocked.
-    start_step: CountOrNone = 2000
+    start_step: ranges.CountOrNone = 2000
     # Steps from one unlocked level to the next.
-    update_steps: Count = 500
+    update_steps: ranges.Count = 500
 
     def validate(self) -> None:
         """Raise ConfigError for settings that do not go together."""
         if self.start_level > self.n_levels:
             raise ConfigError(
                 f"start_level: expected 1 to n_levels = {self.n_levels}, got {self.start_level}"
-            )
-        finest = self.base_resolution * self.per_level_scale ** (self.n_levels - 1)
-        if finest > FINEST:
-            raise ConfigError(
-                f"per_level_scale: expected at most {FINEST} cells along an edge of the finest "
-                f"level, got {finest:.3g}"
             )
 
 
@@ -83,14 +65,14 @@ class FieldConfig:
     # The hash grid and when its levels are unlocked.
     grid: GridConfig = field(default_factory=GridConfig)
     # Half the edge of the box around the object.
-    radius: Annotated[Length, tyro.conf.arg(aliases=["--renderer.radius"])] = 2.0
+    radius: Annotated[ranges.Length, tyro.conf.arg(aliases=["--renderer.radius"])] = 2.0
     # Initial shape added to the raw density: a cone (blob_magic3d), a Gaussian (blob_dreamfusion),
     # or a constant.
-    density_bias: Literal["blob_magic3d", "blob_dreamfusion"] | Number = "blob_magic3d"
+    density_bias: Literal["blob_magic3d", "blob_dreamfusion"] | ranges.Number = "blob_magic3d"
     # Height of the initial blob in raw density.
-    density_blob_scale: Number = 10.0
+    density_blob_scale: ranges.Number = 10.0
     # Size of the initial blob.
-    density_blob_std: Length = 0.5
+    density_blob_std: ranges.Length = 0.5
     # From raw density to density.
     density_activation: Literal["softplus", "exp", "trunc_exp"] = "softplus"
     # Where normals come from: the density's gradient (analytic), differences of densities
@@ -101,9 +83,9 @@ class FieldConfig:
     # Distance of the points of finite differences.
     finite_difference_normal_eps: Annotated[float, Interval(ge=1e-6, le=1e3)] = 0.01
     # Neurons of the hidden layers.
-    n_neurons: Neurons = 64
+    n_neurons: ranges.Neurons = 64
     # Hidden layers of each network.
-    n_hidden_layers: Layers = 1
+    n_hidden_layers: ranges.Layers = 1
     # On CUDA, look up features in a float16 copy of the table and run the networks on tensor cores;
     # the table itself, its gradient and the optimizer stay float32.
     half_table: bool = True

@@ -39,8 +39,6 @@ class SampleRoom:
     """
 
     def __init__(self, what: str, per_ray: float | None = None) -> None:
-        if per_ray is not None and not per_ray > 0:
-            raise ValueError(f"sample_room: expected positive numbers, got {per_ray} for {what}")
         self._what = what
         self._is_fixed = per_ray is not None
         self._per_ray = per_ray
