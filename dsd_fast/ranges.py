@@ -112,12 +112,26 @@ class Registered:
         )
 
 
-def check(config: object, flags: bool = False) -> None:
+def check(config: Any, flags: bool = False, where: str = "") -> None:
     """Raise ConfigError for the first value of a dataclass tree that cannot work.
 
-    With `flags` the message names the command line's flag.
+    With `flags` the message names the command line's flag; `where` is the path of `config`.
     """
-    _check(config, "", flags)
+    for name in field_types(type(config)):
+        value, path = getattr(config, name), f"{where}{name}"
+        if dataclasses.is_dataclass(value):
+            check(value, flags, f"{path}.")
+            continue
+        try:
+            convert(type(config), name, value, path)
+        except ConfigError as error:
+            flag = f": pass another --{path.replace('_', '-')}" * flags
+            raise ConfigError(f"{error}{flag}") from None
+    if hasattr(config, "validate"):
+        try:
+            config.validate()
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error}") from None
 
 
 def convert(cls: type, name: str, value: Any, path: str) -> Any:
@@ -145,23 +159,6 @@ def _adapters(cls: type) -> dict[str, TypeAdapter]:
         for name, kind in field_types(cls).items()
         if not dataclasses.is_dataclass(kind)
     }
-
-
-def _check(config: object, where: str, flags: bool) -> None:
-    for name in field_types(type(config)):
-        value, path = getattr(config, name), f"{where}{name}"
-        if dataclasses.is_dataclass(value):
-            _check(value, f"{path}.", flags)
-            continue
-        try:
-            convert(type(config), name, value, path)
-        except ConfigError as error:
-            flag = f": pass another --{path.replace('_', '-')}" * flags
-            raise ConfigError(f"{error}{flag}") from None
-    try:
-        getattr(config, "validate", lambda: None)()
-    except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from None
 
 
 # What pydantic misses, in words: another type, which one of several ways to write a value may take,
