@@ -472,7 +472,7 @@ def test_a_picture_that_cannot_be_written_costs_no_checkpoint(runner, monkeypatc
         (["--image.exact", "--loss.lambda-dsd", "2"], "lambda_dsd must be 1"),
         (["--image.exact", "--max-steps", "1000"], "expected 1 to 999 steps, got 1000"),
         (["--image.size", "64"], "for --image.parameter rgb alone"),
-        (["--image.parameter", "rgb", "--image.size", "4"], "at least 8"),
+        (["--image.parameter", "rgb", "--image.size", "4"], "image.size: expected 8 or more"),
         (["--image.lr", "0"], "image.lr: expected more than 0"),
         (["--image.warm-up", "1"], "less than 1"),
         (["--image.cosine-length", "0.5"], "0, or 1 or more"),

@@ -10,6 +10,7 @@ import torch
 import trimesh
 from torch import nn
 
+from dsd_fast.ranges import ConfigError
 from dsd_fast.scene.mesh import Mesh, MeshConfig, MeshError, make_mesh, write_glb
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def test_empty_field(iso):
 
 
 def test_bad_threshold_and_broken_field():
-    with pytest.raises(MeshError, match=r'"auto" or a number, got "high"'):
+    with pytest.raises(ConfigError, match="\"auto\" or a number above 0, got 'high'"):
         make_mesh(Balls((0, 0, 0, 0.5)), 1.0, MeshConfig(16, "high"), CPU)
     with pytest.raises(MeshError, match="not finite"):
         make_mesh(Balls((0, 0, 0, float("nan"))), 1.0, MeshConfig(16), CPU)

@@ -492,7 +492,7 @@ class TestBins:
         "values", [{"azimuth_bins": 0}, {"elevation_bins": 0}, {"recon_std_rescale": 1.5}]
     )
     def test_settings(self, values) -> None:
-        with pytest.raises(ValueError, match=f"multiview.{next(iter(values))}: expected"):
+        with pytest.raises(ValueError, match=f"{next(iter(values))}: expected"):
             QuarterBins(MultiViewConfig(**values), ELEVATIONS, 4)
 
 

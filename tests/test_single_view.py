@@ -552,7 +552,10 @@ def test_a_changed_picture_ends_a_resume(small_folder, picture, tmp_path, caplog
             ("--material.diffuse-prob", "0.5", "--material.ambient-only-steps", "2"),
             "cannot be lit",
         ),
-        (("--single-view.elevation", "95"), "between -90 and 90"),
+        (
+            ("--single-view.elevation", "95"),
+            "single_view.elevation: expected less than 90, got 95.0",
+        ),
         (("--single-view.lambda-rgb", "1", "2"), "lambda_rgb"),
     ],
 )

@@ -113,7 +113,7 @@ class TrainerConfig:
     # Stop after this many steps in a row whose gradients were not finite.
     max_bad_steps: ranges.Count = 50
     # Warn when the mean opacity stays under this ...
-    min_opacity: ranges.Share = 0.005
+    min_opacity: ranges.NonNegative = 0.005
     # ... for this many steps.
     min_opacity_steps: ranges.Count = 200
     # Show progress.

@@ -74,7 +74,7 @@ class GuidanceConfig:
     azimuth_bins: Bins = 48
     # Levels between the entries of a table of the cached trajectories' noise, which is interpolated
     # between them; 0 asks the UNet for it at every step.
-    noise_table_step: Annotated[int, Interval(ge=0, lt=NUM_TRAIN_TIMESTEPS)] = 20
+    noise_table_step: Annotated[int, Interval(ge=0, le=NUM_TRAIN_TIMESTEPS)] = 20
     # Views from azimuth < 0 follow the mirror image of the trajectory of those from azimuth > 0.
     # Officially both follow the same picture, so that a thing seen from the side faces the same way
     # from both sides and grows two backs; mirrored, they agree on a mirror-symmetric object.

@@ -255,6 +255,8 @@ def _decimate(
             "a package: pip install fast-simplification, or set max_faces to 0"
         ) from error
     vertices, faces = fast_simplification.simplify(vertices, faces, target_count=max_faces)
+    if not len(faces):
+        raise MeshError(f"max_faces: {max_faces} leave nothing of the mesh, pass more")
     return vertices.astype(np.float32), faces.astype(np.int64)
 
 

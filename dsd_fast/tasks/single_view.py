@@ -121,10 +121,6 @@ def check(cfg: TrainConfig) -> None:
     cameras = cfg.cameras
     if cfg.single_view.image is None:
         raise ConfigError("--task single-view needs a picture: pass --image chair.png")
-    if not -90 < cfg.single_view.elevation < 90:
-        raise ConfigError(
-            f"--single-view.elevation: expected between -90 and 90, got {cfg.single_view.elevation}"
-        )
     near, far = cameras.camera_distance_range
     if near != far or near != cameras.eval_camera_distance:
         raise ConfigError(
