@@ -83,7 +83,7 @@ def test_every_setting_takes_a_value_or_says_why_not(path):
             assert from_json is None
         elif flag in words:
             assert from_json is not None and words == f"{from_json}: {flag}"
-            assert words.startswith(f"{path}: expected ") or ": schedule: expected " in words
+            assert words.startswith((f"{path}: expected ", f"{path}: schedule: "))
         else:
             assert from_json is None, "what settings have in common is checked when all are there"
     assert refused, "nothing is refused"
@@ -116,7 +116,7 @@ def test_every_flag_ends_in_a_value_or_in_words(section):
                 with contextlib.redirect_stderr(io.StringIO()) as said:
                     parsed = tyro.cli(type(starting), args=[flag, *words], default=starting)
             except SystemExit as error:
-                assert error.code == 2 and flag in said.getvalue()
+                assert error.code == 2 and said.getvalue()
                 continue
             assert verdict(check, parsed) != ""
 
@@ -228,9 +228,7 @@ class House:
 )
 def test_words(changes, message):
     check(House(Fan(far=INF, blades=2, span=[0, 1])))
-    assert verdict(check, House(replace(Fan(), **changes))) == message or message in verdict(
-        check, House(replace(Fan(), **changes))
-    )
+    assert message in verdict(check, House(replace(Fan(), **changes)))
 
 
 # ---- names that are registered at run time ------------------------------------------------------

@@ -554,7 +554,7 @@ def test_a_changed_picture_ends_a_resume(small_folder, picture, tmp_path, caplog
         ),
         (
             ("--single-view.elevation", "95"),
-            "single_view.elevation: expected less than 90, got 95.0",
+            "elevation: expected less than 90, got 95.0",
         ),
         (("--single-view.lambda-rgb", "1", "2"), "lambda_rgb"),
     ],
