@@ -13,13 +13,8 @@ from torch import Tensor
 
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import ViewModel, load_view_model
-from dsd_fast.guidance import Guidance
-from dsd_fast.guidance.conditions.pose import (
-    OrbitBins,
-    Reference,
-    check_settings,
-    make_view_guidance,
-)
+from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance.conditions.pose import OrbitBins, PoseConditions, Reference
 from dsd_fast.run.memory import PhaseMemory
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import RandomCameras
@@ -75,7 +70,8 @@ class SingleViewTask(TextTask):
     def guidance(
         self, cfg: TrainConfig, model: ViewModel, prompts: Reference, noise: Tensor
     ) -> Guidance:
-        return make_view_guidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
+        conditions = PoseConditions(prompts, model, cfg.guidance)
+        return make_guidance(cfg.guidance, model, conditions, noise, cfg.max_steps)
 
     def step(
         self,
@@ -150,7 +146,7 @@ def check(cfg: TrainConfig) -> None:
             f"{cfg.material.diffuse_prob}"
         )
     try:
-        check_settings(cfg.guidance)
+        PoseConditions.check(cfg.guidance)
         OrbitBins(reference(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from error
