@@ -229,7 +229,7 @@ def optimised(method: str, n_seeds: int = 16, steps: int = 300, **fields) -> tor
     """Latents [n_seeds,4,SIZE,SIZE] after Adam from zero, at scale 1 towards N(0.7, S^2)."""
     fields = {"guidance_scale": 1.0, "use_perp_neg": False, "standard_cfg": True} | fields
     guidance = gaussian_guidance(method, n_seeds, steps, **fields)
-    guidance._bank.fill_(0.7)
+    guidance.conditions._bank.fill_(0.7)
     generator = torch.Generator().manual_seed(2)
     x = torch.zeros(n_seeds, 4, SIZE, SIZE, requires_grad=True)
     optimizer = torch.optim.Adam([x], 0.02)
@@ -298,7 +298,7 @@ def test_methods_bring_their_settings_and_flags_win():
     assert config("--guidance.method=sds", "--guidance.guidance-scale", "9").guidance_scale == 9.0
     vsd = config("--guidance.method", "vsd", "--max-steps", "50")
     assert tuple(vsd.max_step_percent) == (10, 0.98, 0.5, 11)
-    assert set(METHODS) == {m for m in METHODS if settings(m, 10) or m == "dsd"}
+    assert {m for m in METHODS if not settings(m, 10)} == {"dsd", "recon"}
     with pytest.raises(ValueError, match=r"guidance\.method: expected one of dsd, sds"):
         GuidanceConfig(method="best").validate()
 
@@ -370,8 +370,8 @@ def test_adapters_learn_what_renderings_look_like(tiny_model):
         told = guidance._camera(plan)
         t = torch.tensor([300, 700])
         with torch.no_grad():
-            text = guidance._text(plan.tensors)[:2]
-            own = guidance._own(guidance._noisy(x, probe, t), t, text, told)
+            text = guidance.conditions.condition(plan.tensors).tokens[:2]
+            own = guidance._own(guidance.model.noise_path.noisy(x, probe, t), t, text, told)
         return float((own - probe).square().mean())
 
     views = torch.zeros(2), torch.tensor([0.0, 90.0])
@@ -410,7 +410,7 @@ def test_vsd_is_the_difference_of_two_predictions(tiny_model):
     x, chance = torch.randn(1, 4, 8, 8, generator=generator), guidance.draw_noise(1, generator)
     t = torch.tensor([400])
     plan = guidance.plan_levels(torch.zeros(1), torch.zeros(1), t, t, chance)
-    text = guidance._text(plan.tensors)
+    text = guidance.conditions.condition(plan.tensors).tokens
     abar = float(ABAR[400])
     z = abar**0.5 * x + (1 - abar) ** 0.5 * chance["eps"]
     with torch.no_grad():

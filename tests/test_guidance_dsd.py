@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.graphs import captured
 from dsd_fast.guidance import (
@@ -297,12 +298,12 @@ class TestGuidance:
             use_perp_neg=perp_neg, trajectory_share=share, trajectory_scale=own
         )
         latents = randn(1, 4, 6, 6)
-        text = PromptEmbeddings(*guidance._bank.chunk(2))
+        text = guidance.conditions.prompts
         rows, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, perp_neg)
 
         def predict(z: Tensor, t: Tensor, scale: float) -> Tensor:
             z, t = expand_rows(z, perp_neg), expand_rows(t, perp_neg)
-            return combine(guidance.model.predict_noise(z, t, rows), weights, scale)
+            return combine(guidance.model.predict_noise(z, t, Condition(rows)), weights, scale)
 
         for weighting in ("sds", "ddim"):
             guidance.cfg.weighting = weighting
@@ -327,9 +328,9 @@ class TestGuidance:
         guidance, rows = make_guidance(**flags, trajectory="cached"), []
         engine, x = guidance.model.engine, randn(1, 4, 6, 6)
 
-        def counted(z: Tensor, *conditions: Tensor) -> Tensor:
+        def counted(z: Tensor, *others: object) -> Tensor:
             rows.append(len(z))
-            return engine(z, *conditions)
+            return engine(z, *others)
 
         guidance.model.engine = counted
         guidance.at_levels(x, 10.0, 50.0, 500, t_delta)  # fills the table
@@ -337,9 +338,9 @@ class TestGuidance:
         output = guidance.at_levels(x, 10.0, 50.0, 500, t_delta)
         abar = guidance.model.noise_path.alpha.square()[500].double()
         (alpha, sigma), x_t = (abar.sqrt(), (1 - abar).sqrt()), output.latents_noisy
-        text = PromptEmbeddings(*guidance._bank.chunk(2))
+        text = guidance.conditions.prompts
         context, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, True)
-        eps = engine(expand_rows(x_t, True), torch.full((4,), 500), context)
+        eps = engine(expand_rows(x_t, True), torch.full((4,), 500), Condition(context))
         clean = (x_t - sigma * combine(eps, weights, guidance.cfg.guidance_scale)) / alpha
         torch.testing.assert_close(output.grad, (x - clean).float(), rtol=1e-4, atol=1e-4)
         assert sum(rows) == 4

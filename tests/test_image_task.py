@@ -16,6 +16,7 @@ from dsd_fast import sample as sample_command
 from dsd_fast import train
 from dsd_fast.config import ConfigError, TrainConfig, from_dict, preset
 from dsd_fast.diffusion import load_model
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.ddim import ddim_levels, ddim_scheduler
 from dsd_fast.evaluate import __main__ as evaluate_command
 from dsd_fast.evaluate import assets, eyes, page, report
@@ -150,7 +151,7 @@ def test_exact_form_of_a_view_is_ddim_with_its_perp_neg_prediction(tiny_model):
     z = guidance.noise.double()
     for level, lower in zip(levels, (*levels[1:], None)):
         rows = torch.cat([z, z, z.repeat_interleave(2, 0)]).float()
-        eps = model.predict_noise(rows, torch.full((8,), level), text)
+        eps = model.predict_noise(rows, torch.full((8,), level), Condition(text))
         eps = combine(eps.double(), weights.double(), 3.0)
         abar = model.noise_path.alpha.square()[level].double()
         clean = (z - (1 - abar).sqrt() * eps) / abar.sqrt()
@@ -313,7 +314,7 @@ def test_where_an_image_starts(tmp_path, tiny_model):
     model = load_model(tiny_model, CPU, engine="eager")
     noise, level = noise_of(0, 8), torch.full((2,), 999)
     both = model.encode_prompt(["a chair", ""])
-    cond, empty = model.predict_noise(torch.cat([noise, noise]), level, both).double()
+    cond, empty = model.predict_noise(torch.cat([noise, noise]), level, Condition(both)).double()
     abar = model.noise_path.alpha.square()[999].double()
     want = (noise - (1 - abar).sqrt() * (empty + 2 * (cond - empty))) / abar.sqrt()
     got = seen.tensors(1)["scene/latent"]

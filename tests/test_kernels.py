@@ -21,6 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PATH = NoisePath.of_scheduler(
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ).to(DEVICE)
+EXACT = PATH.to(DEVICE, torch.float64)
 CASES = pytest.mark.parametrize(
     ("n_items", "shape", "dtype"),
     [
@@ -161,7 +162,7 @@ def test_step(n_items, shape, dtype, kind, walk) -> None:
         z.double(),
         t,
         t_next,
-        PATH.to(DEVICE, torch.float64),
+        EXACT,
         dtype,
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
@@ -184,7 +185,7 @@ def test_state(n_items, shape, dtype, perp_neg) -> None:
         states.double(),
         predictions.double(),
         *arguments,
-        PATH.to(DEVICE, torch.float64),
+        EXACT,
         dtype,
         perp_neg,
     )
@@ -211,7 +212,7 @@ def test_link(n_items, shape, dtype, kind, walk) -> None:
         x.double(),
         t,
         t_delta,
-        PATH.to(DEVICE, torch.float64),
+        EXACT,
         double,
         mirrored,
     )
@@ -236,7 +237,7 @@ def test_link_table(n_items, shape, dtype, perp_neg, pair, mirror) -> None:
         for link in (passes.link_table, passes.link_table_reference)
     )
     exact = passes.link_table_reference(
-        table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta, PATH.to(DEVICE, torch.float64),
+        table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta, EXACT,
         torch.float64, *flags,
     )  # fmt: skip
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
@@ -287,7 +288,7 @@ def test_gradient(n_items, shape, dtype, kind, weighting, one_level, walk) -> No
         scales,
         x.double(),
         t,
-        PATH.to(DEVICE, torch.float64),
+        EXACT,
         weighting,
     )
     for _ in range(2):  # the count of programs is back at zero for the second
@@ -313,7 +314,7 @@ def test_gradient_with_a_share_of_the_trajectory(
     got = passes.gradient(eps, guide, *arguments, eps_o=eps_o, share=share)
     twin = passes.gradient_reference(eps, guide, *arguments, eps_o=eps_o, share=share)
     exact = passes.gradient_reference(
-        eps.double(), doubled(guide), scales, x.double(), t, PATH.to(DEVICE, torch.float64),
+        eps.double(), doubled(guide), scales, x.double(), t, EXACT,
         eps_o=eps_o.double(), share=share.double(),
     )  # fmt: skip
     for name in ("grad", "target", "loss", "grad_norm"):
@@ -365,7 +366,7 @@ def test_wrong_arguments_are_errors() -> None:
     with pytest.raises(ValueError, match=r"int64 \[2\]"):
         passes.step(eps, guide, 7.5, x, t[:1], t, PATH, torch.float16)
     with pytest.raises(ValueError, match="a noise path of float32"):
-        passes.gradient(eps, guide, (1.0, 7.5), x, t, PATH.to(DEVICE, torch.float64))
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, EXACT)
     with pytest.raises(ValueError, match=r"mirrored bool \[2\]"):
         passes.link(eps, guide, 7.5, x, t, t, PATH, torch.float16, mirrored=t)
     with pytest.raises(ValueError, match="weighting: expected one of"):

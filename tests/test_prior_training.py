@@ -163,6 +163,7 @@ def test_noisy_levels_weigh_more():
     weights = train.level_weights(NoisePath.of_scheduler(models.SCHEDULER), 5.0)
     assert (weights.diff() >= 0).all() and weights.mean() == pytest.approx(1.0, rel=1e-5)
     assert weights[-1] / weights[0] == pytest.approx(5.0 / train.MIN_WEIGHT, rel=1e-5)
+    alphas = NoisePath.of_scheduler(models.SCHEDULER).alpha.square()
     middle = int((alphas - 0.5).abs().argmin())
     snr = alphas / (1 - alphas)
     assert weights[middle] / weights[0] == pytest.approx(
