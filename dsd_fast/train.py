@@ -29,19 +29,10 @@ from dsd_fast.run.interruption import Interruption
 from dsd_fast.run.outputs import OutputError, RunFolder
 from dsd_fast.run.progress import Reporter, set_up_logging
 from dsd_fast.run.state import TrainState
-from dsd_fast.tasks.base import Task
-from dsd_fast.tasks.image import ImageTask
-from dsd_fast.tasks.single_view import SingleViewTask
-from dsd_fast.tasks.text import TextTask
+from dsd_fast.tasks import TASKS, Task
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.train")
-
-TASKS: dict[str, Task] = {
-    "text": TextTask(),
-    "single-view": SingleViewTask(),
-    "image": ImageTask(),
-}
 
 # Pictures, video and mesh of a run, with room to spare.
 OUTPUT_BYTES = 64 * 2**20

@@ -94,6 +94,10 @@ class CameraBatch:
         return self.c2w.shape[0]
 
     @property
+    def n_rays(self) -> int:
+        return len(self) * self.height * self.width
+
+    @property
     def camera_positions(self) -> Tensor:
         """[B,3]"""
         return self.c2w[:, :3, 3]
@@ -112,12 +116,13 @@ class CameraBatch:
     def _rays(self) -> tuple[Tensor, Tensor]:
         return camera_rays(self.c2w, self.fovy, self.height, self.width)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Pose and light by name: what is needed where rays are made."""
+        return {name: getattr(self, name) for name in ("c2w", "fovy", "light_positions")}
+
     def to(self, device: torch.device | str) -> CameraBatch:
         """The same cameras with pose and light on another device, where their rays are made."""
-        moved = {
-            name: getattr(self, name).to(device) for name in ("c2w", "fovy", "light_positions")
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: part.to(device) for name, part in self.tensors().items()})
 
 
 class Lattice(Protocol):

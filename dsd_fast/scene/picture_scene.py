@@ -1,24 +1,18 @@
-"""A step of reconstruction from one picture: the reference view and random views in one rendering.
-
-The reference view is held against the picture, the random views are guided; both are regularised.
-"""
+"""A field scene that is to look like one picture, and the losses that compare the two."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast.run.state import TrainState
-from dsd_fast.scene.cameras import CameraBatch, eval_camera
+from dsd_fast.scene.cameras import CameraBatch
 from dsd_fast.scene.field import Field
-from dsd_fast.scene.losses import REGULARIZERS, regularizer_weights
+from dsd_fast.scene.field_scene import FieldScene, FieldSettings
+from dsd_fast.scene.picture import resized
 from dsd_fast.scene.renderer import OPAQUE, RenderOutput
-from dsd_fast.schedules import Schedule
-from dsd_fast.tasks.step import Drawn, TrainStep
 
 PICTURE_LOSSES = ("rgb", "mask", "normal_smooth", "normal_smooth_3d")
 # How far from a point on the surface its neighbour lies, a standard deviation an axis, and how many
@@ -27,90 +21,55 @@ NEIGHBOUR_DISTANCE = 0.01
 NEIGHBOURS = 4096
 
 
-@dataclass(frozen=True)
-class PictureDrawn(Drawn):
-    """The first of `views` is the reference view; the angles of `views` are those of the others,
-    which guidance is asked about."""
+class PictureScene(FieldScene):
+    """A scene with the picture that it is to look like; the picture is no part of its state.
 
-    offsets: Tensor  # [N,3] to the neighbours of points on the surface
+    Args:
+        rgba: [1,4,S,S] of `read_picture`.
+        sizes: of renderings, in pixels.
+    """
 
-    def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | {"offsets": self.offsets}
-
-    def replaced(self, tensors: dict[str, Tensor]) -> PictureDrawn:
-        return replace(super().replaced(tensors), offsets=tensors["offsets"])
-
-
-class SingleViewStep(TrainStep):
-    """Steps of runs that differ in their seed alone; see `TrainStep`."""
-
-    losses = ("dsd", *PICTURE_LOSSES, *REGULARIZERS)
-
-    def _weights(self, step: int) -> dict[str, float]:
-        own = {
-            name: Schedule.parse(value)(step)
-            for name, value in self.cfg.single_view.schedules().items()
-        }
-        return {
-            "dsd": self._dsd_weight(step),
-            **{name: weight for name, weight in own.items() if weight != 0},
-            **regularizer_weights(self.cfg.loss, step),
-        }
-
-    def _draw(self, state: TrainState, step: int) -> PictureDrawn:
-        """In the order of a text run, then neighbours."""
-        drawn = super()._draw(state, step)
-        offsets = NEIGHBOUR_DISTANCE * torch.randn(NEIGHBOURS, 3, generator=state.rng.sampler)
-        # The model knows objects on white alone.
-        draws = replace(drawn.draws, paint=torch.ones(len(drawn.views), 4))
-        return PictureDrawn(**vars(drawn) | {"draws": draws}, offsets=offsets)
-
-    def _views(self, step: int, generator: torch.Generator) -> CameraBatch:
-        return self.with_reference(super()._views(step, generator))
-
-    def with_reference(self, views: CameraBatch) -> CameraBatch:
-        """Random views behind the reference view; the angles stay those of the random ones."""
-        at = eval_camera(
-            self.cfg.cameras,
-            0.0,
-            self.cfg.single_view.elevation,
-            size=(views.height, views.width),
-        )
-        joined = {
-            name: torch.cat([getattr(at, name), getattr(views, name)])
-            for name in ("c2w", "fovy", "light_positions")
-        }
-        return replace(views, **joined)
-
-    def _guided(self, rgb: Tensor) -> Tensor:
-        return rgb[1:]
-
-    def _losses(
+    def __init__(
         self,
-        state: TrainState,
-        drawn: PictureDrawn,
+        cfg: FieldSettings,
+        generator: torch.Generator | None,
+        rgba: Tensor,
+        sizes: Collection[int],
+    ) -> None:
+        super().__init__(cfg, generator)
+        for size in set(sizes):
+            picture = resized(rgba, size).permute(0, 2, 3, 1).contiguous()
+            self.register_buffer(f"picture_{size}", picture, persistent=False)
+
+    def draw(self, views: CameraBatch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """As of any field, then neighbours of points on the surface: offsets [N,3] to them."""
+        draws = super().draw(views, step, generator)
+        draws["offsets"] = NEIGHBOUR_DISTANCE * torch.randn(NEIGHBOURS, 3, generator=generator)
+        # The model knows objects on white alone.
+        draws["paint"] = torch.ones(len(views), 4)
+        return draws
+
+    def losses(
+        self,
+        views: CameraBatch,
+        draws: Mapping[str, Tensor],
         image: RenderOutput,
-        weights: Mapping[str, float | Tensor],
+        names: Collection[str],
     ) -> dict[str, Tensor]:
-        """The losses that count, but for that of the guidance."""
+        """Those of PICTURE_LOSSES that are among `names`; the first view is the picture's."""
         losses = {}
-        truth = state.scene.picture(drawn.views.height)
-        if "rgb" in weights:
-            behind = drawn.draws.paint[:1, None, None, :3].to(truth.device)
+        truth = self.get_buffer(f"picture_{views.height}")
+        if "rgb" in names:
+            behind = draws["paint"][:1, None, None, :3]
             losses["rgb"] = color_error(image.rgb[:1], truth, behind)
-        if "mask" in weights:
+        if "mask" in names:
             losses["mask"] = F.mse_loss(image.opacity[:1], truth[..., 3:])
-        if "normal_smooth" in weights:
+        if "normal_smooth" in names:
             losses["normal_smooth"] = normal_smoothness(image.normal)
-        if "normal_smooth_3d" in weights:
+        if "normal_smooth_3d" in names:
             losses["normal_smooth_3d"] = surface_smoothness(
-                state.scene.field, drawn.views, image, drawn.offsets
+                self.field, views, image, draws["offsets"]
             )
-        for name in REGULARIZERS:
-            if name in weights:
-                # Against emptiness the reference view has its picture.
-                of = _of_views(image, 1) if name == "sparsity" else image
-                losses[name] = REGULARIZERS[name](of)
         return losses
 
 
@@ -152,9 +111,3 @@ def surface_smoothness(
     here, there = normals.chunk(2)
     is_there = (opacity > OPAQUE).to(here.dtype)
     return ((here - there).abs() * is_there).sum() / (3 * is_there.sum()).clamp_min(1)
-
-
-def _of_views(image: RenderOutput, first: int) -> RenderOutput:
-    """The views from number `first` on; the count of samples is that of all."""
-    parts = {name: value[first:] for name, value in vars(image).items() if name != "n_samples"}
-    return RenderOutput(**parts, n_samples=image.n_samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +71,19 @@ class Draws:
     jitter: Tensor | None  # [B·H·W] shift of each ray's samples, in steps
     shading: Shading | Tensor  # itself, or its numbers on the device
     paint: Tensor | None  # of the background, see there
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors by name, without those that are None."""
+        named = {"jitter": self.jitter, "shading": self.shading.numbers(), "paint": self.paint}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Draws:
+        """The draws of `tensors`, which may have gone to a device."""
+        shading = tensors["shading"]
+        # On the CPU by its mode: an albedo needs no light computed.
+        shading = shading if shading.is_cuda else Shading.of(shading)
+        return cls(tensors.get("jitter"), shading, tensors.get("paint"))
 
 
 @dataclass(frozen=True)
@@ -195,8 +208,7 @@ class Renderer(nn.Module):
         """The draws of a training rendering, on the generator's device."""
         jitter = None
         if self.cfg.randomized:
-            n_rays = len(cameras) * cameras.height * cameras.width
-            jitter = torch.rand(n_rays, generator=generator, device=generator.device)
+            jitter = torch.rand(cameras.n_rays, generator=generator, device=generator.device)
         shading = choose_shading(self.material, step, True, generator)
         return Draws(jitter, shading, background.draw(len(cameras), generator))
 
