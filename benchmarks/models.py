@@ -19,7 +19,7 @@ from dsd_fast.config import nearest
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
 from dsd_fast.diffusion.components import quiet
 from dsd_fast.diffusion.engines.base import UNetEngine
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.text import VIEWS, PromptEmbeddings
 
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -208,7 +208,7 @@ def _random(name: str, device: torch.device, engine: str) -> Subject:
         _channels_last(unet),
         _channels_last(vae),
         None,
-        alphas_cumprod=alphas_cumprod(_SCHEDULER),
+        noise_path=NoisePath.of_scheduler(_SCHEDULER),
         latent_size=parts.unet["sample_size"],
         vae_factor=2 ** (len(parts.vae["block_out_channels"]) - 1),
         device=device,

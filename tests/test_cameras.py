@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import cuda_only
 
-from dsd_fast.guidance.trajectory import ViewBins
+from dsd_fast.guidance.conditions.text import ViewBins
 from dsd_fast.scene.cameras import (
     CameraConfig,
     RandomCameras,

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from tiny_model import SCHEDULER, build_tiny_model, toy_model
 
 from dsd_fast.diffusion import embed_views, int8, load_model, noise_path, view_prompts
-from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
+from dsd_fast.diffusion.engines import make_engine
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine
 from dsd_fast.diffusion.loader import resolve
 from dsd_fast.diffusion.networks.fused_vae import FusedEncoder
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.text import ClipText
 
 
@@ -80,7 +82,7 @@ class TestNoiseSchedule:
 
     def test_unknown_prediction_type(self) -> None:
         with pytest.raises(ValueError, match="prediction_type 'sample'"):
-            noise_path.prediction_type({"prediction_type": "sample"})
+            NoisePath.of_scheduler({"prediction_type": "sample"})
 
 
 class TestLoad:
@@ -90,7 +92,7 @@ class TestLoad:
         path = build_tiny_model(tmp_path, vae=vae, latent_size=12, prediction_type="v_prediction")
         model = load_model(path)
         assert (model.latent_size, model.image_size, model.latent_channels) == (12, 24, 4)
-        assert model.prediction_type == "v_prediction"
+        assert model.noise_path.prediction == "v_prediction"
         assert model.scaling_factor == (0.18215 if vae == "kl" else 1.0)
         rgb = torch.rand(2, 3, 24, 24, generator=generator(), requires_grad=True)
         latents = model.encode_images(rgb, generator())
@@ -184,11 +186,11 @@ class TestLoad:
         assert capfd.readouterr() == ("", "")
 
     def test_v_prediction(self) -> None:
-        model = toy_model(prediction_type="v_prediction")
+        model = toy_model(prediction="v_prediction")
         latents = torch.randn(2, 4, 6, 6, generator=generator())
         t, text = torch.tensor([20, 950]), torch.randn(2, 5, 3, generator=generator())
         v = model.unet(latents, t, text, False)[0]
-        alpha = model.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+        alpha = model.noise_path.alpha.square()[t].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alpha**2).sqrt()
         eps = model.predict_noise(latents, t, text)
         # Both forms describe the same clean image.

@@ -18,7 +18,7 @@ from torch import nn
 
 from dsd_fast import train
 from dsd_fast.diffusion import DiffusionModel, load_model
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath, alphas_cumprod
 from dsd_fast.guidance import (
     METHODS,
     GuidanceConfig,
@@ -58,7 +58,12 @@ def noise_of(z, abar, mu):
 
 def gaussian_guidance(method: str, n_seeds: int = B, max_steps: int = 100, **fields):
     model = DiffusionModel(
-        GaussianUNet(), nn.Identity(), None, alphas_cumprod=ABAR, latent_size=SIZE, engine="eager"
+        GaussianUNet(),
+        nn.Identity(),
+        None,
+        noise_path=NoisePath.diffusion(ABAR),
+        latent_size=SIZE,
+        engine="eager",
     )
     text = torch.tensor(MEANS).view(4, 1, 1)
     prompts = PromptEmbeddings(text, torch.full_like(text, EMPTY), torch.full((1, 1, 1), POOR))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.graphs import captured
 from dsd_fast.guidance import (
     DSDGuidance,
@@ -22,8 +23,9 @@ from dsd_fast.guidance import (
     seed_noise,
     view_embeddings,
 )
-from dsd_fast.guidance.conditions.text import expand_rows
-from dsd_fast.guidance.trajectory import ViewBins, simulate
+from dsd_fast.guidance.conditions.text import ViewBins
+from dsd_fast.guidance.rows import expand_rows
+from dsd_fast.guidance.trajectory import simulate
 
 MODES = pytest.mark.parametrize("perp_neg", [True, False], ids=["perp-neg", "plain"])
 TRAJECTORIES = pytest.mark.parametrize(
@@ -96,10 +98,10 @@ def test_lattice_is_where_trajectories_are() -> None:
 class TestTrajectory:
     def test_closed_form(self) -> None:
         """A constant noise prediction fixes the clean image, and with it every state."""
-        abar = toy_model().alphas_cumprod.double()
+        abar = toy_model().noise_path.alpha.square().double()
         noise, eps = randn(3, 4, 5, 5).double(), randn(3, 4, 5, 5, seed=1).double()
         t_delta = torch.tensor([999, 640, 320])
-        z = simulate(noise, t_delta, lambda z, t, scale: eps, abar, 10, 7.5)
+        z = simulate(noise, t_delta, lambda z, t, scale: eps, NoisePath.diffusion(abar), 10, 7.5)
         clean = (noise - (1 - abar[999]).sqrt() * eps) / abar[999].sqrt()
         level = abar[t_delta].view(-1, 1, 1, 1)
         expected = level.sqrt() * clean + (1 - level).sqrt() * eps
@@ -310,7 +312,7 @@ class TestGuidance:
                 t=620,
                 t_delta=torch.tensor([640]),
                 predict=predict,
-                alphas_cumprod=guidance.model.alphas_cumprod,
+                alphas_cumprod=guidance.model.noise_path.alpha.square(),
                 weighting=weighting,
                 trajectory_share=share,
                 trajectory_scale=own,
@@ -333,7 +335,7 @@ class TestGuidance:
         guidance.at_levels(x, 10.0, 50.0, 500, t_delta)  # fills the table
         rows.clear()
         output = guidance.at_levels(x, 10.0, 50.0, 500, t_delta)
-        abar = guidance.model.alphas_cumprod[500].double()
+        abar = guidance.model.noise_path.alpha.square()[500].double()
         (alpha, sigma), x_t = (abar.sqrt(), (1 - abar).sqrt()), output.latents_noisy
         text = PromptEmbeddings(*guidance._bank.chunk(2))
         context, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, True)
@@ -370,13 +372,13 @@ class TestGuidance:
                     t=500,
                     t_delta=500,
                     predict=lambda z, t, scale: z,
-                    alphas_cumprod=toy_model().alphas_cumprod,
+                    alphas_cumprod=toy_model().noise_path.alpha.square(),
                     trajectory_share=share,
                 )
 
     def test_ddim_weight(self) -> None:
         official, ddim = (at(make_guidance(weighting=w), 0, 500, 520) for w in ("sds", "ddim"))
-        abar = toy_model().alphas_cumprod[500]
+        abar = toy_model().noise_path.alpha.square()[500]
         ratio = ((1 - abar) / abar).sqrt() / (1 - abar)
         torch.testing.assert_close(ddim.grad, official.grad * ratio)
 
@@ -581,7 +583,7 @@ class TestErrors:
             "t": 500,
             "t_delta": 510,
             "predict": lambda z, t, scale: z,
-            "alphas_cumprod": toy_model().alphas_cumprod,
+            "alphas_cumprod": toy_model().noise_path.alpha.square(),
         }
         with pytest.raises(ValueError, match="seed noise"):
             dsd_gradient(torch.zeros(2, 4, 6, 6), noise=torch.zeros(1, 4, 5, 5), **common)

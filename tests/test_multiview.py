@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from dsd_fast import train as module
 from dsd_fast.config import ConfigError, PromptConfig, TrainConfig, preset
 from dsd_fast.diffusion import DiffusionModel, load_model
-from dsd_fast.diffusion.engines.base import EagerEngine, make_engine
+from dsd_fast.diffusion.engines import make_engine
+from dsd_fast.diffusion.engines.base import EagerEngine
 from dsd_fast.diffusion.networks.multiview_unet import (
     MultiViewUNet,
     load_multiview_unet,
@@ -672,7 +673,7 @@ class TestDSD:
             make_latents(), noise=make_noise(), t=600, t_delta=600, predict=predict,
             alphas_cumprod=abar,
         )  # fmt: skip
-        model = make_model(prediction_type="v_prediction")
+        model = make_model(prediction="v_prediction")
         output = make_guidance(model=model, trajectory="exact").at_levels(
             make_latents(), *views, t, t
         )

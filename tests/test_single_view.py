@@ -237,7 +237,7 @@ def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table
         t=t,
         t_delta=t_delta,
         predict=predictor(model, elevation, azimuth),
-        alphas_cumprod=model.alphas_cumprod,
+        alphas_cumprod=model.noise_path.alpha.square(),
         guidance_scale=3.0,
         trajectory_share=torch.tensor([Schedule.parse(share)(level) for level in t.tolist()]),
     )
@@ -268,7 +268,7 @@ def test_sds_is_dreamfusions(small_folder):
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     noise, t = torch.randn(2, 4, 8, 8), torch.tensor([700, 300])
     output = guidance.at_levels(x, elevation, azimuth, t, t, {"eps": noise})
-    abar = model.alphas_cumprod[t].view(-1, 1, 1, 1)
+    abar = model.noise_path.alpha.square()[t].view(-1, 1, 1, 1)
     noisy = abar.sqrt() * x.detach() + (1 - abar).sqrt() * noise
     eps = predictor(model, elevation, azimuth)(noisy, t, 3.0)
     torch.testing.assert_close(output.grad, (1 - abar) * (eps - noise), atol=2e-5, rtol=1e-4)

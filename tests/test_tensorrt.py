@@ -16,9 +16,9 @@ from tiny_model import build_tiny_model
 
 from dsd_fast import build_engine
 from dsd_fast.diffusion import load_model
-from dsd_fast.diffusion.engines import cache, parity, tensorrt, tensorrt_library
-from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
-from dsd_fast.diffusion.engines.onnx_export import INPUTS, UNetShape, export_unet
+from dsd_fast.diffusion.engines import cache, make_engine, parity, tensorrt, tensorrt_library
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, UNetShape
+from dsd_fast.diffusion.engines.onnx_export import export_unet
 
 TINY = UNetShape(4, 8, 8, 77, 16)
 

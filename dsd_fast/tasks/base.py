@@ -14,7 +14,7 @@ from torch import Tensor
 from dsd_fast import config
 from dsd_fast.config import TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, embed_views, load_model
-from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance import FORMULATIONS, Guidance, make_guidance
 from dsd_fast.run.memory import PhaseMemory
 from dsd_fast.run.optimizer import Adam
 from dsd_fast.run.outputs import RunFolder
@@ -91,7 +91,7 @@ class Task:
             prefix=cfg.text.prefix,
             view_dependent=self.view_dependent(cfg),
             overrides=cfg.text.overrides(),
-            poor=cfg.text.poor if cfg.guidance.method == "nfsd" else None,
+            poor=cfg.text.poor if FORMULATIONS[cfg.guidance.method].needs_poor else None,
         )
         return model, prompts
 

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from dsd_fast.config import TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, view_prompts
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.loader import picture_shape
 from dsd_fast.guidance import (
     Guidance,
     combine,
     view_embeddings,
 )
-from dsd_fast.guidance.conditions.text import direction, expand_rows
+from dsd_fast.guidance.conditions.text import direction
 from dsd_fast.guidance.exact import ExactForm
 from dsd_fast.guidance.levels import LAST_LEVEL
-from dsd_fast.guidance.trajectory import signal_and_noise
+from dsd_fast.guidance.rows import expand_rows
 from dsd_fast.run import pictures
 from dsd_fast.run.memory import PhaseMemory
 from dsd_fast.run.optimizer import Adam
@@ -201,13 +202,12 @@ def first_prediction(
     levels = torch.full((n_items,), LAST_LEVEL)
     rows = expand_rows(noise, guidance.use_perp_neg)
     eps = combine(
-        model.predict_noise(rows, expand_rows(levels, guidance.use_perp_neg), text),
+        model.predict_noise(rows, expand_rows(levels, guidance.use_perp_neg), Condition(text)),
         weights,
         guidance.guidance_scale,
         standard_cfg=guidance.standard_cfg,
     )
-    alpha, sigma = signal_and_noise(model.alphas_cumprod, levels, noise)
-    return (noise - sigma * eps) / alpha
+    return model.noise_path.clean(noise, eps, levels)
 
 
 def progress_strip(run: RunFolder, step: int, result: np.ndarray) -> np.ndarray:

@@ -14,13 +14,8 @@ from torch import Tensor
 
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import ViewModel, load_view_model
-from dsd_fast.guidance import Guidance
-from dsd_fast.guidance.conditions.pose import (
-    OrbitBins,
-    Reference,
-    check_settings,
-    make_view_guidance,
-)
+from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance.conditions.pose import OrbitBins, PoseConditions, Reference
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
 from dsd_fast.scene.losses import REGULARIZERS
@@ -59,13 +54,10 @@ class SingleViewStep(FieldStep):
     losses = ("dsd", *PICTURE_LOSSES, *REGULARIZERS)
 
     def _weights(self, step: int) -> dict[str, float]:
-        own = {
-            name: Schedule.parse(value)(step)
-            for name, value in self.cfg.single_view.schedules().items()
-        }
-        return {name: weight for name, weight in own.items() if weight != 0} | super()._weights(
-            step
-        )
+        weights = super()._weights(step)
+        for name, value in self.cfg.single_view.schedules().items():
+            weights[name] = Schedule.parse(value)(step)
+        return {name: weight for name, weight in weights.items() if weight != 0 or name == "dsd"}
 
     def _guided(self, seen: RenderOutput) -> Tensor:
         return seen.rgb[1:]
@@ -112,7 +104,8 @@ class SingleViewTask(TextTask):
     def guidance(
         self, cfg: TrainConfig, model: ViewModel, prompts: Reference, noise: Tensor
     ) -> Guidance:
-        return make_view_guidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
+        conditions = PoseConditions(prompts, model, cfg.guidance)
+        return make_guidance(cfg.guidance, model, conditions, noise, cfg.max_steps)
 
     def _picture(self, cfg: TrainConfig) -> Tensor:
         """The picture of a run, [1,4,S,S]; ConfigError where it is not the one of its start."""
@@ -175,7 +168,7 @@ def check(cfg: TrainConfig) -> None:
             f"{cfg.material.diffuse_prob}"
         )
     try:
-        check_settings(cfg.guidance)
+        PoseConditions.check(cfg.guidance)
         OrbitBins(reference(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from error

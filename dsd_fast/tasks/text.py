@@ -9,12 +9,8 @@ from torch import Tensor
 
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
-from dsd_fast.guidance import Guidance
-from dsd_fast.guidance.conditions.multiview import (
-    camera_lattice,
-    check_settings,
-    make_multiview_guidance,
-)
+from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance.conditions.multiview import MultiViewConditions, camera_lattice
 from dsd_fast.run import memory, pictures
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
@@ -66,7 +62,7 @@ class TextTask(Task):
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         check_batches(cfg, n_runs)
         if cfg.cameras.n_view > 1:
-            check_settings(cfg.guidance)
+            MultiViewConditions.check(cfg.guidance)
         super().check(cfg, n_runs)
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
@@ -88,8 +84,9 @@ class TextTask(Task):
     ) -> Guidance:
         if cfg.cameras.n_view == 1:
             return super().guidance(cfg, model, prompts, noise)
-        settings = (cfg.guidance, model, prompts, noise, cfg.max_steps)
-        return make_multiview_guidance(*settings, cfg.multiview, cfg.cameras.elevation_range)
+        views = (cfg.multiview, cfg.cameras.elevation_range)
+        conditions = MultiViewConditions(prompts, model, cfg.guidance, *views)
+        return make_guidance(cfg.guidance, model, conditions, noise, cfg.max_steps)
 
     def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
         return {"dropped_samples": state.scene.n_dropped, "size": output.height}
