@@ -226,7 +226,7 @@ class Field(nn.Module):
 
     @contextmanager
     def changing_table(self) -> Iterator[Tensor | None]:
-        """Within it whoever changes the table changes this float16 copy too; None if none is read."""
+        """Within it whoever changes the table changes this float16 copy too; None if unused."""
         half, table = self.half_table() if self.reads_half_table() else None, self.grid.table
         yield half
         if half is not None:

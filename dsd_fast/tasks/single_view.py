@@ -54,10 +54,9 @@ class SingleViewStep(FieldStep):
     losses = ("dsd", *PICTURE_LOSSES, *REGULARIZERS)
 
     def _weights(self, step: int) -> dict[str, float]:
-        weights = super()._weights(step)
-        for name, value in self.cfg.single_view.schedules().items():
-            weights[name] = Schedule.parse(value)(step)
-        return {name: weight for name, weight in weights.items() if weight != 0 or name == "dsd"}
+        schedules = self.cfg.single_view.schedules().items()
+        own = {name: Schedule.parse(value)(step) for name, value in schedules}
+        return super()._weights(step) | {name: w for name, w in own.items() if w != 0}
 
     def _guided(self, seen: RenderOutput) -> Tensor:
         return seen.rgb[1:]
