@@ -15,7 +15,7 @@ from dsd_fast.scene.material import MaterialConfig
 from dsd_fast.scene.mesh import Mesh, MeshConfig, make_mesh
 from dsd_fast.scene.protocol import GraphKey, Trainable
 from dsd_fast.scene.rates import OptimizerConfig
-from dsd_fast.scene.renderer import Draws, Renderer, RendererConfig, RenderOutput
+from dsd_fast.scene.renderer import Renderer, RendererConfig, RenderOutput
 
 
 class FieldSettings(Protocol):
@@ -66,10 +66,9 @@ class FieldScene(nn.Module):
         """In the official order: level mask, occupancy, then jitter, shading and background."""
         self.field.set_step(step)
         self.renderer.update_occupancy(self.field, step, generator)
-        return self.renderer.draw(self.background, views, step, generator).tensors()
+        return self.renderer.draw(self.background, views, step, generator)
 
     def render(self, views: CameraBatch, draws: Mapping[str, Tensor]) -> RenderOutput:
-        draws = Draws.of(draws)
         return self.renderer.render(self.field, self.background, views, draws, training=True)
 
     @property

@@ -65,28 +65,6 @@ class RenderOutput:
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What chance decides in one rendering; see `Renderer.draw`."""
-
-    jitter: Tensor | None  # [B·H·W] shift of each ray's samples, in steps
-    shading: Shading | Tensor  # itself, or its numbers on the device
-    paint: Tensor | None  # of the background, see there
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The same as tensors by name, without those that are None."""
-        named = {"jitter": self.jitter, "shading": self.shading.numbers(), "paint": self.paint}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Draws:
-        """The draws of `tensors`, which may have gone to a device."""
-        shading = tensors["shading"]
-        # On the CPU by its mode: an albedo needs no light computed.
-        shading = shading if shading.is_cuda else Shading.of(shading)
-        return cls(tensors.get("jitter"), shading, tensors.get("paint"))
-
-
-@dataclass(frozen=True)
 class _Samples:
     """Intervals on rays. Of the C there is room for, the first `n_valid` are samples."""
 
@@ -198,32 +176,42 @@ class Renderer(nn.Module):
             draws = self.draw(background, cameras, step, generator)
             return self.render(field, background, cameras, draws, training)
         shading = choose_shading(self.material, step, training)
-        # By numbers, which one kernel takes, where an image's samples fill much of the memory.
-        draws = Draws(None, upload(shading.numbers(), cameras.c2w.device), None)
+        # On CUDA one kernel takes numbers, where an image's samples fill much of the memory.
+        draws = {"shading": upload(shading.numbers(), cameras.c2w.device)}
         return self.render(field, background, cameras, draws, training)
 
     def draw(
         self, background: Background, cameras: CameraBatch, step: int, generator: torch.Generator
-    ) -> Draws:
-        """The draws of a training rendering, on the generator's device."""
-        jitter = None
+    ) -> dict[str, Tensor]:
+        """What chance decides in a training rendering, by name:
+
+        jitter, [B·H·W] shift of each ray's samples in steps, and paint, of the background, see
+        there, both on the generator's device, where they are asked for; shading, on the CPU, the
+        `Shading.numbers`.
+        """
+        draws = {}
         if self.cfg.randomized:
-            jitter = torch.rand(cameras.n_rays, generator=generator, device=generator.device)
-        shading = choose_shading(self.material, step, True, generator)
-        return Draws(jitter, shading, background.draw(len(cameras), generator))
+            n_rays, device = cameras.n_rays, generator.device
+            draws["jitter"] = torch.rand(n_rays, generator=generator, device=device)
+        draws["shading"] = choose_shading(self.material, step, True, generator).numbers()
+        paint = background.draw(len(cameras), generator)
+        return draws if paint is None else {**draws, "paint": paint}
 
     def render(
         self,
         field: Field,
         background: Background,
         cameras: CameraBatch,
-        draws: Draws,
+        draws: Mapping[str, Tensor],
         training: bool,
     ) -> RenderOutput:
-        """Render the field as it is, with draws that were made before."""
+        """Render the field as it is, with what `draw` drew, here or on the cameras' device."""
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
-            samples = self._sample(field, cameras, draws.jitter)
-            sigmas, rgbs, normals = self._evaluate(field, cameras, samples, draws.shading)
+            samples = self._sample(field, cameras, draws.get("jitter"))
+            shading = draws["shading"]
+            # On the CPU by its mode: an albedo needs no light computed.
+            shading = shading if shading.is_cuda else Shading.of(shading)
+            sigmas, rgbs, normals = self._evaluate(field, cameras, samples, shading)
             rays = ops.composite_full(
                 sigmas,
                 rgbs,
@@ -233,7 +221,7 @@ class Renderer(nn.Module):
                 offsets=samples.offsets,
                 dirs=samples.rays_d,
             )
-            paint = draws.paint
+            paint = draws.get("paint")
             if paint is not None:
                 paint = upload(paint, cameras.rays_d.device)
             behind = background(cameras.rays_d, training, paint)

@@ -33,7 +33,7 @@ from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import CameraBatch, eval_camera
 from dsd_fast.scene.image import Image, ImageSeen
 from dsd_fast.tasks.base import Task, register
-from dsd_fast.tasks.step import TrainStep, Weights
+from dsd_fast.tasks.step import NORMS, SCALING, TrainStep, Weights
 
 log = logging.getLogger("dsd_fast.train")
 
@@ -57,15 +57,7 @@ class StillView:
 class ImageStep(TrainStep):
     """Steps of images, whose learning rate has a schedule."""
 
-    figures = (
-        "loss",
-        "guidance_norm",
-        "gradient_norm",
-        "lr",
-        "loss_scale",
-        "skipped",
-        "bad_run",
-    )
+    figures = (*NORMS, "lr", *SCALING)
 
     def _weights(self, step: int) -> dict[str, float]:
         image = self.cfg.image

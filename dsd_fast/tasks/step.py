@@ -27,6 +27,10 @@ from dsd_fast.schedules import Schedule
 from dsd_fast.tasks.step_graphs import StepGraphs
 from dsd_fast.upload import Pack
 
+# Figures of every task: of the gradients, and of the optimizer.
+NORMS = ("loss", "guidance_norm", "gradient_norm")
+SCALING = ("loss_scale", "skipped", "bad_run")
+
 # By name: of the host, or on the device, where a CUDA graph finds them.
 Weights = Mapping[str, float] | Mapping[str, Tensor]
 
@@ -36,7 +40,6 @@ class Cameras(Protocol):
 
     def sample(self, step: int, generator: torch.Generator) -> CameraBatch:
         """On the CPU; the angles are those of the views that are guided."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,7 @@ class TrainStep:
     # Names of all losses, the guidance's first.
     losses: tuple[str, ...] = ("dsd",)
     # Beside the losses, what a step tells of a run, in its order.
-    figures: tuple[str, ...] = (
-        "loss",
-        "guidance_norm",
-        "gradient_norm",
-        "loss_scale",
-        "skipped",
-        "bad_run",
-    )
+    figures: tuple[str, ...] = (*NORMS, *SCALING)
 
     def __init__(
         self,

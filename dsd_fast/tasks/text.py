@@ -20,7 +20,7 @@ from dsd_fast.scene.losses import REGULARIZERS, regularizer_weights
 from dsd_fast.scene.mesh import MeshError, write_glb
 from dsd_fast.scene.renderer import RenderOutput
 from dsd_fast.tasks.base import Task, register
-from dsd_fast.tasks.step import Cameras, Drawn, StepOutput, TrainStep, Weights
+from dsd_fast.tasks.step import NORMS, SCALING, Cameras, Drawn, StepOutput, TrainStep, Weights
 
 log = logging.getLogger("dsd_fast.train")
 
@@ -29,16 +29,7 @@ class FieldStep(TrainStep):
     """Steps of field scenes, which are regularised."""
 
     losses = ("dsd", *REGULARIZERS)
-    figures = (
-        "loss",
-        "guidance_norm",
-        "gradient_norm",
-        "opacity",
-        "loss_scale",
-        "skipped",
-        "bad_run",
-        "samples",
-    )
+    figures = (*NORMS, "opacity", *SCALING, "samples")
 
     def _weights(self, step: int) -> dict[str, float]:
         return super()._weights(step) | regularizer_weights(self.cfg.loss, step)
@@ -60,8 +51,13 @@ class TextTask(Task):
     step_class = FieldStep
 
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
-        check_batches(cfg, n_runs)
-        if cfg.cameras.n_view > 1:
+        n_view = cfg.cameras.n_view
+        if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > n_view:
+            own = "view" if n_view == 1 else f"{n_view} views"
+            raise ConfigError(
+                f"--num-seeds needs --cameras.batch-size {n_view}: each seed has its own {own}"
+            )
+        if n_view > 1:
             MultiViewConditions.check(cfg.guidance)
         super().check(cfg, n_runs)
 
@@ -120,16 +116,6 @@ class TextTask(Task):
         sheet = pictures.contact_sheet(result, cfg.cameras, step, cfg.pictures.sheet_views, size)
         pictures.write_png(sheet, run.preview)
         log.info("wrote %s", run.preview)
-
-
-def check_batches(cfg: TrainConfig, n_runs: int) -> None:
-    """ConfigError for runs side by side of more than one item a step."""
-    n_view = cfg.cameras.n_view
-    if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > n_view:
-        own = "view" if n_view == 1 else f"{n_view} views"
-        raise ConfigError(
-            f"--num-seeds needs --cameras.batch-size {n_view}: each seed has its own {own}"
-        )
 
 
 def write_mesh(scene: FieldScene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
