@@ -63,13 +63,10 @@ class FieldScene(nn.Module):
         return found
 
     def draw(self, views: CameraBatch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """In the official order: level mask, occupancy, then jitter, shading and background."""
-        self.field.set_step(step)
-        self.renderer.update_occupancy(self.field, step, generator)
-        return self.renderer.draw(self.background, views, step, generator)
+        return self.renderer.draw(self.field, self.background, views, step, generator)
 
     def render(self, views: CameraBatch, draws: Mapping[str, Tensor]) -> RenderOutput:
-        return self.renderer.render(self.field, self.background, views, draws, training=True)
+        return self.renderer.render(self.field, self.background, views, draws)
 
     @property
     def can_capture(self) -> bool:
@@ -90,7 +87,7 @@ class FieldScene(nn.Module):
 
     def view(self, cameras: CameraBatch, step: int) -> RenderOutput:
         """What cameras see at a step of the run, without chance or gradients."""
-        return self.renderer(self.field, self.background, cameras, step, training=False)
+        return self.renderer.view(self.field, self.background, cameras, step)
 
     def mesh(self, cfg: MeshConfig, step: int) -> Mesh:
         """The surface at a step of the run. MeshError where there is none."""

@@ -149,46 +149,36 @@ class Renderer(nn.Module):
         marched, kept = cfg.sample_room or (None, None)
         self._marched, self._kept = SampleRoom("marched", marched), SampleRoom("kept", kept)
 
-    def forward(
+    def view(
+        self, field: Field, background: Background, cameras: CameraBatch, step: int
+    ) -> RenderOutput:
+        """What cameras see at a step of the run, without chance or gradients."""
+        field.set_step(step)
+        shading = choose_shading(self.material, step, training=False)
+        # On CUDA one kernel takes numbers, where an image's samples fill much of the memory.
+        draws = {"shading": upload(shading.numbers(), cameras.c2w.device)}
+        return self.render(field, background, cameras, draws, training=False)
+
+    def draw(
         self,
         field: Field,
         background: Background,
         cameras: CameraBatch,
         step: int,
-        training: bool,
-        generator: torch.Generator | None = None,
-        update_occupancy: bool = True,
-    ) -> RenderOutput:
-        """Render the cameras as they look at training step `step`.
-
-        Sets the field's step first. In training, gradients are recorded and the CPU `generator`
-        gives, in this order: the occupancy update, the ray jitter, the shading, the background.
-        (A generator of the device draws there; a CUDA graph needs one.)
-        `update_occupancy=False` leaves the grid alone, for further renderings of the same step.
-        Otherwise no gradients are recorded and nothing is random.
-        """
-        if training and generator is None:
-            raise ValueError("renderer: training needs a generator, got None")
-        field.set_step(step)
-        if training and update_occupancy:
-            self.update_occupancy(field, step, generator)
-        if training:
-            draws = self.draw(background, cameras, step, generator)
-            return self.render(field, background, cameras, draws, training)
-        shading = choose_shading(self.material, step, training)
-        # On CUDA one kernel takes numbers, where an image's samples fill much of the memory.
-        draws = {"shading": upload(shading.numbers(), cameras.c2w.device)}
-        return self.render(field, background, cameras, draws, training)
-
-    def draw(
-        self, background: Background, cameras: CameraBatch, step: int, generator: torch.Generator
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """What chance decides in a training rendering, by name:
+        """Bring the field's levels and the occupancy grid to a step, and draw for its rendering.
 
-        jitter, [B·H·W] shift of each ray's samples in steps, and paint, of the background, see
-        there, both on the generator's device, where they are asked for; shading, on the CPU, the
-        `Shading.numbers`.
+        In the official order: occupancy, jitter, shading, background, from the CPU `generator`. (A
+        generator of the device draws there; a CUDA graph of this needs one.)
+
+        Returns:
+            By name: jitter [B·H·W], the shift of each ray's samples in steps, and paint, of the
+            background, see there, where they are asked for; shading, on the CPU, the numbers of a
+            `Shading`.
         """
+        field.set_step(step)
+        self.update_occupancy(field, step, generator)
         draws = {}
         if self.cfg.randomized:
             n_rays, device = cameras.n_rays, generator.device
@@ -203,9 +193,12 @@ class Renderer(nn.Module):
         background: Background,
         cameras: CameraBatch,
         draws: Mapping[str, Tensor],
-        training: bool,
+        training: bool = True,
     ) -> RenderOutput:
-        """Render the field as it is, with what `draw` drew, here or on the cameras' device."""
+        """Render the field as it is, with what `draw` drew, here or on the cameras' device.
+
+        Gradients are recorded in training alone.
+        """
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
             samples = self._sample(field, cameras, draws.get("jitter"))
             shading = draws["shading"]
