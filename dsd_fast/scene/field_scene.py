@@ -74,8 +74,10 @@ class FieldScene(nn.Module):
 
     def graph_key(self, views: CameraBatch) -> GraphKey | None:
         """Active levels, and room for samples as soon as it is learnt."""
-        rooms = self.renderer.rooms(views.n_rays)
-        return None if None in rooms else GraphKey(self.field.grid.n_active_levels, rooms)
+        marched, kept = self.renderer.rooms(views.n_rays)
+        if marched is None or kept is None:
+            return None
+        return GraphKey(self.field.grid.n_active_levels, (marched, kept))
 
     def watch_replay(self, views: CameraBatch) -> None:
         self.renderer.watch_replay(views.n_rays)

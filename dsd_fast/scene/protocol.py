@@ -28,7 +28,7 @@ class Trainable(NamedTuple):
 
 
 class GraphKey(NamedTuple):
-    """What a CUDA graph of a rendering holds for; with another key it shows another scene."""
+    """What a CUDA graph of a rendering holds for: as long as it is this, replays show the scene."""
 
     # What memory does not depend on.
     form: Hashable
@@ -43,6 +43,7 @@ class Seen(Protocol):
     def rgb(self) -> Tensor:
         """[B,H,W,3] float32 in [0,1], with gradient to the trainables; latents [B,C,h,w] if the
         scene `is_latent`."""
+        ...
 
 
 class Scene(Protocol):
@@ -59,9 +60,11 @@ class Scene(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
+        ...
 
     def trainables(self) -> dict[str, Trainable]:
         """The parameters by their names in the state dict; asked for once, on their device."""
+        ...
 
     def draw(self, views: CameraBatch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The host's part of a rendering: get ready for a step, and draw what chance decides.
@@ -75,22 +78,27 @@ class Scene(Protocol):
             Small tensors on the CPU by name, which `render` finds on the scene's device. Names and
             shapes are the same as long as those of the views are.
         """
+        ...
 
     def render(self, views: CameraBatch, draws: Mapping[str, Tensor]) -> Any:
         """The device's part: a `Seen` of the views, which are on the scene's device as `draws` are.
 
         Under a CUDA graph it must neither wait for the device nor draw; see `can_capture`.
         """
+        ...
 
     @property
     def can_capture(self) -> bool:
         """Whether a CUDA graph can hold `render` and the way back."""
+        ...
 
     def graph_key(self, views: CameraBatch) -> GraphKey | None:
         """What a graph of `render` would hold for now; None while that is not settled yet."""
+        ...
 
     def watch_replay(self, views: CameraBatch) -> None:
         """A graph has rendered these views: have what it counted looked at, without waiting."""
+        ...
 
     # Of nn.Module.
 

@@ -32,6 +32,7 @@ from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import CameraBatch, eval_camera
 from dsd_fast.scene.image import Image, ImageSeen
+from dsd_fast.scene.protocol import Scene
 from dsd_fast.tasks.base import Task, register
 from dsd_fast.tasks.step import NORMS, SCALING, TrainStep, Weights
 
@@ -45,10 +46,10 @@ class StillView:
     """The one view that an image asks for, in the place of cameras; no picture is taken of it."""
 
     def __init__(self, cfg: TrainConfig) -> None:
+        azimuth = cfg.image.azimuth
         # Without a view to ask for all views have one text.
-        asked = cfg.image.azimuth is not None
-        azimuth, elevation = (cfg.image.azimuth, cfg.image.elevation) if asked else (0.0, 0.0)
-        self.view = eval_camera(cfg.cameras, azimuth, elevation)
+        at = (0.0, 0.0) if azimuth is None else (azimuth, cfg.image.elevation)
+        self.view = eval_camera(cfg.cameras, *at)
 
     def sample(self, step: int, generator: torch.Generator) -> CameraBatch:
         return self.view
@@ -99,7 +100,7 @@ class ImageTask(Task):
     def cameras(self, cfg: TrainConfig) -> StillView:
         return StillView(cfg)
 
-    def optimizer(self, scene: Image, cfg: TrainConfig, device: torch.device) -> Adam:
+    def optimizer(self, scene: Scene, cfg: TrainConfig, device: torch.device) -> Adam:
         kind = UnitStep if cfg.image.exact else Adam
         return kind(scene.trainables(), cfg.image.betas, cfg.image.eps, device)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,7 @@ class Cameras(Protocol):
 
     def sample(self, step: int, generator: torch.Generator) -> CameraBatch:
         """On the CPU; the angles are those of the views that are guided."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -157,9 +159,14 @@ class TrainStep:
 
     def _plan(self, drawn: Sequence[Drawn]) -> Plan:
         """What guidance is to do for the views of all runs."""
-        columns = [(d.views.elevation_deg, d.views.azimuth_deg, d.t, d.t_delta) for d in drawn]
         chance = {name: torch.cat([d.chance[name] for d in drawn]) for name in drawn[0].chance}
-        return self.guidance.plan_levels(*map(torch.cat, zip(*columns)), chance)
+        return self.guidance.plan_levels(
+            torch.cat([d.views.elevation_deg for d in drawn]),
+            torch.cat([d.views.azimuth_deg for d in drawn]),
+            torch.cat([d.t for d in drawn]),
+            torch.cat([d.t_delta for d in drawn]),
+            chance,
+        )
 
     def _run(self, drawn: Sequence[Drawn], plan: Plan, weights: Weights) -> None:
         """The device's part; what it tells of each run goes to `_numbers`."""
@@ -195,7 +202,7 @@ class TrainStep:
         """Update a run's parameters by its losses; what there is to tell of it, by name."""
         losses = self._losses(state, drawn, seen, weights)
         losses["dsd"] = distillation_loss(latents, gradient)
-        loss = sum(weights[name] * value for name, value in losses.items())
+        loss = reduce(torch.add, (weights[name] * value for name, value in losses.items()))
         optimizer = state.optimizer
         with self._phase("backward and update"):
             # One run's bad gradient leaves the others' steps alone.
