@@ -27,7 +27,7 @@ from dsd_fast.guidance import (
     make_guidance,
     settings,
 )
-from dsd_fast.tasks.step import TrainStep
+from dsd_fast.tasks.step_graphs import StepGraphs
 
 ABAR = alphas_cumprod(SCHEDULER)
 SPREAD = 0.5  # of the data around its mean
@@ -441,13 +441,13 @@ def test_a_graph_holds_every_method(tmp_path, method, monkeypatch):
     """At learning rates of zero the object stays, and a step with graphs is that without."""
     if method == "vsd":
         pytest.importorskip("peft")
-    captured, capture = [], TrainStep._captured
+    captured, capture = [], StepGraphs._captured
 
-    def watched(self, function):
-        captured.append(capture(self, function))
+    def watched(self, key, function):
+        captured.append(capture(self, key, function))
         return captured[-1]
 
-    monkeypatch.setattr(TrainStep, "_captured", watched)
+    monkeypatch.setattr(StepGraphs, "_captured", watched)
     still = ["--optimizer.geometry-lr", "0", "--optimizer.background-lr", "0"]
     # The preset's field, which graphs can hold.
     argv = ["--prompt", "a chair", "--device", "cuda", "--max-steps", "24", *FLAGS, *still]

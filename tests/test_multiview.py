@@ -42,12 +42,11 @@ from dsd_fast.guidance.conditions.multiview import (
 )
 from dsd_fast.rng import RngStreams
 from dsd_fast.run import checkpoint, memory, outputs
-from dsd_fast.run.optimizer import Optimizer
 from dsd_fast.scene.background import Background, BackgroundConfig
 from dsd_fast.scene.cameras import CameraConfig, RandomCameras, camera_condition
 from dsd_fast.scene.field import GridConfig
-from dsd_fast.scene.scene import Scene
-from dsd_fast.tasks.step import TrainStep
+from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.tasks.step_graphs import StepGraphs
 
 SIZE, WIDTH, LENGTH = 8, 16, 5
 ELEVATIONS = (0.0, 30.0)
@@ -821,12 +820,12 @@ class TestPreset:
     def test_rates(self) -> None:
         cfg = preset("mvdream")
         cfg.field.grid = GridConfig(n_levels=2, log2_table_size=8, start_level=1)
-        rates = Optimizer(Scene(cfg), cfg.optimizer, torch.device("cpu"))._rates
+        rates = {name: each.rate for name, each in FieldScene(cfg).trainables().items()}
         assert rates.pop("field.grid.table") == 0.01
         assert set(rates.values()) == {0.001}
         assert any(name.startswith("field.") for name in rates)
         cfg.optimizer.network_lr = None
-        rates = Optimizer(Scene(cfg), cfg.optimizer, torch.device("cpu"))._rates
+        rates = {name: each.rate for name, each in FieldScene(cfg).trainables().items()}
         assert {rate for name, rate in rates.items() if name.startswith("field.")} == {0.01}
 
     def test_methods_of_multi_view_models_alone(self) -> None:
@@ -951,13 +950,13 @@ class TestOnCuda:
     @pytest.mark.parametrize("method", ["dsd", "recon", "sds"])
     def test_a_graph_holds_the_step(self, tmp_path, folder, method, monkeypatch) -> None:
         """At learning rates of zero the object stays, and a step with graphs is that without."""
-        captured, capture = [], TrainStep._captured
+        captured, capture = [], StepGraphs._captured
 
-        def watched(self, function):
-            captured.append(capture(self, function))
+        def watched(self, key, function):
+            captured.append(capture(self, key, function))
             return captured[-1]
 
-        monkeypatch.setattr(TrainStep, "_captured", watched)
+        monkeypatch.setattr(StepGraphs, "_captured", watched)
         flags = ["--preset", "mvdream", "--model", str(folder), "--prompt", "a chair"]
         flags += ["--text.negative", "bad", "--device", "cuda", "--max-steps", "24"]
         flags += ["--guidance.method", method, "--trainer.log-every", "1", "--trainer.no-progress"]

@@ -32,13 +32,13 @@ from dsd_fast.guidance.conditions.pose import (
     Reference,
 )
 from dsd_fast.run import checkpoint, outputs
+from dsd_fast.run.state import saved_scene
 from dsd_fast.scene import picture as single_view
 from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
 from dsd_fast.scene.field import Field, FieldConfig, GridConfig
+from dsd_fast.scene.picture_scene import color_error, normal_smoothness, surface_smoothness
 from dsd_fast.scene.renderer import RenderOutput
-from dsd_fast.scene.scene import Scene
 from dsd_fast.schedules import Schedule
-from dsd_fast.tasks.single_view_step import color_error, normal_smoothness, surface_smoothness
 
 REFERENCE = Reference(5.0, 0.0, (-10.0, 80.0), 8, 3)
 
@@ -604,7 +604,7 @@ def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
     assert run(out, picture, small_folder, "--pictures.no-mesh", steps=6) == 0
     tree = checkpoint.load(checkpoint.step_path(folder_of(out).checkpoints, 6))
     cfg = from_dict(TrainConfig, tree["config"])
-    scene = Scene.from_checkpoint(cfg, tree["scene"])
+    scene = saved_scene(cfg, tree["scene"])
     azimuth = np.array([0.0, 90.0, 200.0], np.float32)
     cameras = {
         "elevation": np.array([5.0, 15.0, 40.0], np.float32),

@@ -27,6 +27,7 @@ from dsd_fast.scene.losses import LossConfig
 from dsd_fast.scene.material import MaterialConfig
 from dsd_fast.scene.mesh import MeshConfig
 from dsd_fast.scene.picture import SingleViewConfig
+from dsd_fast.scene.rates import OptimizerConfig
 from dsd_fast.scene.renderer import RendererConfig
 from dsd_fast.schedules import Schedule
 
@@ -101,20 +102,6 @@ class DiffusionConfig:
     # How the UNet is run: "fused" passes or torch.compile in CUDA graphs, CUDA graphs alone, plain
     # calls, TensorRT; "auto" is fused where that works, else graphs, else plain calls.
     engine: Literal["auto", "eager", "graph", "fused", "compiled", "tensorrt"] = "auto"
-
-
-@dataclass
-class OptimizerConfig:
-    # Learning rate of the field: hash grid and networks.
-    geometry_lr: float = 0.01
-    # Another one for the field's networks; None takes that of the field.
-    network_lr: float | None = None
-    # Learning rate of the background network.
-    background_lr: float = 0.001
-    # Adam's decay rates.
-    betas: tuple[float, float] = (0.9, 0.99)
-    # Adam's epsilon.
-    eps: float = 1e-15
 
 
 @dataclass

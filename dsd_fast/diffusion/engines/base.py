@@ -10,20 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion.condition import Condition, forward
-from dsd_fast.graphs import shared_pool, side_stream, tuned_convolutions
+from dsd_fast.graphs import WARM_UP_RUNS, CannotCapture, GraphCache, Held, tuned_convolutions
 
 log = logging.getLogger(__name__)
 
 # Kernel selection differs between capture and eager runs; half precision then differs by a few ulp
 # through the network. Anything above this is a wrong result, not rounding.
 _PARITY_TOLERANCE = 2e-2
-_WARM_UP_RUNS = 3
 
 
 class UNetEngine(Protocol):
@@ -54,22 +53,20 @@ class EagerEngine:
         """It has none."""
 
 
-@dataclass
-class _Captured:
-    """A recorded forward and the buffers it reads and writes."""
+class _Key(NamedTuple):
+    """The shapes that a graph of a forward holds for."""
 
-    graph: torch.cuda.CUDAGraph
+    latents: torch.Size
+    condition: tuple[tuple[str, torch.Size], ...]
+
+
+class _Buffers(NamedTuple):
+    """What a recorded forward reads and writes."""
+
     latents: Tensor
     t: Tensor
     condition: Condition
     output: Tensor
-
-    def replay(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        self.latents.copy_(latents)
-        self.t.copy_(t)
-        self.condition.copy_(condition)
-        self.graph.replay()
-        return self.output
 
 
 class GraphEngine:
@@ -92,7 +89,7 @@ class GraphEngine:
         self.eager = EagerEngine(unet)
         self.forward = forward or self.eager
         self.fallback = fallback
-        self._graphs: dict[tuple, _Captured] = {}
+        self._graphs: GraphCache[_Key, _Buffers] = GraphCache()
         self._disabled = False
 
     @torch.no_grad()
@@ -102,15 +99,13 @@ class GraphEngine:
         if torch.cuda.is_current_stream_capturing():
             # A larger graph is being made, which has seen this forward work.
             return self.forward(latents, t, condition)
-        key = (latents.shape, condition.shapes)
-        captured = self._graphs.get(key)
-        if captured is None:
+        key = _Key(latents.shape, condition.shapes)
+        held = self._graphs.get(key)
+        if held is None:
             try:
-                with torch.cuda.device(latents.device):
-                    captured = self._graphs[key] = self._capture(latents, t, condition)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+                held = self._capture(key, latents, t, condition)
+            except CannotCapture as error:
+                self._graphs.clear()
                 if not self.fallback:
                     raise RuntimeError(
                         f"CUDA graph capture of the UNet failed ({error}); use the eager engine"
@@ -118,51 +113,49 @@ class GraphEngine:
                 if self.forward is not self.eager:
                     log.warning("UNet: %s; running the module's own forward instead", error)
                     self.forward = self.eager
-                    self._graphs.clear()
                     return self(latents, t, condition)
                 log.warning("CUDA graph capture of the UNet failed, running eagerly: %s", error)
                 self._disabled = True
-                self._graphs.clear()
                 return self.eager(latents, t, condition)
-        return captured.replay(latents, t, condition).clone()
+        return _replayed(held, latents, t, condition).clone()
 
     def release_graphs(self) -> None:
         """The next call of each shape captures anew."""
         self._graphs.clear()
 
-    def _capture(self, latents: Tensor, t: Tensor, condition: Condition) -> _Captured:
+    def _capture(
+        self, key: _Key, latents: Tensor, t: Tensor, condition: Condition
+    ) -> Held[_Buffers]:
         # Static inputs live outside the pool: they persist between replays.
         inputs = (latents.clone(), t.clone(), condition.map(Tensor.clone))
-        current = torch.cuda.current_stream(latents.device)
-        side = side_stream(latents.device.index)
-        # Warm-up lets cuDNN and cuBLAS choose kernels and make their workspaces before capture;
-        # the side stream keeps those allocations off the stream the caller is using.
-        side.wait_stream(current)
-        with torch.cuda.stream(side), tuned_convolutions():
-            expected = self.eager(*inputs)
-            for _ in range(_WARM_UP_RUNS):
+        expected: list[Tensor] = []
+
+        def warm_up() -> None:
+            expected.append(self.eager(*inputs))
+            for _ in range(WARM_UP_RUNS):
                 self.forward(*inputs)
-        current.wait_stream(side)
-        expected = expected.float()
-        torch.cuda.synchronize(latents.device)
 
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: a background thread (image writer, viewer) may use CUDA during the capture.
-        with (
-            tuned_convolutions(),
-            torch.cuda.graph(
-                graph, pool=shared_pool(), stream=side, capture_error_mode="thread_local"
-            ),
-        ):
-            output = self.forward(*inputs)
-        captured = _Captured(graph, *inputs, output)
+        def function() -> _Buffers:
+            return _Buffers(*inputs, self.forward(*inputs))
 
-        result = captured.replay(latents, t, condition).float()
-        error = float((result - expected).norm() / expected.norm().clamp_min(1e-12))
+        with tuned_convolutions():
+            held = self._graphs.capture(key, function, latents.device, warm_up)
+        want, got = expected[0].float(), _replayed(held, latents, t, condition).float()
+        error = float((got - want).norm() / want.norm().clamp_min(1e-12))
         # A model that overflows gives NaN in both; that is for the guidance to report.
-        if expected.isfinite().all() and not error < _PARITY_TOLERANCE:
-            raise RuntimeError(f"replay differs from the eager forward by {error:.2e} (relative)")
-        return captured
+        if want.isfinite().all() and not error < _PARITY_TOLERANCE:
+            raise CannotCapture(f"replay differs from the eager forward by {error:.2e} (relative)")
+        return held
+
+
+def _replayed(held: Held[_Buffers], latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The output of a graph for these inputs, in the buffer that the next replay writes to."""
+    buffers = held.result
+    buffers.latents.copy_(latents)
+    buffers.t.copy_(t)
+    buffers.condition.copy_(condition)
+    held.replay()
+    return buffers.output
 
 
 @dataclass(frozen=True)
