@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Call, Workload, by_reference
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.conditions.text import text_mix
 from dsd_fast.guidance.passes import Guide
@@ -44,7 +44,7 @@ class _Step:
         self.mix = torch.rand(n_items, generator=generator).to(device)
         self.t = torch.randint(320, 900, (n_items,), generator=generator).to(device)
         self.t_delta = self.t + 20
-        self.abar = alphas_cumprod(_SCHEDULE).to(device)
+        self.path = NoisePath.of_scheduler(_SCHEDULE).to(device)
         self.done = torch.zeros((), dtype=torch.int32, device=device)
         self.bank = randn(8, *_TEXT)
         azimuth = 360 * torch.rand(n_items, generator=generator)
@@ -56,15 +56,15 @@ class _Step:
 
     def step(self) -> tuple[Tensor, ...]:
         return passes.step(
-            self.first, self.guide, _SCALE, self.x, self.t_delta, self.t, self.abar, self.dtype
+            self.first, self.guide, _SCALE, self.x, self.t_delta, self.t, self.path, self.dtype
         )
 
     def link(self) -> tuple[Tensor, ...]:
-        levels = (self.t, self.t_delta, self.abar, self.dtype)
+        levels = (self.t, self.t_delta, self.path, self.dtype)
         return passes.link(self.first, self.guide, _SCALE, self.x, *levels)
 
     def link_table(self) -> tuple[Tensor, ...]:
-        levels = (self.t, self.t_delta, self.abar, self.dtype)
+        levels = (self.t, self.t_delta, self.path, self.dtype)
         slots = (self.slot, self.slot + 1, self.mix)
         return passes.link_table(self.table, *slots, self.x, *levels, perp_neg=True)
 
@@ -74,7 +74,7 @@ class _Step:
     def gradient(self) -> tuple[Tensor, ...]:
         scales = (1.0, _SCALE)
         return passes.gradient(
-            self.eps, self.guide, scales, self.x, self.t, self.abar, "sds", self.done
+            self.eps, self.guide, scales, self.x, self.t, self.path, "sds", self.done
         )
 
     def passes(self) -> tuple[Tensor, ...]:

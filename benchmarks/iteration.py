@@ -32,11 +32,11 @@ from benchmarks.timing import Times
 from dsd_fast.config import TrainConfig, preset
 from dsd_fast.guidance import DSDGuidance, seed_noise
 from dsd_fast.rng import RngStreams
-from dsd_fast.run.optimizer import Optimizer
+from dsd_fast.run.optimizer import Adam
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import RandomCameras
-from dsd_fast.scene.scene import Scene
-from dsd_fast.tasks.step import TrainStep
+from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.tasks.text import FieldStep
 
 WIDTHS = (128, 512)
 # Iterations before any is timed: the renderer learns its room from the first ones, engines capture.
@@ -77,15 +77,15 @@ class Loop:
         capture: bool = True,
     ) -> None:
         rng = RngStreams(cfg.seed)
-        scene = Scene(cfg, rng.init).to(device)
+        scene = FieldScene(cfg, rng.init).to(device)
         model = subject.model
         noise = seed_noise(rng.noise, (1, model.latent_channels, *[model.latent_size] * 2))
-        optimizer = Optimizer(scene, cfg.optimizer, device)
+        optimizer = Adam(scene.trainables(), cfg.optimizer.betas, cfg.optimizer.eps, device)
         self.cfg, self.device = cfg, device
         self.guidance = DSDGuidance(cfg.guidance, model, subject.prompts, noise, cfg.max_steps)
         self.state = TrainState(scene, optimizer, noise, rng, model, step)
         self.cameras = RandomCameras(cfg.cameras, cfg.guidance.lattice)
-        self._step = TrainStep(
+        self._step = FieldStep(
             cfg, [self.state], self.guidance, self.cameras, device, capture=capture
         )
         scene.field.set_step(step)
@@ -103,7 +103,7 @@ class Loop:
         """The same iterations in plain calls, which can be looked into; the graphs go."""
         self._step.release_graphs()
         other = copy.copy(self)
-        other._step = TrainStep(
+        other._step = FieldStep(
             self.cfg, [self.state], self.guidance, self.cameras, self.device, capture=False
         )
         return other

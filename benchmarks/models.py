@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from dsd_fast.config import nearest
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
 from dsd_fast.diffusion.components import quiet
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.engines.base import UNetEngine
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.text import VIEWS, PromptEmbeddings
 
 _CROSS_DOWN, _DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -163,15 +164,15 @@ class Subject:
         return _count(lambda: self.model.encode_images(image, torch.Generator()))
 
 
-def unet_inputs(subject: Subject, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(latents [R,C,h,w], t int64 [R], text [R,L,D]) for a UNet engine, random."""
+def unet_inputs(subject: Subject, n_rows: int) -> tuple[Tensor, Tensor, Condition]:
+    """(latents [R,C,h,w], t int64 [R], condition) for a UNet engine, random."""
     model = subject.model
     size, device = model.latent_size, model.device
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(n_rows, model.latent_channels, size, size, generator=generator)
     t = torch.randint(1000, (n_rows,), generator=generator)
     text = subject.prompts.text_vd[torch.arange(n_rows) % len(VIEWS)]
-    return latents.to(device, model.dtype), t.to(device), text.to(device, model.dtype)
+    return latents.to(device, model.dtype), t.to(device), Condition(text.to(device, model.dtype))
 
 
 def load(name: str, device: torch.device, engine: str = "auto") -> Subject:
@@ -208,7 +209,7 @@ def _random(name: str, device: torch.device, engine: str) -> Subject:
         _channels_last(unet),
         _channels_last(vae),
         None,
-        alphas_cumprod=alphas_cumprod(_SCHEDULER),
+        noise_path=NoisePath.of_scheduler(_SCHEDULER),
         latent_size=parts.unet["sample_size"],
         vae_factor=2 ** (len(parts.vae["block_out_channels"]) - 1),
         device=device,

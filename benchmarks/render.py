@@ -39,7 +39,9 @@ def render(width: int, device: torch.device, generator: torch.Generator) -> Work
     unused = torch.Generator()
 
     def forward():
-        return renderer(field, background, cameras, 0, True, unused, update_occupancy=False)
+        # Step 1 leaves the grid alone.
+        draws = renderer.draw(field, background, cameras, 1, unused)
+        return renderer.render(field, background, cameras, draws)
 
     def call() -> tuple[Tensor, ...]:
         output = forward()

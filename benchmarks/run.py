@@ -42,7 +42,7 @@ from benchmarks.peers import RECORDED, RECORDED_ON, nerfacc
 from benchmarks.timing import Times, copy_bandwidth, gemm_rate, measure, peak_bytes
 from dsd_fast._backend import extension, keep_freed_memory, use_reference
 from dsd_fast.config import ConfigError, resolve_device
-from dsd_fast.diffusion.engines.base import ENGINES
+from dsd_fast.diffusion.engines import ENGINES
 from dsd_fast.guidance.base import TRAJECTORIES
 from dsd_fast.run import versions
 from dsd_fast.run.closed_pipes import reader_may_leave

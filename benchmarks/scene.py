@@ -54,7 +54,7 @@ def view(
         center_perturb=0.0,
         up_perturb=0.0,
     )
-    return RandomCameras(cfg).sample(0, generator, device)
+    return RandomCameras(cfg).sample(0, generator).to(device)
 
 
 def rays(

@@ -22,7 +22,8 @@ from dsd_fast.diffusion.components import (
     quiet,
 )
 from dsd_fast.diffusion.engines import cache, tensorrt_library
-from dsd_fast.diffusion.engines.onnx_export import UNetShape, export_unet
+from dsd_fast.diffusion.engines.base import UNetShape
+from dsd_fast.diffusion.engines.onnx_export import export_unet
 from dsd_fast.diffusion.engines.tensorrt import DEFAULT_ROWS, engine_key
 from dsd_fast.diffusion.engines.tensorrt_library import Capability, Library
 from dsd_fast.diffusion.loader import resolve
@@ -143,13 +144,8 @@ def shape_of(folder: PipelineFolder) -> UNetShape:
     size = latent_size(unet)
     tokens = folder.configs["text_encoder"].get("max_position_embeddings", 77)
     limit = folder.configs["tokenizer"].get("model_max_length", tokens)
-    return UNetShape(
-        unet.get("in_channels", 4),
-        size,
-        size,
-        int(min(tokens, limit)),
-        unet.get("cross_attention_dim", 1280),
-    )
+    text = (int(min(tokens, limit)), unet.get("cross_attention_dim", 1280))
+    return UNetShape((unet.get("in_channels", 4), size, size), (("tokens", text),))
 
 
 def _read_unet(folder: PipelineFolder, dtype: torch.dtype) -> torch.nn.Module:

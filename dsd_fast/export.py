@@ -21,8 +21,8 @@ from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
 from dsd_fast.run import checkpoint, cli, pictures
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.command import run_command
-from dsd_fast.scene.mesh import MeshError, make_mesh, write_glb
-from dsd_fast.scene.scene import Scene
+from dsd_fast.run.state import saved_scene
+from dsd_fast.scene.mesh import MeshError, write_glb
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.export")
@@ -73,7 +73,7 @@ def export(command: ExportCommand) -> Path:
     path, folder = cli.find_checkpoint(command.run)
     tree = checkpoint.load(path)
     cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]
-    scene = Scene.from_checkpoint(cfg, tree["scene"]).to(device)
+    scene = saved_scene(cfg, tree["scene"]).to(device)
     log.info("%s, seed %d, step %d of %d", cfg.prompt, cfg.seed, step, cfg.max_steps)
     if command.turntable:
         size = command.size
@@ -93,8 +93,7 @@ def export(command: ExportCommand) -> Path:
         for name in ("iso", "resolution", "min_component", "max_faces")
         if (value := getattr(command, name)) is not None
     }
-    scene.field.set_step(step)
-    mesh = make_mesh(scene.field, cfg.field.radius, replace(cfg.mesh, **chosen), device)
+    mesh = scene.mesh(replace(cfg.mesh, **chosen), step)
     output = command.output or folder.mesh
     write_glb(mesh, output)
     log.info("wrote %s, %d vertices, %d faces", output, len(mesh.vertices), len(mesh.faces))

@@ -1,37 +1,108 @@
-"""CUDA graphs of functions without arguments."""
+"""CUDA graphs of functions without arguments: captured once, replayed as often as asked for.
+
+A function that a graph is to hold must neither wait for the device nor draw from anything but
+torch's generator of the device, and it finds its inputs where they were at the capture.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from typing import Generic, TypeVar
 
 import torch
 
-# Eager runs before the capture: they compile, load code and make workspaces.
-_WARM_UP_RUNS = 3
+# Eager runs before a capture: they compile, load code, choose kernels and make workspaces.
+WARM_UP_RUNS = 3
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+class CannotCapture(RuntimeError):
+    """The function does what a graph cannot hold."""
+
+
+@dataclass(frozen=True)
+class Held(Generic[Result]):
+    """A captured function."""
+
+    graph: torch.cuda.CUDAGraph
+    # What the function returned; each replay writes to its tensors.
+    result: Result
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class GraphCache(dict[Key, Held[Result]]):
+    """Graphs by what they hold for, which the key names.
+
+    Args:
+        shared: in the pool of all (`shared_pool`), else each in one of its own.
+    """
+
+    def __init__(self, shared: bool = True) -> None:
+        super().__init__()
+        self._shared = shared
+
+    def capture(
+        self,
+        key: Key,
+        function: Callable[[], Result],
+        device: torch.device | int,
+        warm_up: Callable[[], object] | None = None,
+    ) -> Held[Result]:
+        """Keep `function` under `key`. Nothing is computed yet: replay it.
+
+        Args:
+            warm_up: run before, on the stream of the capture. Without one the function must have
+                run before.
+        Raises:
+            CannotCapture: what a graph cannot hold, in the function or its warm-up.
+            torch.OutOfMemoryError: as it is, for it is no matter of graphs.
+        """
+        try:
+            with torch.cuda.device(device):
+                stream = side_stream(torch.cuda.current_device())
+                if warm_up is not None:
+                    # On the side stream its allocations stay off the one that the caller uses.
+                    stream.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(stream):
+                        warm_up()
+                    torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                pool = shared_pool() if self._shared else None
+                # thread_local: another thread (a process group's watchdog, an image writer, a
+                # viewer) may call CUDA meanwhile.
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    result = function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CannotCapture(str(error)) from error
+        self[key] = Held(graph, result)
+        return self[key]
 
 
 def captured(function: Callable[[], object]) -> Callable[[], None]:
     """`function` as a CUDA graph on the current device; call the result to replay it.
 
-    It is run a few times first. It must neither wait for the device nor draw from anything but
-    torch's generator of the device; what it returns is dropped.
-
-    Raises:
-        RuntimeError: the function does what a graph cannot hold.
+    It is run a few times first; what it returns is dropped. CannotCapture for what a graph cannot
+    hold.
     """
-    stream = side_stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_RUNS):
+
+    def warm_up() -> None:
+        for _ in range(WARM_UP_RUNS):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: other threads, such as a process group's watchdog, may call CUDA meanwhile
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+
+    def call() -> None:
         function()
-    return graph.replay
+
+    graphs: GraphCache[str, None] = GraphCache(shared=False)
+    return graphs.capture("function", call, torch.cuda.current_device(), warm_up).replay
 
 
 @cache

@@ -29,19 +29,11 @@ from dsd_fast.run.interruption import Interruption
 from dsd_fast.run.outputs import OutputError, RunFolder
 from dsd_fast.run.progress import Reporter, set_up_logging
 from dsd_fast.run.state import TrainState
-from dsd_fast.tasks.base import Task
-from dsd_fast.tasks.image import ImageTask
-from dsd_fast.tasks.single_view import SingleViewTask
-from dsd_fast.tasks.text import TextTask
+from dsd_fast.tasks import TASKS, Task
+from dsd_fast.tasks.step import StepOutput
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.train")
-
-TASKS: dict[str, Task] = {
-    "text": TextTask(),
-    "single-view": SingleViewTask(),
-    "image": ImageTask(),
-}
 
 # Pictures, video and mesh of a run, with room to spare.
 OUTPUT_BYTES = 64 * 2**20
@@ -102,32 +94,14 @@ def train(jobs: Sequence[Job]) -> None:
     # Whatever can be wrong is found before the first step, and before an older run is replaced.
     with _errors_of_settings():
         states, guidance = _build(jobs, device, task)
-    model = guidance.model
-    for job, state in zip(jobs, states):
-        if job.state is None:
-            job.folder.clear()
-        else:
-            state.restore(job.state)
-            if job.state["model_hash"] != model.model_hash:
-                log.warning("the model is not the one that this run was started with")
-            _discard_newer(job.folder, state.step)
-        job.folder.write_config(to_dict(job.config))
-        job.folder.write_versions(
-            versions.collect(device) | {"model": str(model.path), "model_sha256": model.model_hash}
-        )
-    guidance.load_state_dict({"noise": torch.cat([state.noise for state in states])})
-    for job in jobs:
-        if job.state is not None:
-            with _errors_of_settings():
-                guidance.load_learned_state(job.state["guidance"])
-
+    _begin(jobs, states, guidance, device)
     fit(jobs, states, guidance, device)
     step = states[0].step
     if step < cfg.max_steps:
         log.info("stopped at step %d as asked; --resume auto continues", step)
         return
     results = [task.result(state) for state in states]
-    del states, guidance, model  # The diffusion model's memory is of more use to the pictures.
+    del states, guidance  # The diffusion model's memory is of more use to the pictures.
     for job, result in zip(jobs, results):
         try:
             task.finish(result, job.config, step, job.folder)
@@ -148,15 +122,10 @@ def fit(
     """The training loop: from the states' step to the end, a stop that was asked for, or Ctrl-C."""
     cfg, first_step = jobs[0].config, states[0].step
     last_step = min(cfg.max_steps, jobs[0].stop_at or cfg.max_steps)
-    task, settings, done = TASKS[cfg.task], cfg.trainer, first_step
+    settings, done = cfg.trainer, first_step
     phase = memory.PhaseMemory(device)
-    train_step = task.step(cfg, states, guidance, device, phase)
-    watches = [_Watch(cfg, first_step) for _ in jobs]
-
-    def save() -> None:
-        for job, state in zip(jobs, states):
-            _save(job, state, task)
-
+    train_step = TASKS[cfg.task].step(cfg, states, guidance, device, phase)
+    runs = [_Run(job, state) for job, state in zip(jobs, states)]
     with Interruption() as stop, Reporter(first_step, cfg.max_steps, settings.progress) as report:
         try:
             while done < last_step and not stop.requested:
@@ -166,42 +135,26 @@ def fit(
                 done += 1
                 phase.report(done)
                 if logs:
-                    for job, state, output, watch in zip(jobs, states, outputs, watches):
-                        # The only wait of the loop for the device.
-                        values = output.values() | {
-                            "t": output.t,
-                            "t_delta": output.t_delta,
-                            **task.record(state, output),
-                            "seconds": report.seconds(),
-                            "steps_per_second": report.rate(done),
-                            "memory_mib": phase.peak_mib(),
-                        }
-                        job.folder.append_metrics({"step": done, **_json_values(values)})
-                        if job is jobs[0]:
-                            report(done, values)
-                        watch(done, values)
+                    _log(runs, outputs, report, phase)
                 if settings.preview_every and done % settings.preview_every == 0:
-                    for job, state in zip(jobs, states):
-                        try:
-                            task.write_preview(state, cfg, job.folder)
-                        except OSError as error:
-                            log.warning("cannot write a preview: %s", error)
+                    for run in runs:
+                        run.write_preview()
                 if done % settings.checkpoint_every == 0 and done < last_step:
                     # A checkpoint in mid-run that fails has cost nothing yet: go on, and try again
                     # at the next.
                     try:
-                        save()
+                        _save(runs)
                     except CheckpointError as error:
                         log.warning("%s", error)
         except torch.OutOfMemoryError as error:
-            save()
+            _save(runs)
             raise TrainingError(_out_of_memory(error, cfg)) from error
         except TrainingError:
-            save()
+            _save(runs)
             raise
 
     if done > first_step:
-        save()
+        _save(runs)
     train_step.release_graphs()
     if stop.requested:
         folders = ", ".join(str(job.folder.checkpoints) for job in jobs)
@@ -244,6 +197,30 @@ def _build(
     return states, guidance
 
 
+def _begin(
+    jobs: Sequence[Job], states: Sequence[TrainState], guidance: Guidance, device: torch.device
+) -> None:
+    """Bring states and guidance to where the jobs go on, and the run folders to what that is."""
+    model = guidance.model
+    for job, state in zip(jobs, states):
+        if job.state is None:
+            job.folder.clear()
+        else:
+            state.restore(job.state)
+            if job.state["model_hash"] != model.model_hash:
+                log.warning("the model is not the one that this run was started with")
+            _discard_newer(job.folder, state.step)
+        job.folder.write_config(to_dict(job.config))
+        job.folder.write_versions(
+            versions.collect(device) | {"model": str(model.path), "model_sha256": model.model_hash}
+        )
+    guidance.load_state_dict({"noise": torch.cat([state.noise for state in states])})
+    for job in jobs:
+        if job.state is not None:
+            with _errors_of_settings():
+                guidance.load_learned_state(job.state["guidance"])
+
+
 @contextmanager
 def _errors_of_settings() -> Iterator[None]:
     """Turn errors that settings or a model folder cause into ConfigErrors: words, no traceback."""
@@ -278,50 +255,85 @@ def _discard_newer(run: RunFolder, step: int) -> None:
             path.unlink()
 
 
-def _save(job: Job, state: TrainState, task: Task) -> None:
-    folder = job.folder.checkpoints
-    checkpoint.save(checkpoint.step_path(folder, state.step), state.to_tree(job.config))
-    checkpoint.prune(folder, job.config.trainer.keep_checkpoints)
-    try:
-        task.beside_checkpoint(state, job.folder)
-    except (OSError, torch.OutOfMemoryError) as error:
-        log.warning("the checkpoint is saved, but its picture is not: %s", _first_line(error))
+class _Run:
+    """A job at work: what is written of it on the way, and a look at whether it goes wrong."""
 
+    def __init__(self, job: Job, state: TrainState) -> None:
+        self.job, self.state, self.task = job, state, TASKS[job.config.task]
+        self._last_opaque = state.step
 
-def _json_values(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    def save(self) -> None:
+        """A checkpoint, and what goes with it."""
+        folder, state = self.job.folder.checkpoints, self.state
+        checkpoint.save(checkpoint.step_path(folder, state.step), state.to_tree(self.job.config))
+        checkpoint.prune(folder, self.job.config.trainer.keep_checkpoints)
+        try:
+            self.task.beside_checkpoint(state, self.job.folder)
+        except (OSError, torch.OutOfMemoryError) as error:
+            log.warning("the checkpoint is saved, but its picture is not: %s", _first_line(error))
 
+    def write_preview(self) -> None:
+        try:
+            self.task.write_preview(self.state, self.job.config, self.job.folder)
+        except OSError as error:
+            log.warning("cannot write a preview: %s", error)
 
-class _Watch:
-    """Looks at the logged values for a run that goes wrong."""
+    def write_metrics(self, values: dict[str, float]) -> None:
+        # JSON has no NaN.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.job.folder.append_metrics({"step": self.state.step, **finite})
 
-    def __init__(self, cfg: TrainConfig, step: int) -> None:
-        self.settings, self.lr_flag = cfg.trainer, TASKS[cfg.task].lr_flag
-        self.last_opaque = step
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        bad_run = int(values["bad_run"])
-        if bad_run >= self.settings.max_bad_steps:
+    def watch(self, values: dict[str, float]) -> None:
+        """TrainingError for a run that does not come back from gradients that are not finite."""
+        settings, step, bad_run = self.job.config.trainer, self.state.step, int(values["bad_run"])
+        if bad_run >= settings.max_bad_steps:
             source = "a gradient" if math.isfinite(values["dsd"]) else "the guidance"
             raise TrainingError(
                 f"{source} has not been finite for {bad_run} steps in a row, up to step {step}. "
                 "They changed no parameter and the state is saved. In half precision try --resume "
                 "auto with --diffusion.dtype float32 (or bfloat16); otherwise a new run with a "
-                f"lower --guidance.guidance-scale or {self.lr_flag}."
+                f"lower --guidance.guidance-scale or {self.task.lr_flag}."
             )
         if bad_run:
             log.warning("step %d is not finite, left out (%d so far)", step, values["skipped"])
-        if values.get("opacity", math.inf) > self.settings.min_opacity:
-            self.last_opaque = step
-        elif step - self.last_opaque >= self.settings.min_opacity_steps:
+        if values.get("opacity", math.inf) > settings.min_opacity:
+            self._last_opaque = step
+        elif step - self._last_opaque >= settings.min_opacity_steps:
             log.warning(
                 "mean opacity has been under %g for %d steps: the object is vanishing. Lower "
                 "--loss.lambda-sparsity or --loss.lambda-opaque, or try another --seed.",
-                self.settings.min_opacity,
-                step - self.last_opaque,
+                settings.min_opacity,
+                step - self._last_opaque,
             )
-            self.last_opaque = step
+            self._last_opaque = step
+
+
+def _log(
+    runs: Sequence[_Run],
+    outputs: Sequence[StepOutput],
+    report: Reporter,
+    phase: memory.PhaseMemory,
+) -> None:
+    """Write, show and look at the values of a step: the only wait of the loop for the device."""
+    for run, output in zip(runs, outputs):
+        step = run.state.step
+        values = output.values() | {
+            "t": output.t,
+            "t_delta": output.t_delta,
+            **run.task.record(run.state, output),
+            "seconds": report.seconds(),
+            "steps_per_second": report.rate(step),
+            "memory_mib": phase.peak_mib(),
+        }
+        run.write_metrics(values)
+        if run is runs[0]:
+            report(step, values)
+        run.watch(values)
+
+
+def _save(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        run.save()
 
 
 def _out_of_memory(error: torch.OutOfMemoryError, cfg: TrainConfig) -> str:

@@ -125,10 +125,8 @@ def _guided(p_eps, p_weights, i_b, n_items, n, o_x, m_x, scale, k_0, k_1, MODE: 
 
 
 @triton.jit
-def _signal_and_noise(p_abar, t):
-    """alpha_t and sigma_t, correctly rounded: near t = 0 sigma is small and feels it."""
-    abar = tl.load(p_abar + t)
-    return tl.sqrt_rn(abar), tl.sqrt_rn(1.0 - abar)
+def _signal_and_noise(p_alpha, p_sigma, t):
+    return tl.load(p_alpha + t), tl.load(p_sigma + t)
 
 
 @triton.jit
@@ -178,17 +176,17 @@ def _mirrored(o_x, p_mirrored, i_b, width, MIRROR: tl.constexpr):
 
 @triton.jit
 def _store_linked(
-    p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+    p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_alpha, p_sigma, i_b, n_items, n, o_x, m_x,
     ROWS: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
     """A tile of the noise b_eps, and of the rows of the rendering with it, at t_delta and at t."""
-    alpha, sigma = _signal_and_noise(p_abar, tl.load(p_t + i_b))
+    alpha, sigma = _signal_and_noise(p_alpha, p_sigma, tl.load(p_t + i_b))
     o_item = i_b.to(tl.int64) * n + o_x
     b_x = tl.load(p_x + o_item, mask=m_x, other=0.0)
     b_t = alpha * b_x + sigma * b_eps
     tl.store(p_eps_o + o_item, b_eps, mask=m_x)
     if PAIR:
-        alpha_delta, sigma_delta = _signal_and_noise(p_abar, tl.load(p_t_delta + i_b))
+        alpha_delta, sigma_delta = _signal_and_noise(p_alpha, p_sigma, tl.load(p_t_delta + i_b))
         b_delta = alpha_delta * b_x + sigma_delta * b_eps
         _store_rows(p_rows, b_delta, i_b, n_items, n, o_x, m_x, ROWS)
         p_rows_t = p_rows + (ROWS * n_items).to(tl.int64) * n
@@ -198,12 +196,12 @@ def _store_linked(
 
 
 @triton.jit
-def _moved(b_z, b_eps, t, t_next, p_abar):
+def _moved(b_z, b_eps, t, t_next, p_alpha, p_sigma):
     """DDIM with eta = 0 from t to t_next; a step of no length is exactly the identity."""
-    alpha, sigma = _signal_and_noise(p_abar, t)
-    alpha_next, sigma_next = _signal_and_noise(p_abar, t_next)
+    alpha, sigma = _signal_and_noise(p_alpha, p_sigma, t)
+    alpha_next, sigma_next = _signal_and_noise(p_alpha, p_sigma, t_next)
     b_clean = tl.div_rn(b_z - sigma * b_eps, alpha + tl.zeros_like(b_z))
-    return tl.where(t > t_next, alpha_next * b_clean + sigma_next * b_eps, b_z)
+    return tl.where(t != t_next, alpha_next * b_clean + sigma_next * b_eps, b_z)
 
 
 # Program (group and item, split): reads a split of the item's four rows once, writes its 3 sums.
@@ -241,7 +239,7 @@ def combine_kernel(
 # Program (item, split): reads the item's rows and z at t, writes z at t_next, its rows and levels.
 @triton.jit(do_not_specialize=_COUNTS)
 def step_kernel(
-    p_eps, p_weights, p_dots, p_z, p_t, p_t_next, p_abar, p_moved, p_rows, p_levels,
+    p_eps, p_weights, p_dots, p_z, p_t, p_t_next, p_alpha, p_sigma, p_moved, p_rows, p_levels,
     scale, n_items, n, split, n_splits,
     ROWS: tl.constexpr, MODE: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +257,7 @@ def step_kernel(
         o_item = i_b.to(tl.int64) * n + o_x
         b_eps = _guided(p_eps, p_weights, i_b, n_items, n, o_x, m_x, scale, k_0, k_1, MODE)
         b_z = tl.load(p_z + o_item, mask=m_x, other=0.0)
-        b_z = _moved(b_z, b_eps, t, t_next, p_abar)
+        b_z = _moved(b_z, b_eps, t, t_next, p_alpha, p_sigma)
         tl.store(p_moved + o_item, b_z, mask=m_x)
         _store_rows(p_rows, b_z, i_b, n_items, n, o_x, m_x, ROWS)
 
@@ -268,7 +266,7 @@ def step_kernel(
 # and levels.
 @triton.jit(do_not_specialize=["n_items"])
 def state_kernel(
-    p_states, p_eps, p_slot, p_slot_eps, p_t, p_t_next, p_abar, p_moved, p_rows, p_levels,
+    p_states, p_eps, p_slot, p_slot_eps, p_t, p_t_next, p_alpha, p_sigma, p_moved, p_rows, p_levels,
     n_items, n, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
@@ -280,7 +278,7 @@ def state_kernel(
         _store_levels(p_levels, t_next, i_b, n_items, ROWS)
     b_z = _load_row(p_states, tl.load(p_slot + i_b), n, o_x, m_x)
     b_eps = _load_row(p_eps, tl.load(p_slot_eps + i_b), n, o_x, m_x)
-    b_z = _moved(b_z, b_eps, t, t_next, p_abar)
+    b_z = _moved(b_z, b_eps, t, t_next, p_alpha, p_sigma)
     tl.store(p_moved + i_b.to(tl.int64) * n + o_x, b_z, mask=m_x)
     _store_rows(p_rows, b_z, i_b, n_items, n, o_x, m_x, ROWS)
 
@@ -289,7 +287,7 @@ def state_kernel(
 # and levels of both noisy latents, those of t_delta first; but for a pair those of t alone.
 @triton.jit(do_not_specialize=_COUNTS)
 def link_kernel(
-    p_eps, p_weights, p_dots, p_x, p_t, p_t_delta, p_mirrored, p_abar,
+    p_eps, p_weights, p_dots, p_x, p_t, p_t_delta, p_mirrored, p_alpha, p_sigma,
     p_eps_o, p_rows, p_levels, scale, n_items, n, width, split, n_splits,
     ROWS: tl.constexpr, MODE: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr,
     SUMMED: tl.constexpr, BLOCK: tl.constexpr,
@@ -306,8 +304,8 @@ def link_kernel(
         o_eps = _mirrored(o_x, p_mirrored, i_b, width, MIRROR)
         b_eps = _guided(p_eps, p_weights, i_b, n_items, n, o_eps, m_x, scale, k_0, k_1, MODE)
         _store_linked(
-            p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
-            ROWS, PAIR,
+            p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_alpha, p_sigma, i_b, n_items, n,
+            o_x, m_x, ROWS, PAIR,
         )  # fmt: skip
 
 
@@ -315,7 +313,7 @@ def link_kernel(
 # slots of a table.
 @triton.jit(do_not_specialize=["n_items"])
 def link_table_kernel(
-    p_eps, p_slot, p_slot_next, p_mix, p_x, p_t, p_t_delta, p_mirrored, p_abar,
+    p_eps, p_slot, p_slot_next, p_mix, p_x, p_t, p_t_delta, p_mirrored, p_alpha, p_sigma,
     p_eps_o, p_rows, p_levels, n_items, n, width,
     ROWS: tl.constexpr, MIRROR: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -328,7 +326,7 @@ def link_table_kernel(
     b_next = _load_row(p_eps, tl.load(p_slot_next + i_b), n, o_eps, m_x)
     b_eps += tl.load(p_mix + i_b) * (b_next - b_eps)
     _store_linked(
-        p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_abar, i_b, n_items, n, o_x, m_x,
+        p_rows, p_eps_o, p_x, b_eps, p_t, p_t_delta, p_alpha, p_sigma, i_b, n_items, n, o_x, m_x,
         ROWS, PAIR,
     )  # fmt: skip
 
@@ -350,8 +348,8 @@ def text_kernel(p_bank, p_first, p_second, p_share, p_rows, n, BLOCK: tl.constex
 # all, in their order.
 @triton.jit(do_not_specialize=_COUNTS)
 def gradient_kernel(
-    p_eps_delta, p_eps_t, p_weights, p_dots_delta, p_dots_t, p_eps_o, p_share, p_x, p_t, p_abar,
-    p_grad, p_target, p_sums, p_done, p_numbers, p_finite,
+    p_eps_delta, p_eps_t, p_weights, p_dots_delta, p_dots_t, p_eps_o, p_share, p_x, p_t,
+    p_alpha, p_sigma, p_grad, p_target, p_sums, p_done, p_numbers, p_finite,
     scale_delta, scale_t, n_items, n, split, n_splits,
     MODE_DELTA: tl.constexpr, MODE_T: tl.constexpr, WEIGHTING: tl.constexpr,
     OWN: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr,
@@ -359,7 +357,7 @@ def gradient_kernel(
     i_b = tl.program_id(0)
     begin = tl.program_id(1) * split
     end = tl.minimum(begin + split, n)
-    alpha, sigma = _signal_and_noise(p_abar, tl.load(p_t + i_b))
+    alpha, sigma = _signal_and_noise(p_alpha, p_sigma, tl.load(p_t + i_b))
     weight = sigma / alpha if WEIGHTING == _DDIM else sigma * sigma
     d_0, d_1 = _parallel_shares(
         p_eps_delta, p_dots_delta, i_b, n_items, n, n_splits, MODE_DELTA, SUMMED, BLOCK
@@ -426,7 +424,7 @@ def combine_fwd(eps: Tensor, weights: Tensor | None, scale: float, mode: int, ro
 
 def step_fwd(
     eps: Tensor, weights: Tensor | None, scale: float, mode: int, rows: int,
-    z: Tensor, t: Tensor, t_next: Tensor, abar: Tensor, dtype: torch.dtype,
+    z: Tensor, t: Tensor, t_next: Tensor, alpha: Tensor, sigma: Tensor, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(z at t_next, its rows in `dtype`, their levels) from the UNet's stack for z at t."""
     n_items, n = z.shape[0], z[0].numel()
@@ -435,8 +433,8 @@ def step_fwd(
         split, n_splits, dots = _splits(eps, n_items, n, 1, mode == PERP_NEG)
         step_kernel[(n_items, n_splits)](
             p_eps=eps, p_weights=_or(weights, eps), p_dots=_or(dots, eps), p_z=z, p_t=t,
-            p_t_next=t_next, p_abar=abar, p_moved=moved, p_rows=out, p_levels=levels,
-            scale=scale, n_items=n_items, n=n, split=split, n_splits=n_splits,
+            p_t_next=t_next, p_alpha=alpha, p_sigma=sigma, p_moved=moved, p_rows=out,
+            p_levels=levels, scale=scale, n_items=n_items, n=n, split=split, n_splits=n_splits,
             ROWS=rows, MODE=mode, SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return moved, out, levels
@@ -444,7 +442,7 @@ def step_fwd(
 
 def state_fwd(
     states: Tensor, predictions: Tensor, slot: Tensor, slot_eps: Tensor, t: Tensor,
-    t_next: Tensor, abar: Tensor, rows: int, dtype: torch.dtype,
+    t_next: Tensor, alpha: Tensor, sigma: Tensor, rows: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `step_fwd` from slots of a table of states and guided predictions [S,C,h,w]."""
     n_items, n = slot.shape[0], states[0].numel()
@@ -453,15 +451,15 @@ def state_fwd(
     with _on(states):
         state_kernel[(n_items, triton.cdiv(n, BLOCK))](
             p_states=states, p_eps=predictions, p_slot=slot, p_slot_eps=slot_eps, p_t=t,
-            p_t_next=t_next, p_abar=abar, p_moved=moved, p_rows=out, p_levels=levels,
-            n_items=n_items, n=n, ROWS=rows, BLOCK=BLOCK, **_OPTIONS,
+            p_t_next=t_next, p_alpha=alpha, p_sigma=sigma, p_moved=moved, p_rows=out,
+            p_levels=levels, n_items=n_items, n=n, ROWS=rows, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
     return moved, out, levels
 
 
 def link_fwd(
     eps: Tensor, weights: Tensor | None, scale: float, mode: int, rows: int,
-    x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
+    x: Tensor, t: Tensor, t_delta: Tensor, alpha: Tensor, sigma: Tensor, mirrored: Tensor | None,
     dtype: torch.dtype, pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(eps_o, rows of x at t_delta and at t, their levels) from the trajectory's stack."""
@@ -472,7 +470,7 @@ def link_fwd(
         link_kernel[(n_items, n_splits)](
             p_eps=eps, p_weights=_or(weights, eps), p_dots=_or(dots, eps), p_x=x, p_t=t,
             p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
-            p_abar=abar, p_eps_o=eps_o, p_rows=out, p_levels=levels,
+            p_alpha=alpha, p_sigma=sigma, p_eps_o=eps_o, p_rows=out, p_levels=levels,
             scale=scale, n_items=n_items, n=n, width=x.shape[-1], split=split, n_splits=n_splits,
             ROWS=rows, MODE=mode, MIRROR=mirrored is not None, PAIR=pair,
             SUMMED=dots is not None, BLOCK=BLOCK, **_OPTIONS,
@@ -482,7 +480,7 @@ def link_fwd(
 
 def link_table_fwd(
     predictions: Tensor, slot: Tensor, slot_next: Tensor, mix: Tensor, rows: int,
-    x: Tensor, t: Tensor, t_delta: Tensor, abar: Tensor, mirrored: Tensor | None,
+    x: Tensor, t: Tensor, t_delta: Tensor, alpha: Tensor, sigma: Tensor, mirrored: Tensor | None,
     dtype: torch.dtype, pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `link_fwd` from guided predictions [S,C,h,w]: slot's, moved by mix to slot_next's."""
@@ -492,7 +490,7 @@ def link_table_fwd(
         link_table_kernel[(n_items, triton.cdiv(n, BLOCK))](
             p_eps=predictions, p_slot=slot, p_slot_next=slot_next, p_mix=mix, p_x=x, p_t=t,
             p_t_delta=t_delta, p_mirrored=t if mirrored is None else mirrored.view(torch.uint8),
-            p_abar=abar, p_eps_o=eps_o, p_rows=out, p_levels=levels,
+            p_alpha=alpha, p_sigma=sigma, p_eps_o=eps_o, p_rows=out, p_levels=levels,
             n_items=n_items, n=n, width=x.shape[-1], ROWS=rows, MIRROR=mirrored is not None,
             PAIR=pair, BLOCK=BLOCK, **_OPTIONS,
         )  # fmt: skip
@@ -515,7 +513,7 @@ def text_fwd(
 
 def gradient_fwd(
     eps: Tensor, weights: Tensor | None, scales: tuple[float, float], modes: tuple[int, int],
-    rows: int, x: Tensor, t: Tensor, abar: Tensor, weighting: int, done: Tensor,
+    rows: int, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, weighting: int, done: Tensor,
     eps_o: Tensor | None, share: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad, target, [loss, norm of grad], whether grad is finite) from the pair's stack.
@@ -537,8 +535,8 @@ def gradient_fwd(
         gradient_kernel[(n_items, n_splits)](
             p_eps_delta=eps, p_eps_t=eps_t, p_weights=_or(weights, eps),
             p_dots_delta=_or(dots, eps), p_dots_t=_or(dots_t, eps),
-            p_eps_o=_or(eps_o, x), p_share=_or(share, x), p_x=x, p_t=t, p_abar=abar,
-            p_grad=grad, p_target=target, p_sums=sums, p_done=done,
+            p_eps_o=_or(eps_o, x), p_share=_or(share, x), p_x=x, p_t=t,
+            p_alpha=alpha, p_sigma=sigma, p_grad=grad, p_target=target, p_sums=sums, p_done=done,
             p_numbers=numbers, p_finite=finite,
             scale_delta=scales[0], scale_t=scales[1], n_items=n_items, n=n, split=split,
             n_splits=n_splits, MODE_DELTA=modes[0], MODE_T=modes[1], WEIGHTING=weighting,

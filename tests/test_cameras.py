@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import cuda_only
 
-from dsd_fast.guidance.trajectory import ViewBins
+from dsd_fast.guidance.conditions.text import ViewBins
 from dsd_fast.scene.cameras import (
     CameraConfig,
     RandomCameras,
@@ -210,7 +210,7 @@ NOMINAL = {"elevation_deg", "azimuth_deg", "distance"}
     "make",
     [
         lambda device: _sample(2, width=3, height=3).to(device),
-        lambda device: RandomCameras(CameraConfig(**SMALL)).sample(3, _generator(), device),
+        lambda device: RandomCameras(CameraConfig(**SMALL)).sample(3, _generator()).to(device),
         lambda device: eval_camera(CameraConfig(), size=(3, 3), device=device),
     ],
     ids=["to", "sample", "eval_camera"],

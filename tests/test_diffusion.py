@@ -16,9 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny_model import SCHEDULER, build_tiny_model, toy_model
 
 from dsd_fast.diffusion import embed_views, int8, load_model, noise_path, view_prompts
-from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
+from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.engines import make_engine
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine
 from dsd_fast.diffusion.loader import resolve
 from dsd_fast.diffusion.networks.fused_vae import FusedEncoder
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.text import ClipText
 
 
@@ -80,7 +83,7 @@ class TestNoiseSchedule:
 
     def test_unknown_prediction_type(self) -> None:
         with pytest.raises(ValueError, match="prediction_type 'sample'"):
-            noise_path.prediction_type({"prediction_type": "sample"})
+            NoisePath.of_scheduler({"prediction_type": "sample"})
 
 
 class TestLoad:
@@ -90,7 +93,7 @@ class TestLoad:
         path = build_tiny_model(tmp_path, vae=vae, latent_size=12, prediction_type="v_prediction")
         model = load_model(path)
         assert (model.latent_size, model.image_size, model.latent_channels) == (12, 24, 4)
-        assert model.prediction_type == "v_prediction"
+        assert model.noise_path.prediction == "v_prediction"
         assert model.scaling_factor == (0.18215 if vae == "kl" else 1.0)
         rgb = torch.rand(2, 3, 24, 24, generator=generator(), requires_grad=True)
         latents = model.encode_images(rgb, generator())
@@ -98,7 +101,9 @@ class TestLoad:
         assert latents.shape == (2, 4, 12, 12) and rgb.grad.abs().sum() > 0
         prompts = embed_views(model, "an armchair")
         assert prompts.text_vd.shape == prompts.uncond_vd.shape == (4, 77, 16)
-        eps = model.predict_noise(latents.detach(), torch.tensor([3, 700]), prompts.text_vd[:2])
+        eps = model.predict_noise(
+            latents.detach(), torch.tensor([3, 700]), Condition(prompts.text_vd[:2])
+        )
         assert eps.shape == latents.shape and eps.isfinite().all()
         image = model.decode_latents(latents)
         assert image.shape == rgb.shape and image.min() >= 0 and image.max() <= 1
@@ -160,7 +165,7 @@ class TestLoad:
         t = torch.tensor([10, 900])
         half = load_model(pristine, dtype=torch.bfloat16)
         full = load_model(pristine)
-        ours, reference = (m.predict_noise(latents, t, text) for m in (half, full))
+        ours, reference = (m.predict_noise(latents, t, Condition(text)) for m in (half, full))
         assert half.dtype == torch.bfloat16 and ours.dtype == torch.float32
         assert (ours - reference).norm() / reference.norm() < 0.05
         assert next(half.vae.parameters()).dtype == torch.float32
@@ -184,13 +189,13 @@ class TestLoad:
         assert capfd.readouterr() == ("", "")
 
     def test_v_prediction(self) -> None:
-        model = toy_model(prediction_type="v_prediction")
+        model = toy_model(prediction="v_prediction")
         latents = torch.randn(2, 4, 6, 6, generator=generator())
         t, text = torch.tensor([20, 950]), torch.randn(2, 5, 3, generator=generator())
         v = model.unet(latents, t, text, False)[0]
-        alpha = model.alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+        alpha = model.noise_path.alpha.square()[t].sqrt().view(-1, 1, 1, 1)
         sigma = (1 - alpha**2).sqrt()
-        eps = model.predict_noise(latents, t, text)
+        eps = model.predict_noise(latents, t, Condition(text))
         # Both forms describe the same clean image.
         torch.testing.assert_close((latents - sigma * eps) / alpha, alpha * latents - sigma * v)
 
@@ -349,8 +354,8 @@ class TestEngine:
             latents = torch.randn(rows, 4, 8, 8, generator=generator(seed)).cuda()
             text = torch.randn(rows, 77, 16, generator=generator(seed)).cuda()
             t = torch.randint(0, 1000, (rows,), generator=generator(seed))
-            expected = eager.predict_noise(latents, t, text)
-            kept.append((graph.predict_noise(latents, t, text), expected))
+            expected = eager.predict_noise(latents, t, Condition(text))
+            kept.append((graph.predict_noise(latents, t, Condition(text)), expected))
         # Compared at the end: a later replay must not write into an earlier result.
         for result, expected in kept:
             torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)

@@ -18,7 +18,7 @@ from torch import nn
 
 from dsd_fast import train
 from dsd_fast.diffusion import DiffusionModel, load_model
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath, alphas_cumprod
 from dsd_fast.guidance import (
     METHODS,
     GuidanceConfig,
@@ -28,7 +28,7 @@ from dsd_fast.guidance import (
     settings,
 )
 from dsd_fast.ranges import check
-from dsd_fast.tasks.step import TrainStep
+from dsd_fast.tasks.step_graphs import StepGraphs
 
 ABAR = alphas_cumprod(SCHEDULER)
 SPREAD = 0.5  # of the data around its mean
@@ -59,7 +59,12 @@ def noise_of(z, abar, mu):
 
 def gaussian_guidance(method: str, n_seeds: int = B, max_steps: int = 100, **fields):
     model = DiffusionModel(
-        GaussianUNet(), nn.Identity(), None, alphas_cumprod=ABAR, latent_size=SIZE, engine="eager"
+        GaussianUNet(),
+        nn.Identity(),
+        None,
+        noise_path=NoisePath.diffusion(ABAR),
+        latent_size=SIZE,
+        engine="eager",
     )
     text = torch.tensor(MEANS).view(4, 1, 1)
     prompts = PromptEmbeddings(text, torch.full_like(text, EMPTY), torch.full((1, 1, 1), POOR))
@@ -225,7 +230,7 @@ def optimised(method: str, n_seeds: int = 16, steps: int = 300, **fields) -> tor
     """Latents [n_seeds,4,SIZE,SIZE] after Adam from zero, at scale 1 towards N(0.7, S^2)."""
     fields = {"guidance_scale": 1.0, "use_perp_neg": False, "standard_cfg": True} | fields
     guidance = gaussian_guidance(method, n_seeds, steps, **fields)
-    guidance._bank.fill_(0.7)
+    guidance.conditions._bank.fill_(0.7)
     generator = torch.Generator().manual_seed(2)
     x = torch.zeros(n_seeds, 4, SIZE, SIZE, requires_grad=True)
     optimizer = torch.optim.Adam([x], 0.02)
@@ -294,7 +299,7 @@ def test_methods_bring_their_settings_and_flags_win():
     assert config("--guidance.method=sds", "--guidance.guidance-scale", "9").guidance_scale == 9.0
     vsd = config("--guidance.method", "vsd", "--max-steps", "50")
     assert tuple(vsd.max_step_percent) == (10, 0.98, 0.5, 11)
-    assert set(METHODS) == {m for m in METHODS if settings(m, 10) or m == "dsd"}
+    assert {m for m in METHODS if not settings(m, 10)} == {"dsd", "recon"}
     with pytest.raises(ValueError, match=r"method: expected one of dsd, sds.* got 'best'"):
         check(GuidanceConfig(method="best"))
 
@@ -366,8 +371,8 @@ def test_adapters_learn_what_renderings_look_like(tiny_model):
         told = guidance._camera(plan)
         t = torch.tensor([300, 700])
         with torch.no_grad():
-            text = guidance._text(plan.tensors)[:2]
-            own = guidance._own(guidance._noisy(x, probe, t), t, text, told)
+            text = guidance.conditions.condition(plan.tensors).tokens[:2]
+            own = guidance._own(guidance.model.noise_path.noisy(x, probe, t), t, text, told)
         return float((own - probe).square().mean())
 
     views = torch.zeros(2), torch.tensor([0.0, 90.0])
@@ -406,7 +411,7 @@ def test_vsd_is_the_difference_of_two_predictions(tiny_model):
     x, chance = torch.randn(1, 4, 8, 8, generator=generator), guidance.draw_noise(1, generator)
     t = torch.tensor([400])
     plan = guidance.plan_levels(torch.zeros(1), torch.zeros(1), t, t, chance)
-    text = guidance._text(plan.tensors)
+    text = guidance.conditions.condition(plan.tensors).tokens
     abar = float(ABAR[400])
     z = abar**0.5 * x + (1 - abar) ** 0.5 * chance["eps"]
     with torch.no_grad():
@@ -437,13 +442,13 @@ def test_a_graph_holds_every_method(tmp_path, method, monkeypatch):
     """At learning rates of zero the object stays, and a step with graphs is that without."""
     if method == "vsd":
         pytest.importorskip("peft")
-    captured, capture = [], TrainStep._captured
+    captured, capture = [], StepGraphs._captured
 
-    def watched(self, function):
-        captured.append(capture(self, function))
+    def watched(self, key, function):
+        captured.append(capture(self, key, function))
         return captured[-1]
 
-    monkeypatch.setattr(TrainStep, "_captured", watched)
+    monkeypatch.setattr(StepGraphs, "_captured", watched)
     still = ["--optimizer.geometry-lr", "0", "--optimizer.background-lr", "0"]
     # The preset's field, which graphs can hold.
     argv = ["--prompt", "a chair", "--device", "cuda", "--max-steps", "24", *FLAGS, *still]

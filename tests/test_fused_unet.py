@@ -7,7 +7,8 @@ from tiny_model import toy_model
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import load_model
-from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
+from dsd_fast.diffusion.engines import make_engine
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine
 from dsd_fast.diffusion.engines.fused import FusedEngine, cannot_fuse
 from dsd_fast.diffusion.networks.fused_unet import FusedUNet, unsupported
 

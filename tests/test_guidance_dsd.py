@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
+from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.graphs import captured
 from dsd_fast.guidance import (
     DSDGuidance,
@@ -22,8 +24,9 @@ from dsd_fast.guidance import (
     seed_noise,
     view_embeddings,
 )
-from dsd_fast.guidance.conditions.text import expand_rows
-from dsd_fast.guidance.trajectory import ViewBins, simulate
+from dsd_fast.guidance.conditions.text import ViewBins
+from dsd_fast.guidance.rows import expand_rows
+from dsd_fast.guidance.trajectory import simulate
 
 MODES = pytest.mark.parametrize("perp_neg", [True, False], ids=["perp-neg", "plain"])
 TRAJECTORIES = pytest.mark.parametrize(
@@ -96,10 +99,10 @@ def test_lattice_is_where_trajectories_are() -> None:
 class TestTrajectory:
     def test_closed_form(self) -> None:
         """A constant noise prediction fixes the clean image, and with it every state."""
-        abar = toy_model().alphas_cumprod.double()
+        abar = toy_model().noise_path.alpha.square().double()
         noise, eps = randn(3, 4, 5, 5).double(), randn(3, 4, 5, 5, seed=1).double()
         t_delta = torch.tensor([999, 640, 320])
-        z = simulate(noise, t_delta, lambda z, t, scale: eps, abar, 10, 7.5)
+        z = simulate(noise, t_delta, lambda z, t, scale: eps, NoisePath.diffusion(abar), 10, 7.5)
         clean = (noise - (1 - abar[999]).sqrt() * eps) / abar[999].sqrt()
         level = abar[t_delta].view(-1, 1, 1, 1)
         expected = level.sqrt() * clean + (1 - level).sqrt() * eps
@@ -295,12 +298,12 @@ class TestGuidance:
             use_perp_neg=perp_neg, trajectory_share=share, trajectory_scale=own
         )
         latents = randn(1, 4, 6, 6)
-        text = PromptEmbeddings(*guidance._bank.chunk(2))
+        text = guidance.conditions.prompts
         rows, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, perp_neg)
 
         def predict(z: Tensor, t: Tensor, scale: float) -> Tensor:
             z, t = expand_rows(z, perp_neg), expand_rows(t, perp_neg)
-            return combine(guidance.model.predict_noise(z, t, rows), weights, scale)
+            return combine(guidance.model.predict_noise(z, t, Condition(rows)), weights, scale)
 
         for weighting in ("sds", "ddim"):
             guidance.cfg.weighting = weighting
@@ -310,7 +313,7 @@ class TestGuidance:
                 t=620,
                 t_delta=torch.tensor([640]),
                 predict=predict,
-                alphas_cumprod=guidance.model.alphas_cumprod,
+                alphas_cumprod=guidance.model.noise_path.alpha.square(),
                 weighting=weighting,
                 trajectory_share=share,
                 trajectory_scale=own,
@@ -325,19 +328,19 @@ class TestGuidance:
         guidance, rows = make_guidance(**flags, trajectory="cached"), []
         engine, x = guidance.model.engine, randn(1, 4, 6, 6)
 
-        def counted(z: Tensor, *conditions: Tensor) -> Tensor:
+        def counted(z: Tensor, *others: object) -> Tensor:
             rows.append(len(z))
-            return engine(z, *conditions)
+            return engine(z, *others)
 
         guidance.model.engine = counted
         guidance.at_levels(x, 10.0, 50.0, 500, t_delta)  # fills the table
         rows.clear()
         output = guidance.at_levels(x, 10.0, 50.0, 500, t_delta)
-        abar = guidance.model.alphas_cumprod[500].double()
+        abar = guidance.model.noise_path.alpha.square()[500].double()
         (alpha, sigma), x_t = (abar.sqrt(), (1 - abar).sqrt()), output.latents_noisy
-        text = PromptEmbeddings(*guidance._bank.chunk(2))
+        text = guidance.conditions.prompts
         context, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, True)
-        eps = engine(expand_rows(x_t, True), torch.full((4,), 500), context)
+        eps = engine(expand_rows(x_t, True), torch.full((4,), 500), Condition(context))
         clean = (x_t - sigma * combine(eps, weights, guidance.cfg.guidance_scale)) / alpha
         torch.testing.assert_close(output.grad, (x - clean).float(), rtol=1e-4, atol=1e-4)
         assert sum(rows) == 4
@@ -370,13 +373,13 @@ class TestGuidance:
                     t=500,
                     t_delta=500,
                     predict=lambda z, t, scale: z,
-                    alphas_cumprod=toy_model().alphas_cumprod,
+                    alphas_cumprod=toy_model().noise_path.alpha.square(),
                     trajectory_share=share,
                 )
 
     def test_ddim_weight(self) -> None:
         official, ddim = (at(make_guidance(weighting=w), 0, 500, 520) for w in ("sds", "ddim"))
-        abar = toy_model().alphas_cumprod[500]
+        abar = toy_model().noise_path.alpha.square()[500]
         ratio = ((1 - abar) / abar).sqrt() / (1 - abar)
         torch.testing.assert_close(ddim.grad, official.grad * ratio)
 
@@ -581,7 +584,7 @@ class TestErrors:
             "t": 500,
             "t_delta": 510,
             "predict": lambda z, t, scale: z,
-            "alphas_cumprod": toy_model().alphas_cumprod,
+            "alphas_cumprod": toy_model().noise_path.alpha.square(),
         }
         with pytest.raises(ValueError, match="seed noise"):
             dsd_gradient(torch.zeros(2, 4, 6, 6), noise=torch.zeros(1, 4, 5, 5), **common)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion import DiffusionModel, noise_path
+from dsd_fast.diffusion import DiffusionModel
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance import (
     DSDGuidance,
     GuidanceConfig,
@@ -39,8 +40,7 @@ def official(golden) -> tuple[dict[str, Tensor], dict, DiffusionModel]:
         unet,
         torch.nn.Identity(),
         None,
-        alphas_cumprod=noise_path.alphas_cumprod(settings["scheduler"]),
-        prediction_type=noise_path.prediction_type(settings["scheduler"]),
+        noise_path=NoisePath.of_scheduler(settings["scheduler"]),
     )
     return tensors, settings, model
 
@@ -100,7 +100,7 @@ def test_dsd_gradient(official) -> None:
         t=t,
         t_delta=t_delta,
         predict=predict,
-        alphas_cumprod=model.alphas_cumprod,
+        alphas_cumprod=model.noise_path.alpha.square(),
         n_ddim_steps=settings["n_ddim_steps"],
         guidance_scale=settings["guidance_scale"],
     )

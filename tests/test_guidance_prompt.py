@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dsd_fast.guidance import combine, view_embeddings
-from dsd_fast.guidance.conditions.text import direction, expand_rows
+from dsd_fast.guidance.conditions.text import direction
+from dsd_fast.guidance.rows import expand_rows
 
 SIDE, FRONT, BACK, OVERHEAD = range(4)
 

@@ -16,6 +16,7 @@ from dsd_fast import sample as sample_command
 from dsd_fast import train
 from dsd_fast.config import ConfigError, TrainConfig, check, from_dict, preset
 from dsd_fast.diffusion import load_model
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.ddim import ddim_levels, ddim_scheduler
 from dsd_fast.evaluate import __main__ as evaluate_command
 from dsd_fast.evaluate import assets, eyes, page, report
@@ -107,7 +108,7 @@ def test_exact_form_is_ddim_of_diffusers(tmp_path, n_steps):
     clean = ddim(set_alpha_to_one=True)
     assert (latent - clean).abs().max() < 1e-3 and relative_error(latent, clean) < 1e-3
     if n_steps == 10:
-        abar = model.alphas_cumprod[0]
+        abar = model.noise_path.alpha.square()[0]
         at_level_0 = abar.sqrt() * latent + (1 - abar).sqrt() * link
         assert (at_level_0 - ddim()).abs().max() < 1e-3
         assert (latent - ddim()).abs().max() > 1e-2, "levels 0 and clean are told apart"
@@ -150,12 +151,12 @@ def test_exact_form_of_a_view_is_ddim_with_its_perp_neg_prediction(tiny_model):
     z = guidance.noise.double()
     for level, lower in zip(levels, (*levels[1:], None)):
         rows = torch.cat([z, z, z.repeat_interleave(2, 0)]).float()
-        eps = model.predict_noise(rows, torch.full((8,), level), text)
+        eps = model.predict_noise(rows, torch.full((8,), level), Condition(text))
         eps = combine(eps.double(), weights.double(), 3.0)
-        abar = model.alphas_cumprod[level].double()
+        abar = model.noise_path.alpha.square()[level].double()
         clean = (z - (1 - abar).sqrt() * eps) / abar.sqrt()
         if lower is not None:
-            abar = model.alphas_cumprod[lower].double()
+            abar = model.noise_path.alpha.square()[lower].double()
             z = abar.sqrt() * clean + (1 - abar).sqrt() * eps
     assert relative_error(got, clean) < 1e-4
     assert relative_error(got[:1], clean[1:]) > 0.1
@@ -313,8 +314,8 @@ def test_where_an_image_starts(tmp_path, tiny_model):
     model = load_model(tiny_model, CPU, engine="eager")
     noise, level = noise_of(0, 8), torch.full((2,), 999)
     both = model.encode_prompt(["a chair", ""])
-    cond, empty = model.predict_noise(torch.cat([noise, noise]), level, both).double()
-    abar = model.alphas_cumprod[999].double()
+    cond, empty = model.predict_noise(torch.cat([noise, noise]), level, Condition(both)).double()
+    abar = model.noise_path.alpha.square()[999].double()
     want = (noise - (1 - abar).sqrt() * (empty + 2 * (cond - empty))) / abar.sqrt()
     got = seen.tensors(1)["scene/latent"]
     assert relative_error(got, want) < 1e-5

@@ -8,18 +8,20 @@ import torch
 from conftest import cuda_only, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance import passes
-from dsd_fast.guidance.conditions.text import expand_rows, mixed_rows, text_mix
+from dsd_fast.guidance.conditions.text import text_mix
 from dsd_fast.guidance.passes import Guide
+from dsd_fast.guidance.rows import expand_rows, mixed_rows
 
 pytest.importorskip("triton", reason="needs Triton")
 from dsd_fast.kernels import guidance as kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ABAR = alphas_cumprod(
+PATH = NoisePath.of_scheduler(
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ).to(DEVICE)
+EXACT = PATH.to(DEVICE, torch.float64)
 CASES = pytest.mark.parametrize(
     ("n_items", "shape", "dtype"),
     [
@@ -151,10 +153,17 @@ def test_step(n_items, shape, dtype, kind, walk) -> None:
     eps, z = randn(guide.rows * n_items, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, t_next = spread(899, n_items), spread(799, n_items)
     t_next[-1] = t[-1]
-    got = passes.step(eps, guide, 7.5, z, t, t_next, ABAR, dtype)
-    twin = passes.step_reference(eps, guide, 7.5, z, t, t_next, ABAR, dtype)
+    got = passes.step(eps, guide, 7.5, z, t, t_next, PATH, dtype)
+    twin = passes.step_reference(eps, guide, 7.5, z, t, t_next, PATH, dtype)
     exact = passes.step_reference(
-        eps.double(), doubled(guide), 7.5, z.double(), t, t_next, ABAR.double(), dtype
+        eps.double(),
+        doubled(guide),
+        7.5,
+        z.double(),
+        t,
+        t_next,
+        EXACT,
+        dtype,
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
     assert torch.equal(got.value[-1], z[-1])
@@ -170,10 +179,15 @@ def test_state(n_items, shape, dtype, perp_neg) -> None:
     t, t_next = spread(899, n_items), spread(812, n_items)
     t_next[-1] = t[-1]
     arguments = (slot, slot + 2, t, t_next)
-    got = passes.state(states, predictions, *arguments, ABAR, dtype, perp_neg)
-    twin = passes.state_reference(states, predictions, *arguments, ABAR, dtype, perp_neg)
+    got = passes.state(states, predictions, *arguments, PATH, dtype, perp_neg)
+    twin = passes.state_reference(states, predictions, *arguments, PATH, dtype, perp_neg)
     exact = passes.state_reference(
-        states.double(), predictions.double(), *arguments, ABAR.double(), dtype, perp_neg
+        states.double(),
+        predictions.double(),
+        *arguments,
+        EXACT,
+        dtype,
+        perp_neg,
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
     assert torch.equal(got.value[-1], states[slot[-1]])
@@ -188,11 +202,19 @@ def test_link(n_items, shape, dtype, kind, walk) -> None:
     eps, x = randn(guide.rows * n_items, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, t_delta = spread(700, n_items), spread(757, n_items)
     mirrored = None if dtype == torch.float16 else (levels(1, 0, 1) > 0)[:n_items]
-    got = passes.link(eps, guide, 7.5, x, t, t_delta, ABAR, dtype, mirrored)
-    twin = passes.link_reference(eps, guide, 7.5, x, t, t_delta, ABAR, dtype, mirrored)
+    got = passes.link(eps, guide, 7.5, x, t, t_delta, PATH, dtype, mirrored)
+    twin = passes.link_reference(eps, guide, 7.5, x, t, t_delta, PATH, dtype, mirrored)
     double = torch.float64
     exact = passes.link_reference(
-        eps.double(), doubled(guide), 7.5, x.double(), t, t_delta, ABAR.double(), double, mirrored
+        eps.double(),
+        doubled(guide),
+        7.5,
+        x.double(),
+        t,
+        t_delta,
+        EXACT,
+        double,
+        mirrored,
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
     assert_linked(got, twin, exact)
@@ -211,11 +233,11 @@ def test_link_table(n_items, shape, dtype, perp_neg, pair, mirror) -> None:
     mirrored = (levels(1, 0, 1) > 0)[:n_items] if mirror else None
     flags = (perp_neg, mirrored, pair)
     got, twin = (
-        link(table, slot, slot_next, mix, x, t, t_delta, ABAR, dtype, *flags)
+        link(table, slot, slot_next, mix, x, t, t_delta, PATH, dtype, *flags)
         for link in (passes.link_table, passes.link_table_reference)
     )
     exact = passes.link_table_reference(
-        table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta, ABAR.double(),
+        table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta, EXACT,
         torch.float64, *flags,
     )  # fmt: skip
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
@@ -229,7 +251,7 @@ def test_link_of_one_level(mirror, walk) -> None:
     guide, x = guide_of("perp_neg", 2), randn(2, 3, 5, 7, seed=1)
     eps, t = randn(8, 3, 5, 7), levels(700, 420)
     mirrored = levels(0, 1) > 0 if mirror else None
-    arguments = (eps, guide, 7.5, x, t, t, ABAR, torch.float16, mirrored)
+    arguments = (eps, guide, 7.5, x, t, t, PATH, torch.float16, mirrored)
     both, one = (passes.link(*arguments, pair=pair) for pair in (True, False))
     assert torch.equal(one.rows, both.rows.chunk(2)[1])
     assert torch.equal(one.levels, both.levels.chunk(2)[1])
@@ -259,12 +281,18 @@ def test_gradient(n_items, shape, dtype, kind, weighting, one_level, walk) -> No
     eps, x = randn(n_rows, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, scales = spread(700, n_items), (1.0, 7.5)
     done = torch.zeros((), dtype=torch.int32, device=DEVICE)
-    twin = passes.gradient_reference(eps, guide, scales, x, t, ABAR, weighting)
+    twin = passes.gradient_reference(eps, guide, scales, x, t, PATH, weighting)
     exact = passes.gradient_reference(
-        eps.double(), doubled(guide), scales, x.double(), t, ABAR.double(), weighting
+        eps.double(),
+        doubled(guide),
+        scales,
+        x.double(),
+        t,
+        EXACT,
+        weighting,
     )
     for _ in range(2):  # the count of programs is back at zero for the second
-        got = passes.gradient(eps, guide, scales, x, t, ABAR, weighting, done)
+        got = passes.gradient(eps, guide, scales, x, t, PATH, weighting, done)
         for name in ("grad", "target", "loss", "grad_norm"):
             assert_as_good(getattr(got, name), getattr(twin, name), getattr(exact, name), 2e-6)
         assert got.finite.dtype == torch.bool and bool(got.finite)
@@ -282,11 +310,11 @@ def test_gradient_with_a_share_of_the_trajectory(
     eps, x = randn(n_rows, *shape).to(dtype), randn(n_items, *shape, seed=1)
     eps_o = randn(n_items, *shape, seed=2)
     share = torch.tensor([0.3, 1.0, 0.0], device=DEVICE)[:n_items]
-    arguments = (scales, x, t, ABAR)
+    arguments = (scales, x, t, PATH)
     got = passes.gradient(eps, guide, *arguments, eps_o=eps_o, share=share)
     twin = passes.gradient_reference(eps, guide, *arguments, eps_o=eps_o, share=share)
     exact = passes.gradient_reference(
-        eps.double(), doubled(guide), scales, x.double(), t, ABAR.double(),
+        eps.double(), doubled(guide), scales, x.double(), t, EXACT,
         eps_o=eps_o.double(), share=share.double(),
     )  # fmt: skip
     for name in ("grad", "target", "loss", "grad_norm"):
@@ -297,7 +325,7 @@ def test_gradient_with_a_share_of_the_trajectory(
 
 def test_gradient_of_half_a_share() -> None:
     guide, x = guide_of("plain", 2), randn(2, 3, 5, 7)
-    arguments = (randn(4, 3, 5, 7), guide, (1.0, 7.5), x, levels(500, 400), ABAR)
+    arguments = (randn(4, 3, 5, 7), guide, (1.0, 7.5), x, levels(500, 400), PATH)
     with pytest.raises(ValueError, match="both of eps_o and share"):
         passes.gradient(*arguments, eps_o=x)
     with pytest.raises(ValueError, match=r"gradient: share: expected float32 \[2\]"):
@@ -311,7 +339,7 @@ def test_gradient_tells_what_is_not_finite(bad, kind, walk) -> None:
     guide = guide_of(kind, 2)
     eps, x = randn(4 * guide.rows, 3, 5, 7), randn(2, 3, 5, 7, seed=1)
     eps[-1, 1, 2, 3] = bad
-    arguments = (guide, (1.0, 7.5), x, levels(500, 400), ABAR)
+    arguments = (guide, (1.0, 7.5), x, levels(500, 400), PATH)
     got, twin = passes.gradient(eps, *arguments), passes.gradient_reference(eps, *arguments)
     assert not bool(got.finite) and not bool(got.loss.isfinite())
     assert torch.equal(got.grad.isfinite(), twin.grad.isfinite())
@@ -322,7 +350,7 @@ def test_gradient_tells_what_is_not_finite(bad, kind, walk) -> None:
 def test_gradient_whose_squares_overflow_is_finite(walk) -> None:
     guide = guide_of("plain", 1)
     eps, x = randn(4, 3, 5, 7) * 1e25, randn(1, 3, 5, 7, seed=1)
-    got = passes.gradient(eps, guide, (1.0, 7.5), x, levels(500), ABAR)
+    got = passes.gradient(eps, guide, (1.0, 7.5), x, levels(500), PATH)
     assert bool(got.finite) and not bool(got.loss.isfinite())
 
 
@@ -334,15 +362,15 @@ def test_wrong_arguments_are_errors() -> None:
     with pytest.raises(ValueError, match=r"weights \[1,2\]"):
         passes.combine(eps[:4], guide, 7.5)
     with pytest.raises(ValueError, match="step: z: expected float32"):
-        passes.step(eps, guide, 7.5, x.half(), t, t, ABAR, torch.float16)
+        passes.step(eps, guide, 7.5, x.half(), t, t, PATH, torch.float16)
     with pytest.raises(ValueError, match=r"int64 \[2\]"):
-        passes.step(eps, guide, 7.5, x, t[:1], t, ABAR, torch.float16)
-    with pytest.raises(ValueError, match=r"alphas_cumprod float32 \[1000\]"):
-        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR[:10])
+        passes.step(eps, guide, 7.5, x, t[:1], t, PATH, torch.float16)
+    with pytest.raises(ValueError, match="a noise path of float32"):
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, EXACT)
     with pytest.raises(ValueError, match=r"mirrored bool \[2\]"):
-        passes.link(eps, guide, 7.5, x, t, t, ABAR, torch.float16, mirrored=t)
+        passes.link(eps, guide, 7.5, x, t, t, PATH, torch.float16, mirrored=t)
     with pytest.raises(ValueError, match="weighting: expected one of"):
-        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, "other")
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, PATH, "other")
 
 
 class Computed(TorchDispatchMode):
@@ -386,14 +414,14 @@ def test_a_cached_step_is_few_launches(kind, monkeypatch) -> None:
     bank, rows, share = randn(8, 5, 7), levels(0, 1), torch.ones(2, device=DEVICE)
     with Computed() as computed:
         passes.text(bank, rows, rows, share, half)
-        passes.link_table(table, slot, slot, mix, x, t, t_delta, ABAR, half, guide.rows == 4)
-        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
+        passes.link_table(table, slot, slot, mix, x, t, t_delta, PATH, half, guide.rows == 4)
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, PATH, done=done)
         assert launched == ["text", "link_table", "gradient"]
         launched.clear()
         passes.text(bank, rows, rows, share, half)
-        passes.state(table, table, slot, slot, t, t_delta, ABAR, half, guide.rows == 4)
-        passes.link(first, guide, 7.5, x, t, t_delta, ABAR, half)
-        passes.gradient(eps, guide, (1.0, 7.5), x, t, ABAR, done=done)
+        passes.state(table, table, slot, slot, t, t_delta, PATH, half, guide.rows == 4)
+        passes.link(first, guide, 7.5, x, t, t_delta, PATH, half)
+        passes.gradient(eps, guide, (1.0, 7.5), x, t, PATH, done=done)
     assert launched == ["text", "state", "link", "gradient"]
     assert computed.names == []
 
@@ -406,9 +434,9 @@ def test_a_cached_step_in_a_graph_follows_its_inputs() -> None:
     done = torch.zeros((), dtype=torch.int32, device=DEVICE)
 
     def run() -> passes.Gradient:
-        z = passes.state(table, predictions, slot, slot, t_node, t_delta, ABAR, torch.float16, True)
-        pair = passes.link(z.rows, guide, 7.5, x, t, t_delta, ABAR, torch.float16)
-        return passes.gradient(pair.rows, guide, (1.0, 7.5), x, t, ABAR, done=done)
+        z = passes.state(table, predictions, slot, slot, t_node, t_delta, PATH, torch.float16, True)
+        pair = passes.link(z.rows, guide, 7.5, x, t, t_delta, PATH, torch.float16)
+        return passes.gradient(pair.rows, guide, (1.0, 7.5), x, t, PATH, done=done)
 
     run()
     torch.cuda.synchronize()

@@ -22,31 +22,31 @@ from torch import Tensor, nn
 from dsd_fast import train as module
 from dsd_fast.config import ConfigError, PromptConfig, TrainConfig, check, preset
 from dsd_fast.diffusion import DiffusionModel, load_model
-from dsd_fast.diffusion.engines.base import EagerEngine, make_engine
+from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.engines import make_engine
+from dsd_fast.diffusion.engines.base import EagerEngine
 from dsd_fast.diffusion.networks.multiview_unet import (
     MultiViewUNet,
     load_multiview_unet,
     sinusoids,
-    with_cameras,
 )
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath, alphas_cumprod
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import GuidanceConfig, MultiViewConfig, dsd_gradient
+from dsd_fast.guidance import make_guidance as build_guidance
+from dsd_fast.guidance.baselines import rescaled
 from dsd_fast.guidance.conditions.multiview import (
-    MultiViewSDS,
+    MultiViewConditions,
     QuarterBins,
     camera_lattice,
-    make_multiview_guidance,
-    rescaled,
 )
 from dsd_fast.rng import RngStreams
 from dsd_fast.run import checkpoint, memory, outputs
-from dsd_fast.run.optimizer import Optimizer
 from dsd_fast.scene.background import Background, BackgroundConfig
 from dsd_fast.scene.cameras import CameraConfig, RandomCameras, camera_condition
 from dsd_fast.scene.field import GridConfig
-from dsd_fast.scene.scene import Scene
-from dsd_fast.tasks.step import TrainStep
+from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.tasks.step_graphs import StepGraphs
 
 SIZE, WIDTH, LENGTH = 8, 16, 5
 ELEVATIONS = (0.0, 30.0)
@@ -200,10 +200,10 @@ class TestUNet:
         latents, t, text, cameras = unet_inputs()
         expected = reference(latents, t, text, cameras)
         assert reference.used == set(unet.state_dict())  # every weight takes part
-        exact = unet.double()(latents, t, with_cameras(text, cameras))[0]
+        exact = unet.double()(latents, t, text, cameras)[0]
         # The sinusoids are float32 in both.
         torch.testing.assert_close(exact, expected, rtol=1e-6, atol=1e-6)
-        single = make_unet()(latents.float(), t, with_cameras(text, cameras).float())[0]
+        single = make_unet()(latents.float(), t, text.float(), cameras.float())[0]
         assert float((single - expected).norm() / expected.norm()) < 1e-5
 
     def test_is_stable_diffusion_and_a_camera_network(self) -> None:
@@ -245,7 +245,7 @@ class TestUNet:
         latents, t, text, cameras = (
             x.float() if x.is_floating_point() else x for x in unet_inputs()
         )
-        run = lambda z, c: unet(z, t, with_cameras(text, c))[0]  # noqa: E731
+        run = lambda z, c: unet(z, t, text, c)[0]  # noqa: E731
         base = run(latents, cameras)
         changed = latents.clone()
         changed[1] += 1
@@ -263,39 +263,31 @@ class TestUNet:
         latents, t, text, cameras = unet_inputs()
         t[:4], t[4:] = 400, 700
         order = torch.tensor([2, 0, 3, 1, 5, 7, 4, 6])
-        plain = unet(latents, t, with_cameras(text, cameras))[0]
-        moved = unet(latents[order], t[order], with_cameras(text[order], cameras[order]))[0]
+        plain = unet(latents, t, text, cameras)[0]
+        moved = unet(latents[order], t[order], text[order], cameras[order])[0]
         torch.testing.assert_close(moved, plain[order], rtol=1e-9, atol=1e-9)
 
     def test_heads_by_number(self) -> None:
         """num_heads in the place of num_head_channels: other attention from the same weights."""
         latents, t, text, cameras = unet_inputs(4)
-        rows = with_cameras(text, cameras)
-        by_width = make_unet(num_head_channels=32, num_heads=-1).double()(latents, t, rows)[0]
-        by_number = make_unet(num_head_channels=-1, num_heads=1).double()(latents, t, rows)[0]
+        rows = (text, cameras)
+        by_width = make_unet(num_head_channels=32, num_heads=-1).double()(latents, t, *rows)[0]
+        by_number = make_unet(num_head_channels=-1, num_heads=1).double()(latents, t, *rows)[0]
         assert not torch.allclose(by_width, by_number)  # two heads at level 1 against one
         two = make_unet(num_head_channels=-1, num_heads=2, channel_mult=[1, 1]).double()
         same = make_unet(num_head_channels=16, channel_mult=[1, 1]).double()
-        torch.testing.assert_close(two(latents, t, rows)[0], same(latents, t, rows)[0])
+        torch.testing.assert_close(two(latents, t, *rows)[0], same(latents, t, *rows)[0])
 
     def test_half_an_object(self) -> None:
         latents, t, text, cameras = unet_inputs(6)
         with pytest.raises(ValueError, match="4 rows an object, one a view, got 6"):
-            make_unet()(latents.float(), t, with_cameras(text, cameras).float())
+            make_unet()(latents.float(), t, text.float(), cameras.float())
 
     def test_sinusoids(self) -> None:
         levels, rates = (0, 7, 999), [10000.0 ** (-i / 4) for i in range(4)]
         expected = [[f(t * rate) for f in (math.cos, math.sin) for rate in rates] for t in levels]
         found = sinusoids(torch.tensor(levels), 8)
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
-
-    def test_camera_row(self) -> None:
-        text, cameras = torch.randn(3, 5, 20), torch.randn(3, 16)
-        rows = with_cameras(text.bfloat16(), cameras)
-        assert rows.dtype == torch.bfloat16
-        assert torch.equal(rows[:, :5], text.bfloat16())
-        assert torch.equal(rows[:, 5, :16], cameras.bfloat16())
-        assert not rows[:, 5, 16:].any()
 
 
 class TestFolder:
@@ -316,8 +308,8 @@ class TestFolder:
     def test_dtype(self, folder) -> None:
         model = load_model(folder, dtype=torch.bfloat16, n_views=4)
         assert model.dtype == torch.bfloat16
-        rows = with_cameras(torch.randn(4, 3, 16), torch.randn(4, 16)).bfloat16()
-        eps = model.engine(torch.randn(4, 4, 8, 8).bfloat16(), torch.full((4,), 500), rows)
+        condition = Condition(torch.randn(4, 3, 16), camera=torch.randn(4, 16)).to(torch.bfloat16)
+        eps = model.engine(torch.randn(4, 4, 8, 8).bfloat16(), torch.full((4,), 500), condition)
         assert eps.dtype == torch.bfloat16
         assert eps.isfinite().all()
 
@@ -496,11 +488,14 @@ class TestBins:
             QuarterBins(MultiViewConfig(**values), ELEVATIONS, 4)
 
 
-def make_model(**kwargs: object) -> DiffusionModel:
+def make_model(prediction: str = "epsilon") -> DiffusionModel:
     return DiffusionModel(
-        make_unet(), nn.Identity(), None, alphas_cumprod=alphas_cumprod(SCHEDULER),
-        latent_size=SIZE, **kwargs,
-    )  # fmt: skip
+        make_unet(),
+        nn.Identity(),
+        None,
+        noise_path=NoisePath.diffusion(alphas_cumprod(SCHEDULER), prediction),
+        latent_size=SIZE,
+    )
 
 
 def make_prompts(view_dependent: bool = False) -> PromptEmbeddings:
@@ -525,15 +520,10 @@ def make_guidance(
     cfg = preset("mvdream", method=method).guidance
     for name, value in settings.items():
         setattr(cfg, name, value)
-    return make_multiview_guidance(
-        cfg,
-        model or make_model(),
-        make_prompts(view_dependent),
-        make_noise() if noise is None else noise,
-        100,
-        views or MultiViewConfig(),
-        ELEVATIONS,
-    )
+    model, prompts = model or make_model(), make_prompts(view_dependent)
+    conditions = MultiViewConditions(prompts, model, cfg, views or MultiViewConfig(), ELEVATIONS)
+    noise = make_noise() if noise is None else noise
+    return build_guidance(cfg, model, conditions, noise, 100)
 
 
 def object_views(elevation: float, start: float) -> tuple[Tensor, Tensor]:
@@ -552,8 +542,8 @@ def predictor(elevation: Tensor, azimuth: Tensor, prompts: PromptEmbeddings):
     side = [1 if abs(a) < 45 else 2 if abs(a) > 135 else 0 for a in folded.tolist()]
 
     def predict(z: Tensor, t: Tensor, scale: float) -> Tensor:
-        conditional = unet(z, t, with_cameras(prompts.text_vd[side], cameras))[0]
-        unconditional = unet(z, t, with_cameras(prompts.uncond_vd[side], cameras))[0]
+        conditional = unet(z, t, prompts.text_vd[side], cameras)[0]
+        unconditional = unet(z, t, prompts.uncond_vd[side], cameras)[0]
         return unconditional + scale * (conditional - unconditional)
 
     return predict
@@ -673,7 +663,7 @@ class TestDSD:
             make_latents(), noise=make_noise(), t=600, t_delta=600, predict=predict,
             alphas_cumprod=abar,
         )  # fmt: skip
-        model = make_model(prediction_type="v_prediction")
+        model = make_model(prediction="v_prediction")
         output = make_guidance(model=model, trajectory="exact").at_levels(
             make_latents(), *views, t, t
         )
@@ -777,7 +767,7 @@ class TestOwnLoss:
 
     def test_one_level_for_all_objects(self) -> None:
         guidance = make_guidance("recon", min_step_percent=0.02, max_step_percent=0.98)
-        assert isinstance(guidance, MultiViewSDS)
+        assert guidance.name == "recon"
         generator, seen = torch.Generator().manual_seed(0), set()
         for _ in range(40):
             t, t_delta = guidance.levels(8, 0, generator)
@@ -830,12 +820,12 @@ class TestPreset:
     def test_rates(self) -> None:
         cfg = preset("mvdream")
         cfg.field.grid = GridConfig(n_levels=2, log2_table_size=8, start_level=1)
-        rates = Optimizer(Scene(cfg), cfg.optimizer, torch.device("cpu"))._rates
+        rates = {name: each.rate for name, each in FieldScene(cfg).trainables().items()}
         assert rates.pop("field.grid.table") == 0.01
         assert set(rates.values()) == {0.001}
         assert any(name.startswith("field.") for name in rates)
         cfg.optimizer.network_lr = None
-        rates = Optimizer(Scene(cfg), cfg.optimizer, torch.device("cpu"))._rates
+        rates = {name: each.rate for name, each in FieldScene(cfg).trainables().items()}
         assert {rate for name, rate in rates.items() if name.startswith("field.")} == {0.01}
 
     def test_methods_of_multi_view_models_alone(self) -> None:
@@ -960,13 +950,13 @@ class TestOnCuda:
     @pytest.mark.parametrize("method", ["dsd", "recon", "sds"])
     def test_a_graph_holds_the_step(self, tmp_path, folder, method, monkeypatch) -> None:
         """At learning rates of zero the object stays, and a step with graphs is that without."""
-        captured, capture = [], TrainStep._captured
+        captured, capture = [], StepGraphs._captured
 
-        def watched(self, function):
-            captured.append(capture(self, function))
+        def watched(self, key, function):
+            captured.append(capture(self, key, function))
             return captured[-1]
 
-        monkeypatch.setattr(TrainStep, "_captured", watched)
+        monkeypatch.setattr(StepGraphs, "_captured", watched)
         flags = ["--preset", "mvdream", "--model", str(folder), "--prompt", "a chair"]
         flags += ["--text.negative", "bad", "--device", "cuda", "--max-steps", "24"]
         flags += ["--guidance.method", method, "--trainer.log-every", "1", "--trainer.no-progress"]

@@ -4,12 +4,13 @@ import pytest
 import torch
 from conftest import cuda_only
 
-from dsd_fast.config import OptimizerConfig, TrainConfig, preset
+from dsd_fast.config import TrainConfig, preset
 from dsd_fast.run import optimizer as module
 from dsd_fast.run.checkpoint import CheckpointError
-from dsd_fast.run.optimizer import Optimizer
+from dsd_fast.run.optimizer import Adam
 from dsd_fast.scene.field import FieldConfig, GridConfig
-from dsd_fast.scene.scene import Scene
+from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.scene.rates import OptimizerConfig
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -21,25 +22,30 @@ def small_config() -> TrainConfig:
 
 
 @pytest.fixture
-def scene(device) -> Scene:
-    return Scene(small_config(), torch.Generator().manual_seed(0)).to(device)
+def scene(device) -> FieldScene:
+    return FieldScene(small_config(), torch.Generator().manual_seed(0)).to(device)
 
 
-def total(scene: Scene) -> torch.Tensor:
+def make_optimizer(scene: FieldScene, device: torch.device) -> Adam:
+    cfg = OptimizerConfig()
+    return Adam(scene.trainables(), cfg.betas, cfg.eps, device)
+
+
+def total(scene: FieldScene) -> torch.Tensor:
     return sum((p * (i + 1)).sum() for i, p in enumerate(scene.parameters()))
 
 
-def snapshot(scene: Scene) -> dict[str, torch.Tensor]:
+def snapshot(scene: FieldScene) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in scene.named_parameters()}
 
 
-def unchanged(scene: Scene, before: dict[str, torch.Tensor]) -> bool:
+def unchanged(scene: FieldScene, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(p, before[name]) for name, p in scene.named_parameters())
 
 
 def test_first_step_moves_each_group_by_its_rate(scene, device):
     before = snapshot(scene)
-    norm = Optimizer(scene, OptimizerConfig(), device).step(total(scene), YES.to(device))
+    norm = make_optimizer(scene, device).step(total(scene), YES.to(device))
     squares = [(i + 1) ** 2 * p.numel() for i, p in enumerate(scene.parameters())]
     assert norm.item() == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
     for name, p in scene.named_parameters():
@@ -49,7 +55,7 @@ def test_first_step_moves_each_group_by_its_rate(scene, device):
 
 @pytest.mark.parametrize("case", ["nan", "inf", "veto"])
 def test_a_step_that_is_not_finite_changes_nothing(scene, device, case):
-    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer = make_optimizer(scene, device)
     optimizer.step(total(scene), YES.to(device))
     before = snapshot(scene)
     moments = {k: v.clone() for k, v in optimizer.state_dict()["adam"]["field.grid.table"].items()}
@@ -66,11 +72,11 @@ def test_a_step_that_is_not_finite_changes_nothing(scene, device, case):
 
 def test_loss_scale_halves_doubles_and_leaves_the_step_alone(scene, device, monkeypatch):
     monkeypatch.setattr(module, "GROWTH_INTERVAL", 3)
-    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer = make_optimizer(scene, device)
     optimizer._scaling = True
     optimizer.scale = torch.tensor(2.0**16, device=device)
-    plain = Scene(small_config(), torch.Generator().manual_seed(0)).to(device)
-    reference = Optimizer(plain, OptimizerConfig(), device)
+    plain = FieldScene(small_config(), torch.Generator().manual_seed(0)).to(device)
+    reference = make_optimizer(plain, device)
     reference._scaling, reference.scale = False, torch.tensor(1.0, device=device)
     scales = []
     for ok in (YES, YES, NO, YES, YES, YES, YES):
@@ -84,12 +90,12 @@ def test_loss_scale_halves_doubles_and_leaves_the_step_alone(scene, device, monk
 
 
 def test_state_round_trip(scene, device):
-    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer = make_optimizer(scene, device)
     for ok in (YES, NO, YES):
         optimizer.step(total(scene), ok.to(device))
-    other = Scene(small_config()).to(device)
+    other = FieldScene(small_config()).to(device)
     other.load_state_dict(scene.state_dict())
-    resumed = Optimizer(other, OptimizerConfig(), device)
+    resumed = make_optimizer(other, device)
     resumed.load_state_dict(optimizer.state_dict())
     for each, its_scene in ((optimizer, scene), (resumed, other)):
         each.step(total(its_scene).square(), YES.to(device))
@@ -99,7 +105,7 @@ def test_state_round_trip(scene, device):
 
 def test_moments_of_torchs_adam_go_on(scene, device):
     """A state written by torch.optim.Adam(fused=True) loads, and the next step is torch's."""
-    plain = Scene(small_config(), torch.Generator().manual_seed(0)).to(device)
+    plain = FieldScene(small_config(), torch.Generator().manual_seed(0)).to(device)
     cfg = OptimizerConfig()
     adam = torch.optim.Adam(
         [
@@ -113,7 +119,7 @@ def test_moments_of_torchs_adam_go_on(scene, device):
     total(plain).backward()
     adam.step()
     scene.load_state_dict(plain.state_dict())
-    optimizer = Optimizer(scene, cfg, device)
+    optimizer = make_optimizer(scene, device)
     state = optimizer.state_dict()
     state["adam"] = {name: adam.state[p] for name, p in plain.named_parameters()}
     optimizer.load_state_dict(state)
@@ -131,7 +137,7 @@ def test_moments_of_torchs_adam_go_on(scene, device):
 @cuda_only
 def test_the_half_table_follows_the_table(scene, device):
     """In the same pass, and also past a step that is left out."""
-    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer = make_optimizer(scene, device)
     for ok in (YES, NO, YES):
         loss = scene.field(torch.rand(50, 3, device=device)).density.sum()
         optimizer.step(loss + total(scene), ok.to(device))
@@ -141,7 +147,7 @@ def test_the_half_table_follows_the_table(scene, device):
 
 
 def test_moments_that_do_not_fit(scene, device):
-    optimizer = Optimizer(scene, OptimizerConfig(), device)
+    optimizer = make_optimizer(scene, device)
     optimizer.step(total(scene), YES.to(device))
     state = optimizer.state_dict()
     state["adam"]["field.grid.table"] = {"exp_avg": torch.zeros(3)}

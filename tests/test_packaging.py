@@ -193,9 +193,6 @@ ROOMS = ["ops", "scene", "diffusion", "guidance", "config", "run", "tasks"]
 ROOMS += ["judge", "prior", "evaluate"]
 # Arrows that point up still: (room, imported room).
 UPWARDS = {
-    ("scene", "config"),
-    ("scene", "diffusion"),
-    ("scene", "run"),
     ("judge", "prior"),
     ("prior", "evaluate"),
 }

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_fast.diffusion import load_model, noise_path
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance.conditions.text import direction
 from dsd_fast.judge import captions, features
 from dsd_fast.prior import dataset, models, train
@@ -150,18 +151,19 @@ def test_the_velocity_implies_the_noise():
     abar = torch.tensor([0.999, 0.3, 0.005], dtype=torch.float64)
     signal, sigma = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
     noisy, velocity = signal * x0 + sigma * noise, signal * noise - sigma * x0
-    found = noise_path.noise_of_velocity(velocity, noisy, abar)
+    path = NoisePath.diffusion(abar, "v_prediction")
+    found = path.noise(velocity, noisy, torch.arange(3))
     torch.testing.assert_close(found, noise)
     # an error of the velocity is one of the noise, smaller by alpha
-    found = noise_path.noise_of_velocity(velocity + 1, noisy, abar)
+    found = path.noise(velocity + 1, noisy, torch.arange(3))
     torch.testing.assert_close(found - noise, signal.expand_as(noise))
 
 
 def test_noisy_levels_weigh_more():
-    alphas = noise_path.alphas_cumprod(models.SCHEDULER)
-    weights = train.level_weights(alphas, 5.0)
+    weights = train.level_weights(NoisePath.of_scheduler(models.SCHEDULER), 5.0)
     assert (weights.diff() >= 0).all() and weights.mean() == pytest.approx(1.0, rel=1e-5)
     assert weights[-1] / weights[0] == pytest.approx(5.0 / train.MIN_WEIGHT, rel=1e-5)
+    alphas = NoisePath.of_scheduler(models.SCHEDULER).alpha.square()
     middle = int((alphas - 0.5).abs().argmin())
     snr = alphas / (1 - alphas)
     assert weights[middle] / weights[0] == pytest.approx(

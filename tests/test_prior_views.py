@@ -211,7 +211,7 @@ def test_training_exports_a_model_that_guidance_loads(folder, tmp_path):
         assert {p.name for p in (out / "unet").iterdir()} == {"config.json", name}
         assert (out / "vae").exists() is not share
         model = load_view_model(out)
-        assert model.latent_size == 32 and model.prediction_type == "v_prediction"
+        assert model.latent_size == 32 and model.noise_path.prediction == "v_prediction"
         assert model.scaling_factor == pytest.approx(0.606369)
     trained = load_part(state, "unet")["conv_in.weight"]
     assert trained.shape == (48, 8, 3, 3)

@@ -13,9 +13,9 @@ from pydantic import AllowInfNan
 from runs import SMALL
 from tiny_model import build_tiny_model
 
-from dsd_fast import guidance, ranges, train
+from dsd_fast import guidance, ranges, tasks, train
 from dsd_fast.config import (
-    TASKS,
+    TASK_PRESETS,
     ConfigError,
     TrainConfig,
     check,
@@ -32,6 +32,7 @@ from dsd_fast.scene.field import Field, FieldConfig
 from dsd_fast.scene.mesh import MeshConfig, make_mesh
 from dsd_fast.scene.occupancy import OccupancyConfig, OccupancyGrid
 from dsd_fast.scene.renderer import Renderer, RendererConfig
+from dsd_fast.tasks import TASKS
 
 NAN, INF = math.nan, math.inf
 ODD = [NAN, INF, -INF, -1, 0, -0.5, 0.5, 2, 1e30, 10**20, True, None, "word", "", (), [], {}]
@@ -236,9 +237,9 @@ def test_words(changes, message):
 
 def test_a_task_of_ones_own(tmp_path, monkeypatch):
     """One file: the task, its name and its starting values."""
-
-    class Mine(type(train.TASKS["text"])):
-        """Objects from prompts by other starting values."""
+    for registry in (TASKS, TASK_PRESETS):
+        monkeypatch.setitem(registry, "mine", None)  # which takes it away after the test
+        del registry["mine"]
 
     def starting(start):
         cfg = preset(start.preset, start.max_steps, start.on_cpu)
@@ -247,9 +248,11 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
 
     with pytest.raises(ConfigError, match="unknown task 'mine': expected one of text"):
         preset("embedded", task="mine")
-    monkeypatch.setitem(train.TASKS, "mine", Mine())
-    monkeypatch.setitem(TASKS, "mine", None)  # taken away again
-    register_task("mine", starting)
+
+    @tasks.register("mine", starting)
+    class Mine(type(TASKS["text"])):
+        """Objects from prompts by other starting values."""
+
     model = build_tiny_model(tmp_path / "model")
     argv = ["--task", "mine", "--prompt", "a chair", "--model", str(model), *SMALL]
     cfg = cli.parse(argv)[0].config
@@ -258,17 +261,39 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
     brief = ["--max-steps", "1", "--pictures.no-mesh", "--pictures.no-turntable"]
     assert train.main([*argv, *brief, "--output", str(tmp_path / "runs")]) == 0
     register_task("mine")
-    assert TASKS["mine"] is starting, "a name keeps its starting values"
+    assert TASK_PRESETS["mine"] is starting, "a name keeps its starting values"
 
 
 def test_names_are_checked_and_listed(capsys):
     with pytest.raises(ConfigError, match="task: expected one of text, single-view, image, got"):
         from_dict(TrainConfig, {"task": "sculpture"})
-    with pytest.raises(ConfigError, match=r"guidance.method: expected one of dsd, .*recon, got"):
+    with pytest.raises(ConfigError, match=r"guidance.method: expected one of dsd, .*recon.*, got"):
         from_dict(TrainConfig, {"guidance": {"method": "best"}})
     with pytest.raises(SystemExit):
         cli.parse(["--help", "--device", "cpu"])
     said = capsys.readouterr().out
     assert "--task {text,single-view,image}" in said and "(default: text)" in said
     assert "--preset {embedded,dsd,dsd-low-res,mvdream}" in said
-    assert f"--guidance.method {{{','.join(guidance.METHODS)},recon}}" in said
+    assert f"--guidance.method {{{','.join(guidance.METHODS)}}}" in said
+
+
+def test_a_formulation_of_ones_own(tmp_path, monkeypatch):
+    """One file: the class, with its name and what it brings along."""
+    monkeypatch.setitem(guidance.FORMULATIONS, "mine", None)  # which takes it away after the test
+    del guidance.FORMULATIONS["mine"]
+
+    @guidance.formulation
+    class Mine(guidance.FORMULATIONS["sds"]):
+        """SDS at a scale of its own."""
+
+        name = "mine"
+
+        @classmethod
+        def settings(cls, max_steps):
+            return {"guidance_scale": 3.0}
+
+    model = build_tiny_model(tmp_path / "model")
+    argv = ["--guidance.method", "mine", "--prompt", "a chair", "--model", str(model), *SMALL]
+    assert cli.parse(argv)[0].config.guidance.guidance_scale == 3.0
+    brief = ["--max-steps", "1", "--pictures.no-mesh", "--pictures.no-turntable"]
+    assert train.main([*argv, *brief, "--output", str(tmp_path / "runs")]) == 0

@@ -57,6 +57,11 @@ def _renderer(material: MaterialConfig = ALBEDO, **changes) -> Renderer:
     return Renderer(RendererConfig(**changes), 2.0, material)
 
 
+def _trained(renderer, field, background, cameras, step, generator):
+    draws = renderer.draw(field, background, cameras, step, generator)
+    return renderer.render(field, background, cameras, draws)
+
+
 def _cameras(batch: int = 1, size: int = 12, seed: int = 0):
     cfg = CameraConfig(width=size, height=size, batch_size=batch, resolution_milestones=())
     return RandomCameras(cfg).sample(10, _generator(seed))
@@ -72,7 +77,7 @@ def _render_sphere(device="cpu", size: int = 33, **changes):
     sphere.n_queried.clear()
     camera = eval_camera(CameraConfig(), 0.0, 0.0, (size, size), device)
     background = _background().to(device)
-    return renderer(sphere, background, camera, 0, training=False), camera, sphere
+    return renderer.view(sphere, background, camera, 0), camera, sphere
 
 
 def test_sphere_looks_like_a_sphere(device):
@@ -128,7 +133,7 @@ def test_training_step_reaches_every_parameter(device):
     field, renderer = _small_field().to(device), _renderer(lit).to(device)
     background = Background(BackgroundConfig(random_aug=False), _generator()).to(device)
     cameras = _cameras(batch=2).to(device)
-    output = renderer(field, background, cameras, 0, True, _generator())
+    output = _trained(renderer, field, background, cameras, 0, _generator())
     assert output.rgb.shape == output.normal.shape == output.rgb_fg.shape == (2, 12, 12, 3)
     assert output.opacity.shape == output.depth.shape == (2, 12, 12, 1)
     assert output.orientation.shape == (2, 12, 12, 1)
@@ -154,7 +159,10 @@ def test_nothing_to_see_is_the_background(mode, training, device):
     background = Background(BackgroundConfig(random_aug=False), _generator()).to(device)
     cameras = _cameras(batch=2, size=3).to(device)
     # Step 8 does not touch the occupancy grid.
-    output = renderer(field, background, cameras, 8, training, _generator())
+    if training:
+        output = _trained(renderer, field, background, cameras, 8, _generator())
+    else:
+        output = renderer.view(field, background, cameras, 8)
     assert output.n_samples == 0
     assert not output.opacity.any() and not output.depth.any() and not output.normal.any()
     torch.testing.assert_close(output.rgb, background(cameras.rays_d, training=False))
@@ -170,7 +178,7 @@ def test_batch_equals_single_views():
     renderer.update_occupancy(field, 0, _generator())
     background = _background()
     batch = _cameras(batch=2, size=7)
-    both = renderer(field, background, batch, 5, training=False)
+    both = renderer.view(field, background, batch, 5)
     for i in range(2):
         single = dataclasses.replace(
             batch,
@@ -180,7 +188,7 @@ def test_batch_equals_single_views():
                 if isinstance(getattr(batch, f.name), torch.Tensor)
             },
         )
-        output = renderer(field, background, single, 5, training=False)
+        output = renderer.view(field, background, single, 5)
         for name in ("rgb", "opacity", "depth", "normal", "z_variance"):
             torch.testing.assert_close(
                 getattr(both, name)[i : i + 1], getattr(output, name), atol=1e-5, rtol=1e-4
@@ -191,7 +199,7 @@ def test_evaluation_is_not_random_and_records_nothing():
     field, renderer = _small_field(), _renderer()
     renderer.update_occupancy(field, 0, _generator())
     background = Background(BackgroundConfig(), _generator())
-    first, second = (renderer(field, background, _cameras(), 0, training=False) for _ in range(2))
+    first, second = (renderer.view(field, background, _cameras(), 0) for _ in range(2))
     assert torch.equal(first.rgb, second.rgb)
     assert not first.rgb.requires_grad
     assert torch.equal(first.depth, second.depth)
@@ -200,7 +208,7 @@ def test_evaluation_is_not_random_and_records_nothing():
 def test_training_follows_the_generator():
     def render(seed):
         field, renderer = _small_field(), _renderer()
-        return renderer(field, _background(), _cameras(), 0, True, _generator(seed)).rgb
+        return _trained(renderer, field, _background(), _cameras(), 0, _generator(seed)).rgb
 
     assert torch.equal(render(0), render(0))
     assert not torch.equal(render(0), render(1))
@@ -211,7 +219,7 @@ def test_jitter_moves_samples_within_a_step():
     for randomized in (False, True):
         renderer = _renderer(randomized=randomized)
         renderer.occupancy.fill()
-        output = renderer(Sphere(), _background(), _cameras(), 8, True, _generator())
+        output = _trained(renderer, Sphere(), _background(), _cameras(), 8, _generator())
         outputs[randomized] = output.depth / output.opacity.clamp(min=1e-5)
     shift = (outputs[True] - outputs[False]).abs()
     assert 0 < float(shift.max()) <= 2.5 * renderer.step_size
@@ -225,15 +233,13 @@ def test_level_mask_is_refreshed_before_the_occupancy_update():
             steps_seen.append(self.step)
             return super().density(points)
 
-    _renderer()(Watched(), _background(), _cameras(), 32, True, _generator())
+    _trained(_renderer(), Watched(), _background(), _cameras(), 32, _generator())
     assert steps_seen and set(steps_seen) == {32}
 
 
-def test_further_renderings_of_a_step_can_leave_the_grid_alone():
+def test_most_steps_leave_the_grid_alone():
     renderer = _renderer()
-    output = renderer(
-        Sphere(), _background(), _cameras(), 0, True, _generator(), update_occupancy=False
-    )
+    output = _trained(renderer, Sphere(), _background(), _cameras(), 8, _generator())
     assert output.n_samples == 0 and not renderer.occupancy.occs.any()
 
 
@@ -243,7 +249,7 @@ def _cuda_render(renderer: Renderer, field: Field, seed: int = 0, generator=None
     background = Background(BackgroundConfig(random_aug=False), _generator()).cuda()
     if generator is None:
         generator = _generator(seed)
-    output = renderer(field, background, cameras, 8, True, generator)
+    output = _trained(renderer, field, background, cameras, 8, generator)
     terms = regularizers(output, LossConfig(), 0)
     loss = output.rgb.square().sum() + sum(v * w for v, w in terms.values())
     return output, torch.autograd.grad(loss, list(field.parameters()))
@@ -278,7 +284,7 @@ def test_rendering_does_not_wait_for_the_device(monkeypatch):
     background = Background(BackgroundConfig(random_aug=False), _generator()).cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output = renderer(field, background, cameras, 8, True, _generator())
+        output = _trained(renderer, field, background, cameras, 8, _generator())
         terms = regularizers(output, LossConfig(), 0)
         (output.rgb.sum() + sum(v * w for v, w in terms.values())).backward()
     finally:
@@ -311,7 +317,7 @@ def test_a_graph_holds_a_rendering_and_its_backward_pass():
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        output = renderer(field, background, cameras, 8, True, generator)
+        output = _trained(renderer, field, background, cameras, 8, generator)
         terms = regularizers(output, LossConfig(), 0)
         loss = output.rgb.square().sum() + sum(v * w for v, w in terms.values())
         gradients = torch.autograd.grad(loss, list(field.parameters()))
@@ -378,11 +384,6 @@ def test_room_must_be_positive():
 
 def test_step_size():
     assert _renderer().step_size == pytest.approx(0.01353125)
-
-
-def test_training_needs_a_generator():
-    with pytest.raises(ValueError, match="generator"):
-        _renderer()(Sphere(), _background(), _cameras(), 0, training=True)
 
 
 @pytest.mark.parametrize("name", ["num_samples_per_ray", "eval_chunk_size"])

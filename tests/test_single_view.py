@@ -18,28 +18,27 @@ from tiny_model import build_tiny_model, build_tiny_view_model
 from dsd_fast import train as module
 from dsd_fast.config import TrainConfig, from_dict, preset
 from dsd_fast.diffusion import load_view_model
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.reference_picture import (
     latent_feature_width,
     latent_features,
     relative_pose,
 )
 from dsd_fast.evaluate import truth
-from dsd_fast.guidance import GuidanceConfig, dsd_gradient
+from dsd_fast.guidance import Guidance, GuidanceConfig, dsd_gradient, make_guidance
 from dsd_fast.guidance.conditions.pose import (
     OrbitBins,
+    PoseConditions,
     Reference,
-    ViewDSD,
-    ViewSDS,
-    make_view_guidance,
 )
 from dsd_fast.run import checkpoint, outputs
+from dsd_fast.run.state import saved_scene
 from dsd_fast.scene import picture as single_view
 from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
 from dsd_fast.scene.field import Field, FieldConfig, GridConfig
+from dsd_fast.scene.picture_scene import color_error, normal_smoothness, surface_smoothness
 from dsd_fast.scene.renderer import RenderOutput
-from dsd_fast.scene.scene import Scene
 from dsd_fast.schedules import Schedule
-from dsd_fast.tasks.single_view_step import color_error, normal_smoothness, surface_smoothness
 
 REFERENCE = Reference(5.0, 0.0, (-10.0, 80.0), 8, 3)
 
@@ -98,7 +97,7 @@ def test_latent_features_are_means_by_part_with_their_place():
 def test_view_model_asks_its_unet_for_both_kinds_of_rows(kind, clip_folder, small_folder):
     model, rgb = conditioned(clip_folder if kind == "clip" else small_folder)
     pose = torch.tensor([[0.1, 0.5, 0.8, -0.2], [0.0, -0.5, 0.8, 0.3]])
-    context = model.context(pose)
+    condition = model.conditions(pose)
     latents = model._posterior(rgb)[0]
     if kind == "clip":
         image = F.interpolate(rgb, (28, 28), mode="bicubic", antialias=True).clamp(0, 1)
@@ -108,24 +107,29 @@ def test_view_model_asks_its_unet_for_both_kinds_of_rows(kind, clip_folder, smal
     else:
         features = latent_features(latents)
     expected = model.projection(features.expand(2, -1, -1), pose)
-    torch.testing.assert_close(context, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(condition.tokens, expected, atol=1e-6, rtol=1e-5)
 
     noisy = torch.randn(2, 4, 8, 8)
     t = torch.tensor([500, 500])
-    both = torch.cat([context[:1], torch.zeros_like(context[:1])])
+    known = condition.rows(0, 1)
+    without = known.map(torch.zeros_like)
+    both = Condition.cat([known, without])
     eps = model.predict_noise(noisy, t, both)
     # The posterior's mean without the scaling factor beside the first row, zeros beside the second.
     beside = torch.cat([latents, torch.zeros_like(latents)])
     with torch.no_grad():
-        by_hand = model.unet(torch.cat([noisy, beside], 1), t, both).sample
+        by_hand = model.unet(torch.cat([noisy, beside], 1), t, both.tokens).sample
     torch.testing.assert_close(eps, by_hand, atol=1e-6, rtol=1e-5)
-    assert (model.predict_noise(noisy, t, both.flip(0)) - eps).abs().max() > 1e-4
+    flipped = model.predict_noise(noisy, t, Condition.cat([without, known]))
+    assert (flipped - eps).abs().max() > 1e-4
+    told = model.conditions(pose[:1].expand(2, -1), torch.tensor([1.0, 0.0]))
+    assert all(torch.equal(told[name], both[name]) for name in both)
 
 
 def test_a_view_model_needs_a_picture_first(small_folder):
     model = load_view_model(small_folder)
     with pytest.raises(ValueError, match="call condition"):
-        model.context(torch.zeros(1, 4))
+        model.conditions(torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"\[1,3,H,W\]"):
         model.condition(torch.rand(2, 3, 8, 8))
 
@@ -200,6 +204,10 @@ def config(**changes) -> GuidanceConfig:
     return GuidanceConfig(**values)
 
 
+def by_pose(cfg: GuidanceConfig, model, noise: torch.Tensor) -> Guidance:
+    return make_guidance(cfg, model, PoseConditions(REFERENCE, model, cfg), noise, 100)
+
+
 def predictor(model, elevation: torch.Tensor, azimuth: torch.Tensor):
     """e_0 + s (e_c - e_0) by the model's own forward, one view at a time."""
 
@@ -209,9 +217,10 @@ def predictor(model, elevation: torch.Tensor, azimuth: torch.Tensor):
             pose = relative_pose(
                 elevation[i : i + 1], azimuth[i : i + 1], torch.zeros(1), 5.0, 0.0, 0.0
             )
-            context = model.context(pose)
-            known = model.predict_noise(z[i : i + 1], t[i : i + 1], context)
-            empty = model.predict_noise(z[i : i + 1], t[i : i + 1], torch.zeros_like(context))
+            condition = model.conditions(pose)
+            without = condition.map(torch.zeros_like)
+            known = model.predict_noise(z[i : i + 1], t[i : i + 1], condition)
+            empty = model.predict_noise(z[i : i + 1], t[i : i + 1], without)
             out.append(empty + scale * (known - empty))
         return torch.cat(out)
 
@@ -227,7 +236,7 @@ def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table
     elevation, azimuth = bins.snap(torch.tensor([12.0, 70.0, 3.0]), torch.tensor([5.0, -100, 179]))
     noise = torch.randn(1, 4, 8, 8)
     cfg = config(trajectory=trajectory, noise_table_step=table, trajectory_share=share)
-    guidance = ViewDSD(cfg, model, REFERENCE, noise, 100)
+    guidance = by_pose(cfg, model, noise)
     x = torch.randn(3, 4, 8, 8, requires_grad=True)
     t, t_delta = torch.tensor([700, 640, 400]), torch.tensor([730, 640, 405])
     output = guidance.at_levels(x, elevation, azimuth, t, t_delta)
@@ -237,7 +246,7 @@ def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table
         t=t,
         t_delta=t_delta,
         predict=predictor(model, elevation, azimuth),
-        alphas_cumprod=model.alphas_cumprod,
+        alphas_cumprod=model.noise_path.alpha.square(),
         guidance_scale=3.0,
         trajectory_share=torch.tensor([Schedule.parse(share)(level) for level in t.tolist()]),
     )
@@ -249,7 +258,7 @@ def test_dsd_is_that_of_text_with_poses_for_text(small_folder, trajectory, table
 
 def test_left_and_right_are_guided_differently(small_folder):
     model, _ = conditioned(small_folder)
-    guidance = ViewDSD(config(), model, REFERENCE, torch.randn(1, 4, 8, 8), 100)
+    guidance = by_pose(config(), model, torch.randn(1, 4, 8, 8))
     x = torch.randn(1, 4, 8, 8)
     grads = [
         guidance.at_levels(x, torch.tensor([5.0]), torch.tensor([a]), 600, 620).grad
@@ -260,15 +269,13 @@ def test_left_and_right_are_guided_differently(small_folder):
 
 def test_sds_is_dreamfusions(small_folder):
     model, _ = conditioned(small_folder)
-    guidance = make_view_guidance(
-        config(method="sds"), model, REFERENCE, torch.zeros(1, 4, 8, 8), 100
-    )
-    assert isinstance(guidance, ViewSDS)
+    guidance = by_pose(config(method="sds"), model, torch.zeros(1, 4, 8, 8))
+    assert guidance.name == "sds"
     elevation, azimuth = torch.tensor([12.0, 33.0]), torch.tensor([40.0, -71.0])
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     noise, t = torch.randn(2, 4, 8, 8), torch.tensor([700, 300])
     output = guidance.at_levels(x, elevation, azimuth, t, t, {"eps": noise})
-    abar = model.alphas_cumprod[t].view(-1, 1, 1, 1)
+    abar = model.noise_path.alpha.square()[t].view(-1, 1, 1, 1)
     noisy = abar.sqrt() * x.detach() + (1 - abar).sqrt() * noise
     eps = predictor(model, elevation, azimuth)(noisy, t, 3.0)
     torch.testing.assert_close(output.grad, (1 - abar) * (eps - noise), atol=2e-5, rtol=1e-4)
@@ -281,9 +288,9 @@ def test_sds_is_dreamfusions(small_folder):
 def test_stable_zero123s_pose_ends_with_the_polar_angle(small_folder):
     model, _ = conditioned(small_folder)
     poses = [
-        ViewDSD(config(), model, replace(REFERENCE, polar=polar), torch.randn(1, 4, 8, 8), 9)
-        ._rows_of(torch.tensor([30.0]), torch.tensor([90.0]))
-        .pose[0]
+        PoseConditions(replace(REFERENCE, polar=polar), model, config())
+        .rows(torch.tensor([30.0]), torch.tensor([90.0]))
+        .columns["pose"][0]
         for polar in (False, True)
     ]
     assert torch.equal(poses[0][:3], poses[1][:3])
@@ -302,7 +309,7 @@ def test_stable_zero123s_pose_ends_with_the_polar_angle(small_folder):
 def test_settings_of_text_are_refused(small_folder, changes):
     model, _ = conditioned(small_folder)
     with pytest.raises(ValueError, match=next(iter(changes))):
-        ViewDSD(config(**changes), model, REFERENCE, torch.randn(1, 4, 8, 8), 100)
+        by_pose(config(**changes), model, torch.randn(1, 4, 8, 8))
 
 
 def test_cameras_stand_on_the_bins_of_cached_trajectories():
@@ -600,7 +607,7 @@ def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
     assert run(out, picture, small_folder, "--pictures.no-mesh", steps=6) == 0
     tree = checkpoint.load(checkpoint.step_path(folder_of(out).checkpoints, 6))
     cfg = from_dict(TrainConfig, tree["config"])
-    scene = Scene.from_checkpoint(cfg, tree["scene"])
+    scene = saved_scene(cfg, tree["scene"])
     azimuth = np.array([0.0, 90.0, 200.0], np.float32)
     cameras = {
         "elevation": np.array([5.0, 15.0, 40.0], np.float32),

@@ -16,11 +16,12 @@ from tiny_model import build_tiny_model
 
 from dsd_fast import build_engine
 from dsd_fast.diffusion import load_model
-from dsd_fast.diffusion.engines import cache, parity, tensorrt, tensorrt_library
-from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, make_engine
-from dsd_fast.diffusion.engines.onnx_export import INPUTS, UNetShape, export_unet
+from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.engines import cache, make_engine, parity, tensorrt, tensorrt_library
+from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine, UNetShape
+from dsd_fast.diffusion.engines.onnx_export import export_unet
 
-TINY = UNetShape(4, 8, 8, 77, 16)
+TINY = UNetShape((4, 8, 8), (("tokens", (77, 16)),))
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,13 @@ def test_onnx_computes_what_the_unet_computes(which, tiny_folder, tmp_path) -> N
     if which == "embedded":
         shape = build_engine.shape_of(_inspected("embedded"))
     elif which == "tiny, odd":
-        shape = replace(TINY, height=TINY.height + 1, width=TINY.width + 3)
+        shape = replace(TINY, latents=(4, 9, 11))
     path = export_unet(model.unet, shape, tmp_path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for rows in (1, 4, 8):
-        inputs = shape.sample(rows, torch.float32, "cpu", seed=rows)
-        feed = {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs)}
+        latents, t, condition = inputs = shape.sample(rows, torch.float32, "cpu", seed=rows)
+        named = {"latents": latents, "t": t, **condition}
+        feed = {name: tensor.numpy() for name, tensor in named.items()}
         (result,) = session.run(None, feed)
         assert relative_error(torch.from_numpy(result), model.engine(*inputs)) <= 1e-4
 
@@ -83,7 +85,7 @@ def test_half_precision_weights_stay_in_half_precision(tiny_folder, tmp_path) ->
     half = onnx.TensorProto.FLOAT16
     assert all(w.data_type == half for w in graph.initializer if len(w.dims) >= 2)
     kinds = {entry.name: entry.type.tensor_type.elem_type for entry in graph.input}
-    assert kinds == {"latents": half, "t": onnx.TensorProto.INT64, "text": half}
+    assert kinds == {"latents": half, "t": onnx.TensorProto.INT64, "tokens": half}
     assert graph.output[0].type.tensor_type.elem_type == half
 
 
@@ -154,7 +156,7 @@ def test_key_covers_all_that_decides_an_engine(tiny_folder) -> None:
         next(unet.parameters())[0, 0, 0, 0] += 1
     changes = {
         "weights": cache.weights_digest(unet),
-        "shape": dataclasses.replace(TINY, width=16),
+        "shape": dataclasses.replace(TINY, latents=(4, 8, 16)),
         "rows": (8, 4),
         "dtype": torch.float32,
         "library": "tensorrt",
@@ -312,7 +314,10 @@ class FakeContext:
 
     def execute_async_v3(self, stream):
         assert self.profile == {4: 0, 8: 1}[self.shapes["t"][0]]
-        inputs = [self._at(name, self.shapes[name]) for name in INPUTS]
+        latents, t, tokens = (
+            self._at(name, self.shapes[name]) for name in ("latents", "t", "tokens")
+        )
+        inputs = (latents, t, Condition(tokens))
         output = self._at("prediction", self.shapes["latents"])
         output.copy_(EagerEngine(self.unet)(*inputs) * self.factor)
         return True
@@ -365,7 +370,7 @@ def test_engine_runs_between_its_buffers(
     assert ("going on without tensorrt_rtx" in caplog.text) is not right
     assert len(list(tmp_path.glob("*.engine"))) == 1
     if right:
-        other = UNetShape(4, 16, 16, 77, 16).sample(4, torch.float32, "cpu")
+        other = UNetShape((4, 16, 16), (("tokens", (77, 16)),)).sample(4, torch.float32, "cpu")
         with pytest.raises(ValueError, match="the engine was built for"):
             engine(*other)
         capturing.append(True)

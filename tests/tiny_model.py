@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import DiffusionModel
-from dsd_fast.diffusion.noise_path import alphas_cumprod
+from dsd_fast.diffusion.noise_path import NoisePath
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -188,13 +188,15 @@ class ToyUNet(nn.Module):
         return (torch.tanh(smooth + text) * (0.5 + level),)
 
 
-def toy_model(latent_size: int = 6, **kwargs: object) -> DiffusionModel:
+def toy_model(
+    latent_size: int = 6, prediction: str = "epsilon", **kwargs: object
+) -> DiffusionModel:
     """A DiffusionModel around ToyUNet, without VAE or text encoder; `model.unet.rows` counts."""
     return DiffusionModel(
         ToyUNet(),
         nn.Identity(),
         None,
-        alphas_cumprod=alphas_cumprod(SCHEDULER),
+        noise_path=NoisePath.of_scheduler(SCHEDULER | {"prediction_type": prediction}),
         latent_size=latent_size,
         **kwargs,
     )

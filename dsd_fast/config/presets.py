@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsd_fast.config.tree import PRESETS, TASKS, Start, TrainConfig, register_task
+from dsd_fast.config.tree import PRESETS, TASK_PRESETS, Start, TrainConfig, register_task
 from dsd_fast.guidance import GuidanceConfig
 from dsd_fast.ranges import ConfigError
 from dsd_fast.scene.background import BackgroundConfig
@@ -54,13 +54,13 @@ def preset(
     the guidance, for which the task "single-view" and the preset "mvdream" have scale and levels of
     their own. ConfigError for a preset or a task that is not registered.
     """
-    for kind, given, known in (("preset", name, PRESETS), ("task", task, TASKS)):
+    for kind, given, known in (("preset", name, PRESETS), ("task", task, TASK_PRESETS)):
         if given not in known:
             raise ConfigError(f"unknown {kind} {given!r}: expected one of {', '.join(known)}")
     if name == "mvdream" and task != "text":
         raise ConfigError(f"--preset mvdream makes objects from prompts: drop --task {task}")
     start = Start(name, max_steps, on_cpu, method, exact)
-    cfg = (TASKS[task] or PRESETS[name])(start)
+    cfg = (TASK_PRESETS[task] or PRESETS[name])(start)
     cfg.preset, cfg.task = name, task
     return cfg
 

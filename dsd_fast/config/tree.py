@@ -49,10 +49,10 @@ Preset = Callable[[Start], "TrainConfig"]
 # --preset -> starting values of an object from a prompt.
 PRESETS: dict[str, Preset] = {}
 # --task -> its own starting values, if it has any; else those of the preset are taken.
-TASKS: dict[str, Preset | None] = {}
+TASK_PRESETS: dict[str, Preset | None] = {}
 
 _PRESET = Registered(lambda: PRESETS)
-_TASK = Registered(lambda: TASKS)
+_TASK = Registered(lambda: TASK_PRESETS)
 
 
 def register_task(name: str, preset: Preset | None = None) -> None:
@@ -60,7 +60,7 @@ def register_task(name: str, preset: Preset | None = None) -> None:
 
     A name that is there keeps its starting values where none are given.
     """
-    TASKS[name] = preset or TASKS.get(name)
+    TASK_PRESETS[name] = preset or TASK_PRESETS.get(name)
 
 
 @dataclass

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dsd_fast.diffusion import int8, noise_path
+from dsd_fast.diffusion import int8
 from dsd_fast.diffusion.networks import multiview_unet
+from dsd_fast.diffusion.noise_path import NoisePath
 
 _CONFIGS = {
     "unet": "config.json",
@@ -307,8 +308,7 @@ def _check_classes(path: Path, configs: dict[str, dict[str, Any]]) -> None:
 
 
 def _check_levels(configs: dict[str, dict[str, Any]]) -> None:
-    noise_path.prediction_type(configs["scheduler"])
-    noise_path.alphas_cumprod(configs["scheduler"])
+    NoisePath.of_scheduler(configs["scheduler"])
 
 
 def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 
@@ -72,25 +73,27 @@ def sample_latents(
     index = torch.tensor([unique.index(p) for p in prompts])
     embeddings = model.encode_prompt([*unique, negative]).to(noise.device)
     text, empty = embeddings[index.to(noise.device)], embeddings[-1:]
-    return guided_latents(model, text, empty.expand_as(text), noise, n_steps, scale)
+    conditions = Condition(text), Condition(empty.expand_as(text))
+    return guided_latents(model, *conditions, noise, n_steps, scale)
 
 
 @torch.no_grad()
 def guided_latents(
     model: DiffusionModel,
-    context: Tensor,
-    without: Tensor,
+    condition: Condition,
+    without: Condition,
     noise: Tensor,
     n_steps: int,
     scale: float,
 ) -> Tensor:
-    """The same for what predictions are conditioned on, with and without: both [B,L,D]."""
+    """The same for what predictions are conditioned on, with and without: B rows each."""
     scheduler = ddim_scheduler(model, n_steps)
     latents = []
     together = max(SAMPLE_PIXELS // noise[0, 0].numel(), 1)
-    parts = (tensor.split(together) for tensor in (noise, context, without))
-    for z, *rows in zip(*parts, strict=True):
-        both = torch.cat(rows)
+    for start in range(0, len(noise), together):
+        stop = start + together
+        z = noise[start:stop]
+        both = Condition.cat([condition.rows(start, stop), without.rows(start, stop)])
         for t in scheduler.timesteps:
             times = torch.full((2 * len(z),), int(t), device=z.device)
             cond, uncond = model.predict_noise(torch.cat([z, z]), times, both).chunk(2)

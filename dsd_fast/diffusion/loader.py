@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from dsd_fast.diffusion import noise_path
 from dsd_fast.diffusion.components import (
     PROJECTIONS,
     PipelineFolder,
@@ -22,6 +21,7 @@ from dsd_fast.diffusion.components import (
 )
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.networks.multiview_unet import N_VIEWS, load_multiview_unet
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.reference_picture import latent_feature_width
 from dsd_fast.diffusion.text import ClipText
 from dsd_fast.diffusion.view_model import ViewModel, load_projection
@@ -64,7 +64,7 @@ def load_model(
         dtype: of the UNet; default float16 on CUDA, float32 elsewhere. bfloat16 is 1.8 times as
             fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
             which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
-        engine: one of `dsd_fast.diffusion.engines.base.ENGINES`, see there.
+        engine: one of `dsd_fast.diffusion.engines.ENGINES`, see there.
         n_views: views that the model is to predict together: 1, or 4 for one of MVDream's kind
             (a folder whose UNet is a MultiViewUNetModel), which needs cameras beside the text.
     Raises:
@@ -160,8 +160,7 @@ def _networks(
         unet,
         vae,
         {
-            "alphas_cumprod": noise_path.alphas_cumprod(folder.configs["scheduler"]),
-            "prediction_type": noise_path.prediction_type(folder.configs["scheduler"]),
+            "noise_path": NoisePath.of_scheduler(folder.configs["scheduler"]),
             "latent_channels": vae.config.latent_channels,
             "latent_size": latent_size(folder.configs["unet"]),
             "vae_factor": _vae_factor(folder),

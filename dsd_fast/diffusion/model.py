@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast._backend import has_triton
-from dsd_fast.diffusion.engines.base import make_engine
+from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.engines import make_engine
 from dsd_fast.diffusion.networks.fused_vae import FusedEncoder, unsupported
-from dsd_fast.diffusion.noise_path import noise_of_velocity
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.upload import upload
 
 _HASH_CHUNK_BYTES = 1 << 22
@@ -31,20 +32,20 @@ class TextEncoder(Protocol):
 class DiffusionModel:
     """Frozen UNet and VAE on one device, with the arithmetic around them in float32.
 
-    Use `load_model` to make one from a folder. Attributes: `unet`, `vae`, `alphas_cumprod`
-    [1000] float32 on the CPU, `prediction_type`, `latent_channels`, `latent_size`, `image_size`,
-    `scaling_factor`, `shift_factor`, `path`, `device`, `dtype` (of the UNet). On CUDA, in half
-    precision, an AutoencoderKL encodes by `FusedEncoder`.
+    Use `load_model` to make one from a folder. Attributes: `unet`, `vae`, `noise_path` (on
+    the device), `latent_channels`, `latent_size`, `image_size`, `scaling_factor`, `shift_factor`,
+    `path`, `device`, `dtype` (of the UNet). On CUDA, in half precision, an AutoencoderKL encodes by
+    `FusedEncoder`.
 
     Args:
         unet: UNet2DConditionModel (or any module with its call) on `device`.
         vae: AutoencoderKL or AutoencoderTiny on `device`, in its own dtype.
         text_encoder: embeds prompts, or None if embeddings come from elsewhere.
-        alphas_cumprod: [1000] float32.
+        noise_path: its levels, float32, and what the UNet predicts.
         latent_size: side of the square latents.
         vae_factor: image pixels per latent pixel, along a side.
         weight_files: what `model_hash` covers.
-        engine: one of `dsd_fast.diffusion.engines.base.ENGINES`, see there.
+        engine: one of `dsd_fast.diffusion.engines.ENGINES`, see there.
     """
 
     def __init__(
@@ -53,8 +54,7 @@ class DiffusionModel:
         vae: nn.Module,
         text_encoder: TextEncoder | None,
         *,
-        alphas_cumprod: Tensor,
-        prediction_type: str = "epsilon",
+        noise_path: NoisePath,
         latent_channels: int = 4,
         latent_size: int = 64,
         vae_factor: int = 8,
@@ -67,21 +67,19 @@ class DiffusionModel:
     ):
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
-        self.alphas_cumprod = alphas_cumprod
-        self.prediction_type = prediction_type
         self.latent_channels = latent_channels
         self.latent_size = latent_size
         self.image_size = latent_size * vae_factor
         self.scaling_factor = scaling_factor
         self.shift_factor = shift_factor
         self.device = torch.device(device)
+        self.noise_path = noise_path.to(self.device)
         self.path = path
         self.engine = make_engine(self.unet, self.device, engine)
         self.dtype = _dtype_of(unet)
         self._vae_dtype = _dtype_of(vae)
         self._text_encoder = text_encoder
         self._weight_files = tuple(weight_files)
-        self._levels = alphas_cumprod.to(self.device)
         self._encoder = _fused_encoder(vae, self.device, self._vae_dtype)
 
     @property
@@ -193,21 +191,19 @@ class DiffusionModel:
         return ((pixels.float() + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
-    def predict_noise(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """One UNet forward without guidance; v-predictions are converted to noise.
+    def predict_noise(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """One UNet forward without guidance, whatever the UNet predicts.
 
         Args:
             latents: [R,C,h,w] float32.
             t: [R] int64, one level per row.
-            text: [R,L,D].
+            condition: of R rows, in any floating dtype.
         Returns:
             [R,C,h,w] float32.
         """
         t = upload(t, self.device)
-        output = self.engine(latents.to(self.dtype), t, text.to(self.dtype)).float()
-        if self.prediction_type == "epsilon":
-            return output
-        return noise_of_velocity(output, latents, self._levels[t])
+        output = self.engine(latents.to(self.dtype), t, condition.to(self.dtype)).float()
+        return self.noise_path.noise(output, latents, t)
 
     @cached_property
     def model_hash(self) -> str:

@@ -5,6 +5,7 @@ Zero-1-to-3 (Liu et al. 2023), from a diffusers folder of it or from the small p
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.engines.base import UNetEngine
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.reference_picture import POSE_WIDTH, CameraProjection, latent_features
 
@@ -22,36 +23,11 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ReferenceEngine:
-    """An engine of a UNet that reads reference latents beside the noisy ones.
-
-    Called like any engine. A row whose context is zero throughout is unconditional: it gets no
-    reference either.
-
-    Args:
-        engine: of the UNet with twice as many input channels.
-        reference: [1,C,h,w] latents in the UNet's dtype, on its device.
-    """
-
-    def __init__(self, engine: UNetEngine, reference: Tensor) -> None:
-        self.engine = engine
-        self.reference = reference
-
-    def __call__(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        known = (context != 0).any(2).any(1).view(-1, 1, 1, 1)
-        beside = self.reference * known
-        return self.engine(torch.cat([latents, beside], dim=1), t, context)
-
-    def release_graphs(self) -> None:
-        """As `UNetEngine.release_graphs`."""
-        self.engine.release_graphs()
-
-
 class ViewModel(DiffusionModel):
     """A frozen UNet, VAE and camera projection; `condition` gives it the picture to go by.
 
-    The context that `predict_noise` and the engine take is that of `context`, and zeros for
-    unconditional rows.
+    Its UNet reads the picture's latents beside the noisy ones (a condition's `image`) and its
+    features with a view's pose as tokens; unconditional rows have zeros for both (`conditions`).
 
     Args:
         projection: features and pose to context, on the model's device.
@@ -71,8 +47,8 @@ class ViewModel(DiffusionModel):
         super().__init__(unet, vae, None, **others)
         self.projection = projection.eval().requires_grad_(False)
         self.image_encoder = image_encoder
-        self._unet_engine = self.engine
-        self._features: Tensor | None = None
+        self._reference: Tensor | None = None
+        self._base_tokens: Tensor | None = None
 
     @torch.no_grad()
     def condition(self, rgb: Tensor) -> None:
@@ -88,29 +64,38 @@ class ViewModel(DiffusionModel):
             small = F.interpolate(rgb, (self.image_size, self.image_size), mode="area")
         # The posterior's mean, without the scaling factor.
         latents = self._posterior(small)[0]
-        self.engine = ReferenceEngine(self._unet_engine, latents.to(self.dtype))
+        self._reference = latents.to(self.dtype)
         if self.image_encoder is None:
-            self._features = latent_features(latents)
+            features = latent_features(latents)
         else:
-            self._features = _clip_features(self.image_encoder, small)
+            features = _clip_features(self.image_encoder, small)
+        proj = self.projection.proj
+        # The part that no pose changes, [1,L,D] float32.
+        self._base_tokens = F.linear(features, proj.weight[:, :-POSE_WIDTH], proj.bias)
 
     @torch.no_grad()
-    def context(self, pose: Tensor) -> Tensor:
-        """Context [B,L,D] float32 of views at poses [B,4] (`relative_pose`), on the device."""
-        return self.base_context + (pose @ self.pose_weight.T)[:, None]
+    def conditions(self, pose: Tensor, known: Tensor | None = None) -> Condition:
+        """What rows of views at poses [R,4] (`relative_pose`, on the device) are conditioned on.
 
-    @property
-    def base_context(self) -> Tensor:
-        """The context's part that no pose changes, [1,L,D] float32 on the device."""
-        if self._features is None:
+        Args:
+            known: float32 [R] on the device, 1 and 0 for unconditional rows; all known without.
+        """
+        if self._base_tokens is None:
             raise ValueError("view model: expected a reference picture first; call condition()")
-        proj = self.projection.proj
-        return F.linear(self._features, proj.weight[:, :-POSE_WIDTH], proj.bias)
+        # A sum of four products: as a matrix product it would be rounded as the GPU's settings say.
+        moved = (pose[:, :, None] * self._to_tokens).sum(1)
+        tokens = self._base_tokens + moved[:, None]
+        if known is None:
+            known = pose.new_ones(len(pose))
+        return Condition(
+            (tokens * known[:, None, None]).to(self.dtype),
+            image=self._reference * known.view(-1, 1, 1, 1).to(self.dtype),
+        )
 
-    @property
-    def pose_weight(self) -> Tensor:
-        """[D,4] float32 on the device: a pose's part is its product with this, for every token."""
-        return self.projection.proj.weight[:, -POSE_WIDTH:]
+    @cached_property
+    def _to_tokens(self) -> Tensor:
+        """[4,D] float32 on the device: a pose's part of every token is its product with this."""
+        return self.projection.proj.weight[:, -POSE_WIDTH:].T.contiguous()
 
 
 def _clip_features(encoder: nn.Module, rgb: Tensor) -> Tensor:

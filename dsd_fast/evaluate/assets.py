@@ -21,9 +21,9 @@ from dsd_fast.run import checkpoint, cli
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.pictures import to_uint8
+from dsd_fast.run.state import saved_scene
 from dsd_fast.scene.cameras import eval_camera
 from dsd_fast.scene.renderer import OPAQUE
-from dsd_fast.scene.scene import Scene
 from dsd_fast.schedules import Schedule
 
 log = logging.getLogger("dsd_fast.evaluate")
@@ -309,7 +309,7 @@ def _render(
         cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]
         if not own_background:
             cfg.background.eval_color = (GREY, GREY, GREY)
-        scene = Scene.from_checkpoint(cfg, tree["scene"]).to(device)
+        scene = saved_scene(cfg, tree["scene"]).to(device)
     except (CheckpointError, ValueError) as error:
         raise EvaluateError(f"{source.path}: {error}") from error
     azimuths = np.arange(views) * (360 / views)
@@ -317,7 +317,7 @@ def _render(
     with torch.no_grad():
         for azimuth in azimuths.tolist():
             camera = eval_camera(cfg.cameras, azimuth, size=(size, size), device=device)
-            view = scene.render(camera, step)
+            view = scene.view(camera, step)
             images.append(to_uint8(view.rgb[0]))
             masks.append((view.opacity[0, ..., 0] > OPAQUE).cpu().numpy())
     seconds, memory_mib = cost(folder.metrics)

@@ -27,8 +27,9 @@ from dsd_fast.run import checkpoint, cli
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.command import run_command
 from dsd_fast.run.pictures import to_uint8, write_png
+from dsd_fast.run.state import saved_scene
 from dsd_fast.scene.cameras import eval_camera
-from dsd_fast.scene.scene import Scene
+from dsd_fast.scene.field_scene import FieldScene
 
 log = logging.getLogger("dsd_fast.evaluate")
 
@@ -95,7 +96,7 @@ def read_truth(folder: Path) -> Truth:
 
 
 @torch.no_grad()
-def render_as(cfg: TrainConfig, scene: Scene, step: int, truth: Truth) -> np.ndarray:
+def render_as(cfg: TrainConfig, scene: FieldScene, step: int, truth: Truth) -> np.ndarray:
     """A scene seen by the true views' cameras, over white: [V,S,S,3] float64 in [0,1]."""
     size = truth.rgba.shape[1:3]
     images = []
@@ -103,7 +104,7 @@ def render_as(cfg: TrainConfig, scene: Scene, step: int, truth: Truth) -> np.nda
     for elevation, azimuth, distance, fovy in zip(*(column.tolist() for column in columns)):
         cfg.cameras.eval_camera_distance, cfg.cameras.eval_fovy_deg = distance, fovy
         camera = eval_camera(cfg.cameras, azimuth, elevation, size=size, device=scene.device)
-        images.append(scene.render(camera, step).rgb[0].double().cpu().numpy())
+        images.append(scene.view(camera, step).rgb[0].double().cpu().numpy())
     return np.stack(images)
 
 
@@ -158,7 +159,7 @@ def compare(command: TruthCommand) -> dict:
             tree = checkpoint.load(path)
             cfg = from_dict(TrainConfig, tree["config"])
             cfg.background.eval_color = (1.0, 1.0, 1.0)
-            scene = Scene.from_checkpoint(cfg, tree["scene"]).to(device)
+            scene = saved_scene(cfg, tree["scene"]).to(device)
         except (CheckpointError, ConfigError) as error:
             raise EvaluateError(f"{run}: {error}") from error
         alone = (command.truth / TRUTH).is_file()

@@ -1,42 +1,48 @@
-"""Score distillation: text rows, noise levels, trajectories, and the formulations' gradients."""
+"""Score distillation: what views ask for, noise levels, trajectories, and the gradients of the
+formulations."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance.base import (
-    METHODS,
-    Guidance,
-    GuidanceConfig,
-    GuidanceOutput,
-    distillation_loss,
-)
-from dsd_fast.guidance.baselines import ASD, CSD, FSD, ISM, NFSD, SDI, SDS, settings
-from dsd_fast.guidance.conditions.multiview import MultiViewConfig, MultiViewDSD, MultiViewSDS
-from dsd_fast.guidance.conditions.text import combine, view_embeddings
-from dsd_fast.guidance.dsd import DSDGuidance, dsd_gradient
+
+# Formulations register themselves, and are listed in the order of these imports.
+from dsd_fast.guidance.dsd import DSDGuidance, dsd_gradient  # isort: skip
+from dsd_fast.guidance import baselines, vsd  # noqa: F401  isort: skip
+from dsd_fast.guidance.base import Guidance, GuidanceConfig, GuidanceOutput, distillation_loss
+from dsd_fast.guidance.conditions.base import Conditions
+from dsd_fast.guidance.conditions.multiview import MultiViewConditions, MultiViewConfig
+from dsd_fast.guidance.conditions.pose import PoseConditions
+from dsd_fast.guidance.conditions.text import TextConditions, view_embeddings
 from dsd_fast.guidance.levels import timestep
 from dsd_fast.guidance.plan import Plan
+from dsd_fast.guidance.registry import FORMULATIONS, formulation
+from dsd_fast.guidance.rows import combine
 from dsd_fast.guidance.trajectory import seed_noise
-from dsd_fast.guidance.vsd import VSD
 from dsd_fast.ranges import check
 
 __all__ = [
+    "FORMULATIONS",
     "METHODS",
+    "Conditions",
     "DSDGuidance",
     "Guidance",
     "GuidanceConfig",
     "GuidanceOutput",
+    "MultiViewConditions",
     "MultiViewConfig",
-    "MultiViewDSD",
-    "MultiViewSDS",
     "Plan",
+    "PoseConditions",
     "PromptEmbeddings",
+    "TextConditions",
     "combine",
     "distillation_loss",
     "dsd_gradient",
+    "formulation",
     "make_guidance",
     "seed_noise",
     "settings",
@@ -44,28 +50,22 @@ __all__ = [
     "view_embeddings",
 ]
 
-_CLASSES: dict[str, type[Guidance]] = {
-    "dsd": DSDGuidance,
-    "sds": SDS,
-    "sdi": SDI,
-    "asd": ASD,
-    "csd": CSD,
-    "nfsd": NFSD,
-    "ism": ISM,
-    "vsd": VSD,
-    "fsd": FSD,
-}
+# Names of the formulations, those registered later included.
+METHODS = FORMULATIONS.keys()
+
+
+def settings(method: str, max_steps: int) -> dict[str, Any]:
+    """Fields of GuidanceConfig that `--guidance.method` brings along; none for DSD."""
+    return FORMULATIONS[method].settings(max_steps)
 
 
 def make_guidance(
     cfg: GuidanceConfig,
     model: DiffusionModel,
-    prompts: PromptEmbeddings,
+    conditions: Conditions | PromptEmbeddings,
     noise: Tensor,
     max_steps: int,
 ) -> Guidance:
     """The formulation that `cfg.method` names; arguments and errors as of `Guidance`."""
     check(cfg)
-    if cfg.method not in _CLASSES:
-        raise ValueError(f"guidance.method {cfg.method} is for a multi-view model alone")
-    return _CLASSES[cfg.method](cfg, model, prompts, noise, max_steps)
+    return FORMULATIONS[cfg.method](cfg, model, conditions, noise, max_steps)

@@ -8,9 +8,10 @@ allows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,22 @@ from annotated_types import Interval
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS, noise_of_velocity
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance import passes
-from dsd_fast.guidance.conditions.text import TextMix, text_mix
+from dsd_fast.guidance.conditions.base import Conditions
+from dsd_fast.guidance.conditions.text import TextConditions
 from dsd_fast.guidance.levels import random_timesteps, shifted_level, timestep
-from dsd_fast.guidance.passes import Batch
+from dsd_fast.guidance.passes import Batch, Gradient
 from dsd_fast.guidance.plan import Plan
+from dsd_fast.guidance.registry import FORMULATIONS
 from dsd_fast.ranges import Bins, ConfigError, NonNegative, Registered, ShareOverRun, check
 from dsd_fast.schedules import Schedule
-from dsd_fast.upload import Pack
 
-METHODS = ("dsd", "sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
-# Of multi-view models alone.
-OWN_METHODS = ("recon",)
 TRAJECTORIES = ("exact", "cached")
 
-_METHOD = Registered(lambda: (*METHODS, *OWN_METHODS))
+_METHOD = Registered(lambda: FORMULATIONS)
 
 
 @dataclass
@@ -138,38 +137,76 @@ class GuidanceOutput(NamedTuple):
     finite: Tensor
 
 
-class Guidance:
+class Asked(NamedTuple):
+    """What the host's part of a step is asked: of B items, on the CPU."""
+
+    elevation: Tensor  # degrees, float32 [B]
+    azimuth: Tensor
+    t: Tensor  # levels, int64 [B]
+    t_delta: Tensor
+    chance: dict[str, Tensor]  # of `Guidance.draw_noise`, [B,...]
+
+
+class Guidance(ABC):
     """Guidance of a training loop: an image in, a scalar loss with the gradient out.
 
-    Formulations implement `plan_levels` and `at_plan`. The seed noise is the state that must
-    survive a resume, and, of formulations that learn, `learned_state`.
+    A formulation is one class: it says its name, its paper's settings and what it needs, implements
+    `_plan` and `_gradient`, and is registered by `registry.formulation`. The seed noise is the
+    state that must survive a resume, and, of formulations that learn, `learned_state`.
+
+    Where the model predicts several views at once (`Conditions.n_views`), views are folded into
+    items: B*V views are B items of V*C channels, with one level and one trajectory each.
 
     Args:
         cfg: settings.
         model: frozen diffusion model.
-        prompts: embeddings of the four views.
-        noise: seed noise [1,C,h,w] of `seed_noise`, the size of the model's latents; or [S,C,h,w]
+        conditions: what predictions are conditioned on, or the embeddings of the four views, which
+            stand for `TextConditions`.
+        noise: seed noise [V,C,h,w] of `seed_noise`, the size of the model's latents; or [S*V,C,h,w]
             for as many seeds at once, item i of a batch of S then belonging to seed i.
         max_steps: horizon of the annealing, the length of the run (Q25).
+    Raises:
+        ValueError: settings, conditions or noise that do not fit.
     """
+
+    # The formulation's name: a value of `--guidance.method`.
+    name: ClassVar[str]
+    # Kinds of `Conditions` that it works with.
+    works_with: ClassVar[tuple[str, ...]] = ("text",)
+    # Whether it wants the embedding of what a picture should not be (`PromptEmbeddings.poor`).
+    needs_poor: ClassVar[bool] = False
+    # Whether it learns along with one run, so that runs side by side cannot share it.
+    one_run: ClassVar[bool] = False
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        """Fields of GuidanceConfig that the formulation brings along: its paper's."""
+        return {}
 
     def __init__(
         self,
         cfg: GuidanceConfig,
         model: DiffusionModel,
-        prompts: PromptEmbeddings,
+        conditions: Conditions | PromptEmbeddings,
         noise: Tensor,
         max_steps: int,
     ):
         check(cfg)
-        self.cfg = cfg
-        self.model = model
+        if isinstance(conditions, PromptEmbeddings):
+            conditions = TextConditions(conditions, model, cfg)
+        if conditions.kind not in self.works_with:
+            raise ValueError(f"guidance: {self.name} does not work with {conditions.title}")
+        self.cfg, self.model, self.conditions = cfg, model, conditions
+        self.n_views = conditions.n_views
         self.max_steps = max_steps
         self.min_percent = Schedule.parse(cfg.min_step_percent)
         self.max_percent = Schedule.parse(cfg.max_step_percent)
-        self._condition(prompts)
-        self._abar = model.alphas_cumprod.to(model.device, torch.float32)
-        self._n_seeds = noise.shape[0]
+        self._path = model.noise_path
+        self._n_seeds = max(len(noise) // self.n_views, 1)
+        if self.one_run and self._n_seeds != 1:
+            raise ValueError(
+                f"--guidance.method {self.name} trains adapters for one run: drop --num-seeds"
+            )
         self.load_state_dict({"noise": noise})
 
     def __call__(
@@ -224,7 +261,11 @@ class Guidance:
         return self.at_plan(latents, self.plan(elevation_deg, azimuth_deg, step, generator))
 
     def levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """t and t_delta of a step, int64 [B] on the CPU."""
+        """t and t_delta of a step for so many views, int64 [B] on the CPU; one an item."""
+        t, t_delta = self._levels(self._n_items(n_items), step, generator)
+        return t.repeat_interleave(self.n_views), t_delta.repeat_interleave(self.n_views)
+
+    def _levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         low, high = self.min_percent(step), self.max_percent(step)
         if self.cfg.t_anneal:
             level = timestep(step, self.max_steps, low, high, self.cfg.sqrt_anneal)
@@ -271,6 +312,7 @@ class Guidance:
         chance = self.draw_noise(elevation.numel(), generator)
         return self.plan_levels(elevation, azimuth, t, t_delta, chance)
 
+    @torch.no_grad()
     def plan_levels(
         self,
         elevation_deg: Tensor | float,
@@ -280,11 +322,68 @@ class Guidance:
         chance: Mapping[str, Tensor] | None = None,
     ) -> Plan:
         """The same at given levels, one or [B], with what `draw_noise` drew; draws nothing."""
-        raise NotImplementedError
+        elevation, azimuth = angles(elevation_deg, azimuth_deg)
+        n_views, chance = azimuth.numel(), dict(chance or {})
+        n_items = self._n_items(n_views)
+        if self._n_seeds not in (1, n_items):
+            raise ValueError(
+                f"guidance: expected a view for each of the {self._n_seeds} seeds, got {n_items}"
+            )
+        elevation, azimuth = self.conditions.items(elevation, azimuth)
+        t_delta = self._other_level(torch.as_tensor(t), t_delta, chance)
+        t, t_delta = (
+            self._of_items(name, levels_of(name, level, n_views))
+            for name, level in (("t", t), ("t_delta", t_delta))
+        )
+        for name, drawn in chance.items():
+            if len(drawn) != n_views:
+                raise ValueError(
+                    f"guidance: expected {name!r} of draw_noise for {n_views} views, "
+                    f"got that of {len(drawn)}"
+                )
+        folded = {name: self._fold(drawn) for name, drawn in chance.items()}
+        return self._plan(Asked(elevation, azimuth, t, t_delta, folded))
+
+    @abstractmethod
+    def _plan(self, asked: Asked) -> Plan:
+        """The formulation's own part of `plan_levels`."""
+
+    def _other_level(
+        self, t: Tensor, t_delta: Tensor | int, chance: Mapping[str, Tensor]
+    ) -> Tensor | int:
+        """The second level of a formulation that has one of its own."""
+        return t_delta
 
     def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
         """The device's part of a step: the loss for latents [B,C,h,w] of the model's size."""
-        raise NotImplementedError
+        size = self.model.latent_size
+        expected = (plan.kind.n_items * self.n_views, self.model.latent_channels, size, size)
+        if latents.shape != expected:
+            raise ValueError(
+                f"guidance: expected latents {list(expected)}, got {list(latents.shape)}"
+            )
+        x = latents.detach().float().contiguous()
+        with torch.no_grad():
+            found, noisy = self._gradient(self._fold(x), plan)
+            grad = self._unfold(found.grad)
+            # A mean over views.
+            loss = found.loss if self.n_views == 1 else found.loss / self.n_views
+        return GuidanceOutput(
+            loss=distillation_loss(latents, grad, loss),
+            grad_norm=found.grad_norm,
+            t=plan.t.repeat_interleave(self.n_views),
+            t_delta=plan.t_delta.repeat_interleave(self.n_views),
+            latents=x,
+            target=self._unfold(found.target),
+            grad=grad,
+            latents_noisy=self._unfold(noisy),
+            finite=found.finite,
+        )
+
+    @abstractmethod
+    def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
+        """The formulation's own part of `at_plan`, for items x [B,C,h,w] float32: the gradient, and
+        x at the level t_delta or t."""
 
     @property
     def can_capture(self) -> bool:
@@ -292,25 +391,20 @@ class Guidance:
         return True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The seed noise, on the CPU (Q12)."""
-        return {"noise": self.noise.cpu()}
+        """The seed noise [S*V,C,h,w], on the CPU (Q12)."""
+        return {"noise": self._unfold(self.noise).cpu()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a seed noise."""
         model, noise = self.model, state["noise"]
         size = model.latent_size
-        expected = (self._n_seeds, self._item_channels, size, size)
+        expected = (self._n_seeds * self.n_views, model.latent_channels, size, size)
         if noise.shape != expected:
             raise ValueError(
                 f"guidance: expected seed noise {list(expected)}, the size of the model's latents, "
                 f"got {list(noise.shape)}"
             )
-        self.noise = noise.to(model.device, torch.float32)
-
-    @property
-    def _item_channels(self) -> int:
-        """Channels of an item's latents."""
-        return self.model.latent_channels
+        self.noise = self._fold(noise.to(model.device, torch.float32))
 
     def learned_state(self) -> dict[str, object]:
         """What a formulation has learned so far, for the checkpoint of its one run."""
@@ -318,46 +412,48 @@ class Guidance:
 
     def load_learned_state(self, state: Mapping[str, object]) -> None:
         """Take over a `learned_state`."""
+        return
 
-    def _predict(self, batch: Batch, text: Tensor) -> Tensor:
-        """The UNet's noise for a batch of rows, in its own dtype."""
-        eps = self.model.engine(batch.rows, batch.levels, text)
-        if self.model.prediction_type == "epsilon":
-            return eps
-        return noise_of_velocity(eps.float(), batch.rows.float(), self._abar[batch.levels])
+    def _predict(self, batch: Batch, condition: Condition) -> Tensor:
+        """The UNet's noise for a batch of rows, in its own dtype where it predicts noise."""
+        rows, levels = batch.rows, batch.levels
+        if self.n_views > 1:
+            rows, levels = self._unfold(rows), levels.repeat_interleave(self.n_views)
+            condition = condition.map(lambda tensor: tensor.flatten(0, 1))
+        prediction = self.model.engine(rows, levels, condition)
+        if self._path.prediction != "epsilon":
+            prediction = self._path.noise(prediction.float(), rows.float(), levels)
+        return self._fold(prediction)
 
-    # ---- what predictions are conditioned on ----------------------------------------------------
+    # ---- views folded into items ----------------------------------------------------------------
 
-    def _condition(self, prompts: PromptEmbeddings) -> None:
-        """Take over what rows of the UNet's batch are made of."""
-        # What text rows are mixed from.
-        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(self.model.device)
+    def _fold(self, views: Tensor) -> Tensor:
+        """[B*V,C,...] -> [B,V*C,...]."""
+        if self.n_views == 1:
+            return views
+        return views.unflatten(0, (-1, self.n_views)).flatten(1, 2)
 
-    def _rows_of(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> TextMix:
-        """What decides the text rows of cameras at these angles [B], on the CPU."""
-        return text_mix(elevation_deg, azimuth_deg, self.cfg.use_perp_neg)
+    def _unfold(self, items: Tensor) -> Tensor:
+        """[B,V*C,...] -> [B*V,C,...]."""
+        if self.n_views == 1:
+            return items
+        return items.unflatten(1, (self.n_views, -1)).flatten(0, 1)
 
-    def _text(self, rows: Mapping[str, Tensor] | Pack) -> Tensor:
-        """Text rows [N,L,D] in the UNet's dtype, of the columns of `_rows_of` on the device."""
-        return passes.text(
-            self._bank, rows["first"], rows["second"], rows["share"], self.model.dtype
-        )
-
-    # ---- checks ---------------------------------------------------------------------------------
-
-    def _check_seeds(self, n_items: int) -> None:
-        if self._n_seeds not in (1, n_items):
+    def _n_items(self, n_views: int) -> int:
+        if n_views == 0 or n_views % self.n_views:
             raise ValueError(
-                f"guidance: expected a view for each of the {self._n_seeds} seeds, got {n_items}"
+                f"guidance: expected the {self.n_views} views of every object, got {n_views} views"
             )
+        return n_views // self.n_views
 
-    def _check_latents(self, latents: Tensor, n_items: int) -> None:
-        size = self.model.latent_size
-        expected = (n_items, self._item_channels, size, size)
-        if latents.shape != expected:
+    def _of_items(self, name: str, levels: Tensor) -> Tensor:
+        """[B] of [B*V] levels, one for all views of an item."""
+        each = levels.reshape(-1, self.n_views)
+        if not torch.equal(each, each[:, :1].expand_as(each)):
             raise ValueError(
-                f"guidance: expected latents {list(expected)}, got {list(latents.shape)}"
+                f"{name}: expected one level for the views of an object, got {each.tolist()}"
             )
+        return each[:, 0].contiguous()
 
     def _check_views(
         self, elevation_deg: Tensor | float, azimuth_deg: Tensor | float, n_items: int
@@ -406,11 +502,6 @@ def angles(elevation_deg: Tensor | float, azimuth_deg: Tensor | float) -> tuple[
         for angle in (elevation_deg, azimuth_deg)
     )
     return elevation, azimuth
-
-
-def row_columns(mix: TextMix) -> dict[str, Tensor]:
-    """The fields of a mix that have an entry a row, by name."""
-    return {name: value for name, value in mix._asdict().items() if name != "weights"}
 
 
 def levels_of(name: str, value: Tensor | int, n_items: int) -> Tensor:

@@ -1,39 +1,41 @@
 """The formulations that DSD is compared with, on the same engine (DSD_SPEC 12).
 
-x_t = alpha_t x + sigma_t eps, w = 1 - abar_t (or sigma_t / alpha_t, `weighting`), e_y and e_0 the
+x_t = alpha_t x + sigma_t eps, w = sigma_t^2 (or sigma_t / alpha_t, `weighting`), e_y and e_0 the
 predictions with and without the prompt, p = e_y - e_0, in Perp-Neg with its weighted negatives
-added; e^s = e_0 + s p, the usual convention. Each class has its gradient with respect to x, and the
-paper that it is from; `SETTINGS` has the papers' scales and noise levels.
+added; e^s = e_0 + s p, the usual convention. Each class has its gradient with respect to x, the
+paper that it is from, and that paper's scale and noise levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import passes
-from dsd_fast.guidance.base import (
-    Guidance,
-    GuidanceConfig,
-    GuidanceOutput,
-    angles,
-    distillation_loss,
-    levels_of,
-    row_columns,
-)
-from dsd_fast.guidance.conditions.text import expand_rows
-from dsd_fast.guidance.passes import Batch, Guide
-from dsd_fast.guidance.plan import Plan, PlanKind
-from dsd_fast.guidance.trajectory import ddim_step
+from dsd_fast.guidance.base import Asked, Guidance, GuidanceConfig
+from dsd_fast.guidance.conditions.base import Conditions
+from dsd_fast.guidance.passes import Batch, Gradient, Guide
+from dsd_fast.guidance.plan import Noise, Plan, PlanKind
+from dsd_fast.guidance.registry import formulation
+from dsd_fast.guidance.rows import expand_rows
 
 _LAST_LEVEL = NUM_TRAIN_TIMESTEPS - 1
-_ANY_LEVEL = {"t_anneal": False, "min_step_percent": 0.02, "max_step_percent": 0.98}
+# Most papers': any level at any time, and the scale of samplers.
+ANY_LEVEL = {
+    "guidance_scale": 7.5,
+    "t_anneal": False,
+    "min_step_percent": 0.02,
+    "max_step_percent": 0.98,
+}
+# Keeps the ratio of two standard deviations finite.
+_STD_EPS = 1e-8
 
 
 class Parts(NamedTuple):
@@ -47,15 +49,16 @@ class Parts(NamedTuple):
         return self.unconditional + scale * self.toward
 
 
-class Rival(Guidance):
+class Baseline(Guidance):
     """A formulation whose gradient is w (a - b), of predictions at noisy renderings.
 
-    Subclasses say what they draw and what a - b is.
+    Subclasses say what they draw and what a - b is. A batch of several views' objects has one level
+    t, as MVDream's.
     """
 
-    noise = "drawn"
+    noise: ClassVar[Noise] = "drawn"
     # Names of what `draw_noise` draws.
-    draws: tuple[str, ...] = ("eps",)
+    draws: ClassVar[tuple[str, ...]] = ("eps",)
 
     def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise eps [B,C,h,w], fresh every step."""
@@ -63,65 +66,35 @@ class Rival(Guidance):
         shape = (n_items, self.model.latent_channels, size, size)
         return {"eps": torch.randn(shape, generator=generator)}
 
-    @torch.no_grad()
-    def plan_levels(
-        self,
-        elevation_deg: Tensor | float,
-        azimuth_deg: Tensor | float,
-        t: Tensor | int,
-        t_delta: Tensor | int,
-        chance: Mapping[str, Tensor] | None = None,
-    ) -> Plan:
-        """As `Guidance.plan_levels`."""
-        elevation, azimuth = angles(elevation_deg, azimuth_deg)
-        n_items = elevation.numel()
-        self._check_seeds(n_items)
-        t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
-        mix = self._rows_of(elevation, azimuth)
-        tensors = {"t": t, "t_delta": t_delta, "elevation": elevation, "azimuth": azimuth}
-        tensors |= row_columns(mix)
-        if mix.weights is not None:
-            tensors["weights"] = mix.weights
-        chance = dict(chance or {})
-        for name in self.draws:
-            if name not in chance or len(chance[name]) != n_items:
-                got = f"that of {len(chance[name])}" if name in chance else "none"
-                raise ValueError(
-                    f"guidance: {self.cfg.method} needs {name!r} of draw_noise for {n_items} "
-                    f"items, got {got}"
-                )
+    def _levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if self.n_views == 1:
+            return super()._levels(n_items, step, generator)
+        t, _ = super()._levels(1, step, generator)
+        return t.expand(n_items), t.expand(n_items)
+
+    def _plan(self, asked: Asked) -> Plan:
+        n_items, t, t_delta = len(asked.t), asked.t, asked.t_delta
+        if missing := set(self.draws) - asked.chance.keys():
+            raise ValueError(
+                f"guidance: {self.name} needs {min(missing)!r} of draw_noise for {n_items} items, "
+                "got none"
+            )
+        rows = self.conditions.rows(asked.elevation, asked.azimuth)
+        tensors = {"t": t, "t_delta": t_delta, "elevation": asked.elevation}
+        tensors |= {"azimuth": asked.azimuth, **rows.columns, **asked.chance}
+        if rows.weights is not None:
+            tensors["weights"] = rows.weights
         strides = self._strides(t, t_delta)
         if strides:
             tensors["path"] = torch.stack([torch.stack(stride) for stride in strides])
         kind = PlanKind(n_items, self.noise, False, len(strides))
-        return Plan(kind, t, t_delta, tensors | chance, self.model.device)
+        return Plan(kind, t, t_delta, tensors, self.model.device)
 
-    def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
-        """As `Guidance.at_plan`."""
-        self._check_latents(latents, plan.kind.n_items)
-        x = latents.detach().float().contiguous()
-        with torch.no_grad():
-            grad, noisy = self._gradient(x, plan)
-            finite = grad.isfinite().all()
-            loss = 0.5 * grad.square().sum() / len(x)
-        return GuidanceOutput(
-            loss=distillation_loss(latents, grad, loss),
-            grad_norm=grad.norm(),
-            t=plan.t,
-            t_delta=plan.t_delta,
-            latents=x,
-            target=x - grad,
-            grad=grad,
-            latents_noisy=noisy,
-            finite=finite,
-        )
-
-    def _gradient(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """w (a - b), and x at the level that a is of: [B,C,h,w] float32."""
-        alpha, sigma = self._signal(plan.tensors["t"])
-        weight = sigma / alpha if self.cfg.weighting == "ddim" else sigma.square()
+    def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
+        """w (a - b), and x at the level that a is of."""
         difference, noisy = self._difference(x, plan)
-        return weight * difference, noisy
+        weight = self._path.weight(plan.tensors["t"], self.cfg.weighting)
+        return Gradient.of(weight * difference, x), noisy
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """a - b of the formulation, and x at the level that a is of: [B,C,h,w] float32."""
@@ -132,23 +105,20 @@ class Rival(Guidance):
         have arrived stay where they are."""
         return []
 
-    def _signal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma [B,1,1,1] of levels [B] on the device."""
-        abar = self._abar[t].view(-1, 1, 1, 1)
-        return abar.sqrt(), (1 - abar).sqrt()
-
-    def _noisy(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self._signal(t)
-        return alpha * x + sigma * eps
-
     def _rows(self, z: Tensor, t: Tensor) -> Batch:
         """The UNet's batch for z [B,C,h,w] at levels t [B]."""
         perp_neg = self.cfg.use_perp_neg
         return Batch(z, expand_rows(z, perp_neg).to(self.model.dtype), expand_rows(t, perp_neg))
 
-    def _parts(self, z: Tensor, t: Tensor, text: Tensor, plan: Plan) -> Parts:
+    def _parts(self, z: Tensor, t: Tensor, condition: Condition, plan: Plan) -> Parts:
         """Predictions at z [B,C,h,w], levels t [B]: one UNet call."""
-        return self._taken_apart(self._predict(self._rows(z, t), text), plan)
+        return self._taken_apart(self._predict(self._rows(z, t), condition), plan)
+
+    def _at_noise(self, x: Tensor, eps: Tensor, plan: Plan) -> tuple[Parts, Tensor]:
+        """Predictions at x with noise eps, and x with it, at the plan's level t."""
+        t = plan.tensors["t"]
+        noisy = self._path.noisy(x, eps, t)
+        return self._parts(noisy, t, self.conditions.condition(plan.tensors), plan), noisy
 
     def _taken_apart(self, eps: Tensor, plan: Plan) -> Parts:
         weights = plan.tensors["weights"] if self.cfg.use_perp_neg else None
@@ -157,82 +127,116 @@ class Rival(Guidance):
         return Parts(unconditional, passes.combine(eps, Guide(weights, True), 1.0) - unconditional)
 
 
-class SDS(Rival):
+@formulation
+class SDS(Baseline):
     """w (e^s(x_t) - eps) with fresh eps: DreamFusion (Poole et al. 2022, Eq. 3), s = 100."""
+
+    name, works_with = "sds", ("text", "views", "pose")
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        return ANY_LEVEL | {"guidance_scale": 100.0}
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         eps = plan.tensors["eps"]
-        noisy = self._noisy(x, eps, plan.tensors["t"])
-        parts = self._parts(noisy, plan.tensors["t"], self._text(plan.tensors), plan)
+        parts, noisy = self._at_noise(x, eps, plan)
         return parts.at(self.cfg.guidance_scale) - eps, noisy
 
 
-class CSD(Rival):
+@formulation
+class CSD(Baseline):
     """w p(x_t), the classifier's part of SDS alone (Yu et al. 2023); s multiplies it."""
 
+    name = "csd"
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        return ANY_LEVEL | {"guidance_scale": 1.0}
+
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        noisy = self._noisy(x, plan.tensors["eps"], plan.tensors["t"])
-        parts = self._parts(noisy, plan.tensors["t"], self._text(plan.tensors), plan)
+        parts, noisy = self._at_noise(x, plan.tensors["eps"], plan)
         return self.cfg.guidance_scale * parts.toward, noisy
 
 
-class NFSD(Rival):
+@formulation
+class NFSD(Baseline):
     """w (delta_D + s p), delta_D = e_0(x_t) where t < 200, else e_0 - e_neg: Noise-Free Score
     Distillation (Katzir et al. 2023), e_neg the prediction for a prompt of what is
     poor (`poor` of the embeddings)."""
 
+    name, needs_poor = "nfsd", True
     FREE_OF_NOISE = 200
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        return ANY_LEVEL
 
     def __init__(
         self,
         cfg: GuidanceConfig,
         model: DiffusionModel,
-        prompts: PromptEmbeddings,
+        conditions: Conditions | PromptEmbeddings,
         noise: Tensor,
         max_steps: int,
     ):
-        super().__init__(cfg, model, prompts, noise, max_steps)
-        if prompts.poor is None:
+        super().__init__(cfg, model, conditions, noise, max_steps)
+        poor = self.conditions.prompts.poor
+        if poor is None:
             raise ValueError("guidance: nfsd needs the embedding of a poor prompt, `poor`")
-        self._poor = prompts.poor.to(model.device, model.dtype)
+        self._poor = poor.to(model.device, model.dtype)
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         t = plan.tensors["t"]
-        noisy = self._noisy(x, plan.tensors["eps"], t)
+        noisy = self._path.noisy(x, plan.tensors["eps"], t)
         batch, n_items = self._rows(noisy, t), len(x)
         rows = torch.cat([batch.rows, noisy.to(self.model.dtype)])
-        text = torch.cat([self._text(plan.tensors), self._poor.expand(n_items, -1, -1)])
-        eps = self._predict(Batch(noisy, rows, torch.cat([batch.levels, t])), text)
+        poor = Condition(self._poor.expand(n_items, -1, -1))
+        condition = Condition.cat([self.conditions.condition(plan.tensors), poor])
+        eps = self._predict(Batch(noisy, rows, torch.cat([batch.levels, t])), condition)
         parts = self._taken_apart(eps[:-n_items].contiguous(), plan)
         has_noise = (t >= self.FREE_OF_NOISE).view(-1, 1, 1, 1)
         domain = parts.unconditional - torch.where(has_noise, eps[-n_items:].float(), 0.0)
         return domain + self.cfg.guidance_scale * parts.toward, noisy
 
 
-class ASD(Rival):
+@formulation
+class ASD(Baseline):
     """w (e^s(x_t) - e_y(x_t+)), the same fresh eps at both levels and t+ >= t: Asynchronous Score
     Distillation (ScaleDreamer, Ma et al. 2024)."""
+
+    name = "asd"
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        return ANY_LEVEL
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         tensors = plan.tensors
         t, later, eps = tensors["t"], tensors["t_delta"], tensors["eps"]
-        noisy, text = self._noisy(x, eps, t), self._text(plan.tensors)
+        noisy, condition = self._path.noisy(x, eps, t), self.conditions.condition(tensors)
         batch, n_items = self._rows(noisy, t), len(x)
-        rows = torch.cat([batch.rows, self._noisy(x, eps, later).to(self.model.dtype)])
-        text = torch.cat([text, text[:n_items]])
-        predicted = self._predict(Batch(noisy, rows, torch.cat([batch.levels, later])), text)
+        rows = torch.cat([batch.rows, self._path.noisy(x, eps, later).to(self.model.dtype)])
+        condition = Condition.cat([condition, condition.rows(0, n_items)])
+        predicted = self._predict(Batch(noisy, rows, torch.cat([batch.levels, later])), condition)
         parts = self._taken_apart(predicted[:-n_items].contiguous(), plan)
         return parts.at(self.cfg.guidance_scale) - predicted[-n_items:].float(), noisy
 
 
-class FSD(Rival):
+@formulation
+class FSD(Baseline):
     """w (e^s(x_t) - eps(c)), eps(c) fixed for the run: Flow Score Distillation (Yan et al. 2024).
 
     The noise of a view c is the seed noise as a map of the world around the object: it is shifted
     by the view's azimuth and elevation, whole pixels at a time, and meets itself after a turn.
     """
 
+    name = "fsd"
+
     draws = ()
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        return ANY_LEVEL | {"t_anneal": True}
 
     def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Nothing: the seed noise is all."""
@@ -240,8 +244,7 @@ class FSD(Rival):
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         eps = self.noise_of_views(plan.tensors["elevation"], plan.tensors["azimuth"])
-        noisy = self._noisy(x, eps, plan.tensors["t"])
-        parts = self._parts(noisy, plan.tensors["t"], self._text(plan.tensors), plan)
+        parts, noisy = self._at_noise(x, eps, plan)
         return parts.at(self.cfg.guidance_scale) - eps, noisy
 
     def noise_of_views(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> Tensor:
@@ -257,7 +260,8 @@ class FSD(Rival):
         return flat.gather(2, index).view(n_items, channels, size, size)
 
 
-class ISM(Rival):
+@formulation
+class ISM(Baseline):
     """(sigma / alpha) (e^s(x_t) - e_0(x_s)), s = t - 50: Interval Score Matching (LucidDreamer,
     Liang et al. 2023).
 
@@ -265,34 +269,34 @@ class ISM(Rival):
     0; x_t is 50 levels more. `t_delta` of its plans is s.
     """
 
+    name = "ism"
+
     noise = "inverted"
     draws = ()
     STRIDE, INTERVAL = 200, 50
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        return ANY_LEVEL | {"weighting": "ddim"}
 
     def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Nothing: the inversion has no chance in it."""
         return {}
 
-    @torch.no_grad()
-    def plan_levels(
-        self,
-        elevation_deg: Tensor | float,
-        azimuth_deg: Tensor | float,
-        t: Tensor | int,
-        t_delta: Tensor | int,
-        chance: Mapping[str, Tensor] | None = None,
-    ) -> Plan:
-        """As `Guidance.plan_levels`; the t_delta given is not looked at."""
-        s = (torch.as_tensor(t) - self.INTERVAL).clamp_min(0)
-        return super().plan_levels(elevation_deg, azimuth_deg, t, s, chance)
+    def _other_level(
+        self, t: Tensor, t_delta: Tensor | int, chance: Mapping[str, Tensor]
+    ) -> Tensor | int:
+        """s; the t_delta given is not looked at."""
+        return (t - self.INTERVAL).clamp_min(0)
 
     def _strides(self, t: Tensor, t_delta: Tensor) -> list[tuple[Tensor, Tensor]]:
         starts = range(0, int(t_delta.max()), self.STRIDE)
         return [(t_delta.clamp_max(i), t_delta.clamp_max(i + self.STRIDE)) for i in starts]
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        text, n_items, tensors = self._text(plan.tensors), len(x), plan.tensors
-        unconditional = text[n_items : 2 * n_items]
+        n_items, tensors = len(x), plan.tensors
+        condition = self.conditions.condition(tensors)
+        unconditional = condition.rows(n_items, 2 * n_items)
 
         def e_0(z: Tensor, level: Tensor) -> Tensor:
             return self._predict(Batch(z, z.to(self.model.dtype), level), unconditional).float()
@@ -300,14 +304,15 @@ class ISM(Rival):
         z = x
         for i in range(plan.kind.strides):
             here, there = tensors["path"][i]
-            z = _moved(z, e_0(z, here), here, there, self._abar)
+            z = self._path.step(z, e_0(z, here), here, there)
         at_s = e_0(z, tensors["t_delta"])
-        noisy = _moved(z, at_s, tensors["t_delta"], tensors["t"], self._abar)
-        parts = self._parts(noisy, tensors["t"], text, plan)
+        noisy = self._path.step(z, at_s, tensors["t_delta"], tensors["t"])
+        parts = self._parts(noisy, tensors["t"], condition, plan)
         return parts.at(self.cfg.guidance_scale) - at_s, noisy
 
 
-class SDI(Rival):
+@formulation
+class SDI(Baseline):
     """(sigma / alpha) (e^s(x_t) - kappa) = x - x0(x_t): Score Distillation via Inversion
     (Lukoianov et al. 2024).
 
@@ -316,10 +321,23 @@ class SDI(Rival):
     authors' code does. `t_delta` of its plans is that level.
     """
 
+    name = "sdi"
+
     noise = "inverted"
     draws = ("eps", "above")
     N_STEPS, SCALE, ETA = 10, -7.5, 0.3
     STRIDE = NUM_TRAIN_TIMESTEPS // N_STEPS
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        return {
+            "guidance_scale": 7.5,
+            "weighting": "ddim",
+            "t_anneal": True,
+            "sqrt_anneal": False,
+            "min_step_percent": 0.25,
+            "max_step_percent": 0.98,
+        }
 
     def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise of every stride [B,N_STEPS,C,h,w], and how far above t the inversion ends [B]."""
@@ -330,20 +348,13 @@ class SDI(Rival):
             "above": torch.rand(n_items, generator=generator),
         }
 
-    @torch.no_grad()
-    def plan_levels(
-        self,
-        elevation_deg: Tensor | float,
-        azimuth_deg: Tensor | float,
-        t: Tensor | int,
-        t_delta: Tensor | int,
-        chance: Mapping[str, Tensor] | None = None,
-    ) -> Plan:
-        """As `Guidance.plan_levels`; the t_delta given is not looked at."""
-        end = torch.as_tensor(t)
-        if chance and "above" in chance:
-            end = (end + (chance["above"] * self.STRIDE).long()).clamp_max(_LAST_LEVEL)
-        return super().plan_levels(elevation_deg, azimuth_deg, t, end, chance)
+    def _other_level(
+        self, t: Tensor, t_delta: Tensor | int, chance: Mapping[str, Tensor]
+    ) -> Tensor | int:
+        """Where the inversion ends; the t_delta given is not looked at."""
+        if "above" not in chance:
+            return t
+        return (t + (chance["above"] * self.STRIDE).long()).clamp_max(_LAST_LEVEL)
 
     def _strides(self, t: Tensor, t_delta: Tensor) -> list[tuple[Tensor, Tensor]]:
         """They begin below t; the last goes to the end."""
@@ -355,64 +366,65 @@ class SDI(Rival):
         return strides
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        text, t = self._text(plan.tensors), plan.tensors["t"]
-        kappa = self._inverted(x, text, plan)
-        noisy = self._noisy(x, kappa, t)
-        parts = self._parts(noisy, t, text, plan)
+        condition, t = self.conditions.condition(plan.tensors), plan.tensors["t"]
+        kappa = self._inverted(x, condition, plan)
+        noisy = self._path.noisy(x, kappa, t)
+        parts = self._parts(noisy, t, condition, plan)
         return parts.at(self.cfg.guidance_scale) - kappa, noisy
 
-    def _inverted(self, x: Tensor, text: Tensor, plan: Plan) -> Tensor:
+    def _inverted(self, x: Tensor, condition: Condition, plan: Plan) -> Tensor:
         """The noise of x after inversion."""
-        z, abar, tensors = x, self._abar, plan.tensors
+        z, path, tensors = x, self._path, plan.tensors
         for i in range(plan.kind.strides):
             here, there = tensors["path"][i]
-            eps = self._parts(z, here, text, plan).at(self.SCALE)
+            eps = self._parts(z, here, condition, plan).at(self.SCALE)
             # DDIM's variance between the two levels (Song et al. 2021, Eq. 16); zero between equal
             # ones, and no root of less than that.
-            a, b = abar[here], abar[there]
-            spread = self.ETA * ((1 - a) / (1 - b) * (1 - b / a)).clamp_min(0).sqrt()
-            z = _moved(z, eps, here, there, abar)
-            z = z + spread.view(-1, 1, 1, 1) * tensors["eps"][:, i]
-        alpha, sigma = self._signal(tensors["t_delta"])
+            (alpha, sigma), (alpha_there, sigma_there) = path.at(here), path.at(there)
+            kept = (alpha_there / alpha).square()
+            spread = self.ETA * ((sigma / sigma_there).square() * (1 - kept)).clamp_min(0).sqrt()
+            z = path.step(z, eps, here, there) + spread * tensors["eps"][:, i]
+        alpha, sigma = path.at(tensors["t_delta"])
         return (z - alpha * x) / sigma
 
 
-def _moved(z: Tensor, eps: Tensor, here: Tensor, there: Tensor, abar: Tensor) -> Tensor:
-    """z [B,C,h,w] at levels `here` [B] by eps to levels `there`; where both are one, z."""
-    moved = ddim_step(z, eps, here, there, abar)
-    return torch.where((here == there).view(-1, 1, 1, 1), z, moved)
+@formulation
+class Reconstruction(SDS):
+    """x - y, MVDream's own loss (Shi et al. 2023, Sec. 3.2 and appendix), of multi-view models.
+
+    y = r f x0^s + (1 - r) x0^s, where x0^s and x0^y are the clean images that e^s and e_y imply,
+    f = std(x0^y) / std(x0^s) over an object's views, and r is `recon_std_rescale`.
+    """
+
+    name, works_with = "recon", ("views",)
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        """Those of its preset."""
+        return {}
+
+    def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
+        t = plan.tensors["t"]
+        parts, noisy = self._at_noise(x, plan.tensors["eps"], plan)
+        clean, plain = (
+            self._path.clean(noisy, parts.at(scale), t) for scale in (self.cfg.guidance_scale, 1.0)
+        )
+        share = self.conditions.views.recon_std_rescale
+        return Gradient.of(x - rescaled(clean, plain, share), x), noisy
 
 
-# What a formulation sets of a `GuidanceConfig`: its paper's, and 1/5 of the run for VSD's change of
-# levels, after 5,000 of 25,000 steps in its authors' code.
-def settings(method: str, max_steps: int) -> dict[str, Any]:
-    """Fields of GuidanceConfig that `--guidance.method` brings along; none for DSD."""
-    later = max(max_steps // 5, 1)
-    by_method: dict[str, dict[str, Any]] = {
-        "dsd": {},
-        "sds": {"guidance_scale": 100.0, **_ANY_LEVEL},
-        "csd": {"guidance_scale": 1.0, **_ANY_LEVEL},
-        "nfsd": {"guidance_scale": 7.5, **_ANY_LEVEL},
-        "asd": {"guidance_scale": 7.5, **_ANY_LEVEL},
-        "ism": {"guidance_scale": 7.5, "weighting": "ddim", **_ANY_LEVEL},
-        "vsd": {
-            "guidance_scale": 7.5,
-            **_ANY_LEVEL,
-            "max_step_percent": (later, 0.98, 0.5, later + 1),
-        },
-        "fsd": {
-            "guidance_scale": 7.5,
-            "t_anneal": True,
-            "min_step_percent": 0.02,
-            "max_step_percent": 0.98,
-        },
-        "sdi": {
-            "guidance_scale": 7.5,
-            "weighting": "ddim",
-            "t_anneal": True,
-            "sqrt_anneal": False,
-            "min_step_percent": 0.25,
-            "max_step_percent": 0.98,
-        },
-    }
-    return by_method[method]
+def rescaled(clean: Tensor, plain: Tensor, share: float) -> Tensor:
+    """Clean images with a share of their contrast brought to that of plain ones (Lin et al. 2023,
+    arXiv 2305.08891, Sec. 3.4, on clean images).
+
+    Args:
+        clean, plain: [G,...], with and without guidance; standard deviations are over an item.
+        share: 0 to 1.
+    """
+    if share == 0:
+        return clean
+    of_plain, of_clean = (
+        image.flatten(1).std(1).view(-1, *[1] * (image.ndim - 1)) + _STD_EPS
+        for image in (plain, clean)
+    )
+    return share * (of_plain / of_clean) * clean + (1 - share) * clean

@@ -8,9 +8,9 @@ One step (DSD_SPEC 3.3), for a rendering x in latent space at level t:
    the trajectory's own noise: (1 - share) eps(x_delta; 1) + share eps_o (`trajectory_share`), and
    the trajectory may have a scale of its own (`trajectory_scale`).
 
-A step has two parts. `DSDGuidance.plan`, the host's, draws levels, looks up where the trajectories
-of its views are in the tables, and adds what they lack. `DSDGuidance.at_plan`, the device's, takes
-latents and plan to the loss without a look at the host.
+The host's part of a step, `plan`, draws levels, looks up where the trajectories of its views are in
+the tables, and adds what they lack. The device's, `at_plan`, takes latents and plan to the loss
+without a look at the host.
 """
 
 from __future__ import annotations
@@ -21,25 +21,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS, WEIGHTINGS, NoisePath
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import passes
-from dsd_fast.guidance.base import (
-    Guidance,
-    GuidanceConfig,
-    GuidanceOutput,
-    angles,
-    distillation_loss,
-    levels_of,
-    row_columns,
-)
-from dsd_fast.guidance.conditions.text import TextMix, expand_rows, wrapped
+from dsd_fast.guidance.base import Asked, Guidance, GuidanceConfig, levels_of
+from dsd_fast.guidance.conditions.base import Conditions, Rows
+from dsd_fast.guidance.conditions.text import wrapped
 from dsd_fast.guidance.levels import ode_grid
-from dsd_fast.guidance.passes import WEIGHTINGS, Batch, Guide
-from dsd_fast.guidance.plan import Plan, PlanKind
+from dsd_fast.guidance.passes import Batch, Gradient, Guide
+from dsd_fast.guidance.plan import Noise, Plan, PlanKind
+from dsd_fast.guidance.registry import formulation
+from dsd_fast.guidance.rows import expand_rows
 from dsd_fast.guidance.tables import TrajectoryTables
-from dsd_fast.guidance.trajectory import Predictor, ViewBins, signal_and_noise, simulate
+from dsd_fast.guidance.trajectory import Predictor, simulate
 from dsd_fast.schedules import Schedule
 from dsd_fast.upload import upload
 
@@ -90,7 +86,7 @@ def dsd_gradient(
     noise = _per_item(noise, latents)
     n_items = latents.shape[0]
     t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
-    abar = alphas_cumprod.cpu()
+    path = NoisePath.diffusion(alphas_cumprod.to(latents.device))
     t_device, t_delta_device = upload(t, latents.device), upload(t_delta, latents.device)
 
     if weighting not in WEIGHTINGS:
@@ -102,25 +98,30 @@ def dsd_gradient(
         )
     share = share.to(latents.device).view(-1, 1, 1, 1)
     own_scale = guidance_scale if trajectory_scale is None else trajectory_scale
-    z = simulate(noise, t_delta, predict, abar, n_ddim_steps, own_scale)
+    z = simulate(noise, t_delta, predict, path, n_ddim_steps, own_scale)
     eps_o = predict(z, t_delta_device, own_scale)
-    alpha, sigma = signal_and_noise(abar, t, latents)
-    alpha_delta, sigma_delta = signal_and_noise(abar, t_delta, latents)
-    x_delta = alpha_delta * latents + sigma_delta * eps_o
-    eps_delta = predict(x_delta, t_delta_device, _RENDERING_SCALE)
-    eps_t = predict(alpha * latents + sigma * eps_o, t_device, guidance_scale)
-    weight = sigma / alpha if weighting == "ddim" else sigma.square()
-    return weight * (eps_t - ((1 - share) * eps_delta + share * eps_o))
+    eps_delta = predict(path.noisy(latents, eps_o, t_delta), t_delta_device, _RENDERING_SCALE)
+    eps_t = predict(path.noisy(latents, eps_o, t), t_device, guidance_scale)
+    return path.weight(t, weighting) * (eps_t - ((1 - share) * eps_delta + share * eps_o))
 
 
+@formulation
 class DSDGuidance(Guidance):
-    """Diverse Score Distillation (arXiv 2412.06780); cached trajectories are rebuilt as needed."""
+    """Diverse Score Distillation (arXiv 2412.06780); cached trajectories are rebuilt as needed.
+
+    With cached trajectories `at_plan` asks the host for nothing but `plan.kind`, so that a CUDA
+    graph can hold it; `Plan.copy_` gives the graph another plan of that kind, and levels are then
+    that plan's, not the output's. An exact trajectory takes as many UNet calls as t_delta asks for.
+    """
+
+    name = "dsd"
+    works_with = ("text", "views", "pose")
 
     def __init__(
         self,
         cfg: GuidanceConfig,
         model: DiffusionModel,
-        prompts: PromptEmbeddings,
+        conditions: Conditions | PromptEmbeddings,
         noise: Tensor,
         max_steps: int,
     ):
@@ -129,98 +130,67 @@ class DSDGuidance(Guidance):
         own = cfg.trajectory_scale
         self._trajectory_scale = cfg.guidance_scale if own is None else own
         self._done = torch.zeros((), dtype=torch.int32, device=model.device)
-        super().__init__(cfg, model, prompts, noise, max_steps)
+        super().__init__(cfg, model, conditions, noise, max_steps)
 
-    @torch.no_grad()
-    def plan_levels(
-        self,
-        elevation_deg: Tensor | float,
-        azimuth_deg: Tensor | float,
-        t: Tensor | int,
-        t_delta: Tensor | int,
-        chance: Mapping[str, Tensor] | None = None,
-    ) -> Plan:
-        """Trajectories found, and made where they lack; else as `Guidance.plan_levels`."""
-        elevation, azimuth = angles(elevation_deg, azimuth_deg)
-        n_items = elevation.numel()
-        self._check_seeds(n_items)
-        t, t_delta = levels_of("t", t, n_items), levels_of("t_delta", t_delta, n_items)
+    def _plan(self, asked: Asked) -> Plan:
+        t, t_delta = asked.t, asked.t_delta
         share = torch.tensor([self._share(level) for level in t.tolist()])
         shared = torch.equal(t, t_delta) or bool((share == 1).all())
-        views = self._rows_of(elevation, azimuth)
-        tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(azimuth) < 0}
+        views = self.conditions.rows(asked.elevation, asked.azimuth)
+        tensors = {"t": t, "t_delta": t_delta, "mirrored": wrapped(asked.azimuth) < 0}
         if self._share.maximum > 0:
             tensors["trajectory_share"] = share
+        if views.weights is not None:
+            tensors["weights"] = views.weights
         calls = [views] if shared else [views, views]
-        if self.cfg.trajectory == "exact":
-            noise = "simulated"
-        else:
+        noise: Noise = "simulated"
+        if self.cfg.trajectory == "cached":
             noise = "tabulated" if self.cfg.noise_table_step else "predicted"
-            bins = self._bins.index(elevation, azimuth)
-            reaches = [
-                self._tables.reach(i if self._n_seeds > 1 else 0, view, level, self._predict_bin)
-                for i, (view, level) in enumerate(zip(bins, t_delta.tolist()))
-            ]
-            tensors["prediction"] = torch.tensor([reach.prediction for reach in reaches])
-            if noise == "tabulated":
-                tensors["below"] = torch.tensor([reach.below for reach in reaches])
-                tensors["mix"] = torch.tensor([reach.mix for reach in reaches])
-            else:
-                tensors["state"] = torch.tensor([reach.state for reach in reaches])
-                tensors["level"] = torch.tensor([reach.level for reach in reaches])
+            bins = self.conditions.bins.index(asked.elevation, asked.azimuth)
+            tensors |= self._reached(bins, t_delta)
+            if noise == "predicted":
                 # The bins' own text: eps_o continues the bins' trajectories.
-                own = self._bin_text(bins)
+                own = self._of_bins(bins)
                 calls.insert(0, own)
                 if own.weights is not None:
                     tensors["bin_weights"] = own.weights
-        columns = [row_columns(mix) for mix in calls]
-        for name in columns[0]:
-            tensors[name] = torch.cat([column[name] for column in columns])
-        if views.weights is not None:
-            tensors["weights"] = views.weights
-        kind = PlanKind(n_items, noise, shared)
+        for name in views.columns:
+            tensors[name] = torch.cat([call.columns[name] for call in calls])
+        kind = PlanKind(len(t), noise, shared)
         return Plan(kind, t, t_delta, tensors, self.model.device)
 
-    def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
-        """As `Guidance.at_plan`.
+    def _reached(self, bins: list[int], t_delta: Tensor) -> dict[str, Tensor]:
+        """Where the tables have the trajectories of bins at t_delta [B], after they got what they
+        lacked: [B] by the names of `Reach`."""
+        reaches = [
+            self._tables.reach(i if self._n_seeds > 1 else 0, view, level, self._predict_bin)
+            for i, (view, level) in enumerate(zip(bins, t_delta.tolist()))
+        ]
+        names = ("prediction", "state", "level")
+        if self.cfg.noise_table_step:
+            names = ("prediction", "below", "mix")
+        return {name: torch.tensor([getattr(reach, name) for reach in reaches]) for name in names}
 
-        With cached trajectories it asks the host for nothing but `plan.kind`, so that a CUDA graph
-        can hold it; `Plan.copy_` gives the graph another plan of that kind, and levels are then
-        that plan's, not the output's. An exact trajectory takes as many UNet calls as t_delta asks
-        for.
-        """
-        self._check_latents(latents, plan.kind.n_items)
-        x = latents.detach().float().contiguous()
+    def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
         tensors, cfg = plan.tensors, self.cfg
         guide = self._guide(tensors["weights"] if cfg.use_perp_neg else None)
-        with torch.no_grad():
-            text = self._text(tensors)
-            linked = self._link(x, plan, guide, text)
-            eps = self._predict(linked, text[-len(linked.rows) :])
-            share = tensors["trajectory_share"] if self._share.maximum > 0 else None
-            result = passes.gradient(
-                eps,
-                guide,
-                (_RENDERING_SCALE, cfg.guidance_scale),
-                x,
-                tensors["t"],
-                self._abar,
-                cfg.weighting,
-                self._done,
-                None if share is None else linked.value,
-                share,
-            )
-        return GuidanceOutput(
-            loss=distillation_loss(latents, result.grad, result.loss),
-            grad_norm=result.grad_norm,
-            t=plan.t,
-            t_delta=plan.t_delta,
-            latents=x,
-            target=result.target,
-            grad=result.grad,
-            latents_noisy=linked.rows[: len(x)].float(),
-            finite=result.finite,
+        condition = self.conditions.condition(tensors)
+        linked = self._link(x, plan, guide, condition)
+        eps = self._predict(linked, condition.rows(-len(linked.rows)))
+        share = tensors["trajectory_share"] if self._share.maximum > 0 else None
+        found = passes.gradient(
+            eps,
+            guide,
+            (_RENDERING_SCALE, cfg.guidance_scale),
+            x,
+            tensors["t"],
+            self._path,
+            cfg.weighting,
+            self._done,
+            None if share is None else linked.value,
+            share,
         )
+        return found, linked.rows[: len(x)].float()
 
     @property
     def can_capture(self) -> bool:
@@ -236,19 +206,19 @@ class DSDGuidance(Guidance):
             lowest = int(NUM_TRAIN_TIMESTEPS * min(percents))
             self._tables = TrajectoryTables(
                 self.noise,
-                self._abar,
+                self._path,
                 cfg.n_ddim_steps,
-                len(self._bins),
+                len(self.conditions.bins),
                 cfg.noise_table_step,
                 min(max(lowest, 0), NUM_TRAIN_TIMESTEPS - 1),
                 model.dtype,
                 cfg.use_perp_neg,
             )
 
-    def _link(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
+    def _link(self, x: Tensor, plan: Plan, guide: Guide, condition: Condition) -> Batch:
         """The trajectories' noise, and the UNet's batch of renderings put on them."""
         tensors, cfg, kind = plan.tensors, self.cfg, plan.kind
-        levels = (tensors["t"], tensors["t_delta"], self._abar, self.model.dtype)
+        levels = (tensors["t"], tensors["t_delta"], self._path, self.model.dtype)
         mirrored = tensors["mirrored"] if cfg.mirror_trajectory else None
         pair = not kind.shared
         if kind.noise == "tabulated":
@@ -273,17 +243,17 @@ class DSDGuidance(Guidance):
                 tensors["prediction"],
                 tensors["level"],
                 tensors["t_delta"],
-                self._abar,
+                self._path,
                 self.model.dtype,
                 cfg.use_perp_neg,
             )
             own = self._guide(tensors["bin_weights"] if cfg.use_perp_neg else None)
         else:
-            at_z = self._simulate(x, plan, guide, text[:n_rows])
-        eps = self._predict(at_z, text[:n_rows])
+            at_z = self._simulate(x, plan, guide, condition.rows(None, n_rows))
+        eps = self._predict(at_z, condition.rows(None, n_rows))
         return passes.link(eps, own, self._trajectory_scale, x, *levels, mirrored, pair)
 
-    def _simulate(self, x: Tensor, plan: Plan, guide: Guide, text: Tensor) -> Batch:
+    def _simulate(self, x: Tensor, plan: Plan, guide: Guide, condition: Condition) -> Batch:
         """z at t_delta from the seed noise, each step taken anew: `trajectory.simulate`."""
         z = _per_item(self.noise, x)
         rows = expand_rows(z, self.cfg.use_perp_neg).to(self.model.dtype)
@@ -294,13 +264,13 @@ class DSDGuidance(Guidance):
             if torch.equal(t, t_next):
                 break
             at_z = passes.step(
-                self._predict(at_z, text),
+                self._predict(at_z, condition),
                 guide,
                 self._trajectory_scale,
                 at_z.value,
                 upload(t, x.device),
                 upload(t_next, x.device),
-                self._abar,
+                self._path,
                 self.model.dtype,
             )
         return at_z
@@ -308,19 +278,15 @@ class DSDGuidance(Guidance):
     def _predict_bin(self, batch: Batch, view: int) -> Tensor:
         """Guided noise of one item on the trajectory of a bin, [1,C,h,w]."""
         device = self.model.device
-        mix = self._bin_text([view])
-        rows = {name: upload(column, device) for name, column in row_columns(mix).items()}
-        eps = self._predict(batch, self._text(rows))
-        weights = None if mix.weights is None else upload(mix.weights, device)
+        rows = self._of_bins([view])
+        columns = {name: upload(column, device) for name, column in rows.columns.items()}
+        eps = self._predict(batch, self.conditions.condition(columns))
+        weights = None if rows.weights is None else upload(rows.weights, device)
         return passes.combine(eps, self._guide(weights), self._trajectory_scale)
 
-    def _bin_text(self, bins: list[int]) -> TextMix:
-        cameras = torch.tensor([self._bins.camera(view) for view in bins])  # [B,2]
-        return self._rows_of(cameras[:, 0], cameras[:, 1])
-
-    def _condition(self, prompts: PromptEmbeddings) -> None:
-        super()._condition(prompts)
-        self._bins = ViewBins(self.cfg.azimuth_bins, self.cfg.use_perp_neg)
+    def _of_bins(self, bins: list[int]) -> Rows:
+        cameras = torch.tensor([self.conditions.bins.camera(view) for view in bins])  # [B,2]
+        return self.conditions.rows(cameras[:, 0], cameras[:, 1])
 
     def _guide(self, weights: Tensor | None) -> Guide:
         return Guide(weights, self.cfg.standard_cfg, self.cfg.pure_conditional)

@@ -8,18 +8,17 @@ sigma_t / alpha_t. With one step a level, of unit length, x - grad, the optimisa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.ddim import ddim_levels
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance.base import Guidance, GuidanceConfig, GuidanceOutput
-from dsd_fast.guidance.conditions.text import combine, expand_rows, mixed_rows, text_mix
+from dsd_fast.guidance.base import Asked, Guidance, GuidanceConfig
+from dsd_fast.guidance.conditions.base import Conditions
+from dsd_fast.guidance.passes import Gradient
 from dsd_fast.guidance.plan import Plan, PlanKind
-from dsd_fast.guidance.trajectory import signal_and_noise
+from dsd_fast.guidance.rows import combine, expand_rows
 
 
 class ExactForm(Guidance):
@@ -39,51 +38,45 @@ class ExactForm(Guidance):
     Args:
         cfg: `guidance_scale`, `use_perp_neg`, `standard_cfg` and `pure_conditional` count.
         model: frozen diffusion model, of a folder.
-        prompts: embeddings of the four views.
+        conditions: as of every `Guidance`.
         noise: seed noise [S,C,h,w], item i of a batch of S belonging to seed i.
         max_steps: DDIM steps.
     Raises:
         ValueError: noise of another size than the model's latents, or more steps than DDIM takes.
     """
 
+    name = "exact"
+
     def __init__(
         self,
         cfg: GuidanceConfig,
         model: DiffusionModel,
-        prompts: PromptEmbeddings,
+        conditions: Conditions | PromptEmbeddings,
         noise: Tensor,
         max_steps: int,
     ):
         self.schedule = ddim_levels(model, max_steps)
-        super().__init__(cfg, model, prompts, noise, max_steps)
+        super().__init__(cfg, model, conditions, noise, max_steps)
         self.link = torch.zeros_like(self.noise)
 
-    def levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """t of a step, and that of the step before for t_delta: int64 [B] on the CPU."""
+    def _levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """t of a step, and that of the step before for t_delta."""
         if not 0 <= step < len(self.schedule):
             raise ValueError(f"exact form: expected a step below {len(self.schedule)}, got {step}")
         t, t_delta = self.schedule[step], self.schedule[max(step - 1, 0)]
         return torch.full((n_items,), t), torch.full((n_items,), t_delta)
 
-    def plan_levels(
-        self,
-        elevation_deg: Tensor,
-        azimuth_deg: Tensor,
-        t: Tensor,
-        t_delta: Tensor,
-        chance: Mapping[str, Tensor] | None = None,
-    ) -> Plan:
-        """For the levels of `levels`; t = t_delta is the first step."""
-        if len(azimuth_deg) != len(self.noise):
+    def _plan(self, asked: Asked) -> Plan:
+        """t = t_delta is the first step."""
+        t, t_delta = asked.t, asked.t_delta
+        if len(t) != len(self.noise):
             raise ValueError(
-                f"exact form: expected a view for each of the {len(self.noise)} seeds, "
-                f"got {len(azimuth_deg)}"
+                f"exact form: expected a view for each of the {len(self.noise)} seeds, got {len(t)}"
             )
-        mix = text_mix(elevation_deg.cpu(), azimuth_deg.cpu(), self.cfg.use_perp_neg)
-        tensors = {"t": t, "t_delta": t_delta, "first": mix.first, "second": mix.second}
-        tensors["share"] = mix.share
-        if mix.weights is not None:
-            tensors["weights"] = mix.weights
+        rows = self.conditions.rows(asked.elevation, asked.azimuth)
+        tensors = {"t": t, "t_delta": t_delta, **rows.columns}
+        if rows.weights is not None:
+            tensors["weights"] = rows.weights
         kind = PlanKind(len(t), "predicted", torch.equal(t, t_delta))
         return Plan(kind, t, t_delta, tensors, self.model.device)
 
@@ -91,44 +84,28 @@ class ExactForm(Guidance):
         """ValueError: an encoded image is not the latent that DDIM leaves."""
         raise ValueError("the exact form optimises latents: there is no rendering to encode")
 
-    @torch.no_grad()
-    def at_plan(self, latents: Tensor, plan: Plan) -> GuidanceOutput:
-        """The device's part of a step, for latents [B,C,h,w]; x - grad is where DDIM would be.
+    def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
+        """x - grad is where DDIM would be.
 
-        Called once a plan: it takes `link` along, of items whose gradient is finite. `loss` has no
-        gradient of its own; see `distillation_loss`.
+        Called once a plan: it takes `link` along, of items whose gradient is finite.
         """
-        if latents.shape != self.noise.shape:
-            raise ValueError(
-                f"exact form: expected latents {list(self.noise.shape)}, got {list(latents.shape)}"
-            )
-        x, t = latents.detach().float(), plan.tensors["t"]
-        alpha, sigma = signal_and_noise(self._abar, t, x)
+        t = plan.tensors["t"]
+        alpha, sigma = self._path.at(t)
         link = self.noise / sigma if plan.kind.shared else self.link
-        noisy = alpha * x + sigma * link
+        noisy = self._path.noisy(x, link, t)
         eps = self._guided(noisy, plan)
         grad = sigma / alpha * (eps - link)
         sound = grad.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
         self.link.copy_(torch.where(sound, eps, link))
-        return GuidanceOutput(
-            loss=0.5 * grad.square().sum() / len(x),
-            grad_norm=grad.norm(),
-            t=plan.t,
-            t_delta=plan.t_delta,
-            latents=x,
-            target=x - grad,
-            grad=grad,
-            latents_noisy=noisy,
-            finite=sound.all(),
-        )
+        return Gradient.of(grad, x), noisy
 
     def _guided(self, z: Tensor, plan: Plan) -> Tensor:
         """Guided noise prediction [B,C,h,w] at the plan's level."""
         tensors, perp_neg = plan.tensors, self.cfg.use_perp_neg
-        text = mixed_rows(self._bank, *(tensors[name] for name in ("first", "second", "share")))
+        condition = self.conditions.condition(tensors)
         rows, levels = expand_rows(z, perp_neg), expand_rows(tensors["t"], perp_neg)
         return combine(
-            self.model.predict_noise(rows, levels, text),
+            self.model.predict_noise(rows, levels, condition),
             tensors["weights"] if perp_neg else None,
             self.cfg.guidance_scale,
             standard_cfg=self.cfg.standard_cfg,

@@ -10,7 +10,7 @@ elsewhere, and with DSD_BACKEND=torch, the functions of this package that they a
 (`*_reference`). Neither waits for the device, so that a CUDA graph can hold them; they cannot see
 whether the levels, which must be 0 to 999, are.
 
-Rows of B items are those of `guidance.prompt`: R = 4 an item with perp-neg weights, 2 without. A
+Rows of B items are those of `guidance.rows`: R = 4 an item with perp-neg weights, 2 without. A
 negative whose weight is next to nothing still has its row: which ones those are differs from view
 to view, and a batch of another size would be another graph, for a row in eight at the few azimuths
 around 0 and 90 degrees.
@@ -28,11 +28,9 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import has_triton, use_reference
-from dsd_fast.guidance.conditions.text import combine as combine_reference
-from dsd_fast.guidance.conditions.text import expand_rows, mixed_rows
-from dsd_fast.guidance.trajectory import ddim_step, signal_and_noise
-
-WEIGHTINGS = ("sds", "ddim")
+from dsd_fast.diffusion.noise_path import WEIGHTINGS, NoisePath
+from dsd_fast.guidance.rows import combine as combine_reference
+from dsd_fast.guidance.rows import expand_rows, mixed_rows
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,12 @@ class Gradient(NamedTuple):
     # Whether grad is free of NaN and infinity, 0-dim bool. Bad elements stay as they are.
     finite: Tensor
 
+    @classmethod
+    def of(cls, grad: Tensor, x: Tensor) -> Gradient:
+        """Of a gradient alone, in torch."""
+        loss = 0.5 * grad.square().sum() / len(x)
+        return cls(grad, x - grad, loss, grad.norm(), grad.isfinite().all())
+
 
 def combine(eps: Tensor, guide: Guide, scale: float) -> Tensor:
     """Guided prediction [B,C,h,w] of a stack eps [R*B,C,h,w], as `guidance.combine`."""
@@ -89,31 +93,31 @@ def step(
     z: Tensor,
     t: Tensor,
     t_next: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
 ) -> Batch:
     """Combine, then DDIM with eta = 0 (Song et al. 2021) from t to t_next.
 
-    z' = alpha' (z - sigma eps) / alpha + sigma' eps; items with t <= t_next keep z.
+    z' = alpha' (z - sigma eps) / alpha + sigma' eps; items with t = t_next keep z.
 
     Args:
         eps: the UNet's stack for z, [R*B,C,h,w].
         z: [B,C,h,w] float32 at levels t.
         t, t_next: int64 [B], on the device of z.
-        alphas_cumprod: [1000] float32, there too.
+        path: of the model, float32, there too.
         dtype: of the UNet's rows.
     Raises:
         TypeError, ValueError: tensors that do not fit together.
     """
     if not _on_kernels(eps):
-        return step_reference(eps, guide, scale, z, t, t_next, alphas_cumprod, dtype)
+        return step_reference(eps, guide, scale, z, t, t_next, path, dtype)
     eps, weights, n_items = _stack("step", eps, guide)
     z = _item("step: z", z, eps, n_items)
-    _check_levels("step", z, alphas_cumprod, t, t_next)
+    _check_levels("step", z, path, t, t_next)
     mode = _mode(guide, scale)
     return Batch(
         *_kernels().step_fwd(
-            eps, weights, scale, mode, guide.rows, z, t, t_next, alphas_cumprod, dtype
+            eps, weights, scale, mode, guide.rows, z, t, t_next, path.alpha, path.sigma, dtype
         )
     )
 
@@ -125,7 +129,7 @@ def state(
     slot_eps: Tensor,
     t: Tensor,
     t_next: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     perp_neg: bool,
 ) -> Batch:
@@ -138,14 +142,14 @@ def state(
     """
     if not _on_kernels(states):
         return state_reference(
-            states, predictions, slot, slot_eps, t, t_next, alphas_cumprod, dtype, perp_neg
+            states, predictions, slot, slot_eps, t, t_next, path, dtype, perp_neg
         )
     if states.ndim != 4 or predictions.shape[1:] != states.shape[1:] or slot.shape != t.shape:
         raise ValueError(
             "state: expected states and predictions [S,C,h,w] and slot [B], got "
             f"{list(states.shape)}, {list(predictions.shape)} and {list(slot.shape)}"
         )
-    _check_levels("state", states, alphas_cumprod, slot, slot_eps, t, t_next, n_items=len(t))
+    _check_levels("state", states, path, slot, slot_eps, t, t_next, n_items=len(t))
     return Batch(
         *_kernels().state_fwd(
             states.contiguous(),
@@ -154,7 +158,8 @@ def state(
             slot_eps,
             t,
             t_next,
-            alphas_cumprod,
+            path.alpha,
+            path.sigma,
             4 if perp_neg else 2,
             dtype,
         )
@@ -168,7 +173,7 @@ def link(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
     pair: bool = True,
@@ -186,18 +191,28 @@ def link(
             t = t_delta for every item (Q8).
     """
     if not _on_kernels(eps):
-        return link_reference(
-            eps, guide, scale, x, t, t_delta, alphas_cumprod, dtype, mirrored, pair
-        )
+        return link_reference(eps, guide, scale, x, t, t_delta, path, dtype, mirrored, pair)
     eps, weights, n_items = _stack("link", eps, guide)
     x = _item("link: x", x, eps, n_items)
-    _check_levels("link", x, alphas_cumprod, t, t_delta)
+    _check_levels("link", x, path, t, t_delta)
     _check_mirrored("link", mirrored, n_items)
     mode = _mode(guide, scale)
     rows = guide.rows
     return Batch(
         *_kernels().link_fwd(
-            eps, weights, scale, mode, rows, x, t, t_delta, alphas_cumprod, mirrored, dtype, pair
+            eps,
+            weights,
+            scale,
+            mode,
+            rows,
+            x,
+            t,
+            t_delta,
+            path.alpha,
+            path.sigma,
+            mirrored,
+            dtype,
+            pair,
         )
     )
 
@@ -210,7 +225,7 @@ def link_table(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None = None,
@@ -233,7 +248,7 @@ def link_table(
             x,
             t,
             t_delta,
-            alphas_cumprod,
+            path,
             dtype,
             perp_neg,
             mirrored,
@@ -241,7 +256,7 @@ def link_table(
         )
     n_items = len(t)
     x = _item("link_table: x", x, predictions, n_items)
-    _check_levels("link_table", x, alphas_cumprod, t, t_delta, slot, slot_next)
+    _check_levels("link_table", x, path, t, t_delta, slot, slot_next)
     _check_mirrored("link_table", mirrored, n_items)
     _check_number("link_table: mix", mix, x, n_items)
     return Batch(
@@ -254,7 +269,8 @@ def link_table(
             x,
             t,
             t_delta,
-            alphas_cumprod,
+            path.alpha,
+            path.sigma,
             mirrored,
             dtype,
             pair,
@@ -266,7 +282,7 @@ def text(bank: Tensor, first: Tensor, second: Tensor, share: Tensor, dtype: torc
     """Text rows share bank[first] + (1 - share) bank[second]: [N,L,D] in the UNet's dtype.
 
     Args:
-        bank: [V,L,D]; first, second: int64 [N]; share: float32 [N] (see `prompt.text_mix`).
+        bank: [V,L,D]; first, second: int64 [N]; share: float32 [N] (`conditions.text.text_mix`).
     """
     if not first.shape == second.shape == share.shape == (len(first),):
         raise ValueError(
@@ -284,7 +300,7 @@ def gradient(
     scales: tuple[float, float],
     x: Tensor,
     t: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     weighting: str = "sds",
     done: Tensor | None = None,
     eps_o: Tensor | None = None,
@@ -311,13 +327,13 @@ def gradient(
     if (eps_o is None) != (share is None):
         raise ValueError("gradient: expected both of eps_o and share, or neither")
     if not _on_kernels(eps):
-        return gradient_reference(eps, guide, scales, x, t, alphas_cumprod, weighting, eps_o, share)
+        return gradient_reference(eps, guide, scales, x, t, path, weighting, eps_o, share)
     first, weights, n_items = _stack("gradient", eps if one_level else eps.chunk(2)[0], guide)
     x = _item("gradient: x", x, first, n_items)
     if eps_o is not None:
         eps_o = _item("gradient: eps_o", eps_o, eps, n_items)
         _check_number("gradient: share", share, x, n_items)
-    _check_levels("gradient", x, alphas_cumprod, t)
+    _check_levels("gradient", x, path, t)
     if done is None:
         done = torch.zeros((), dtype=torch.int32, device=x.device)
     grad, target, numbers, finite = _kernels().gradient_fwd(
@@ -328,7 +344,8 @@ def gradient(
         guide.rows,
         x,
         t,
-        alphas_cumprod,
+        path.alpha,
+        path.sigma,
         WEIGHTINGS.index(weighting),
         done,
         eps_o,
@@ -344,11 +361,11 @@ def step_reference(
     z: Tensor,
     t: Tensor,
     t_next: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
 ) -> Batch:
     """`step` in torch, any device; float64 is kept, as in all references."""
-    return _moved(z, _combine(eps, guide, scale), t, t_next, alphas_cumprod, dtype, guide.rows == 4)
+    return _moved(z, _combine(eps, guide, scale), t, t_next, path, dtype, guide.rows == 4)
 
 
 def state_reference(
@@ -358,13 +375,13 @@ def state_reference(
     slot_eps: Tensor,
     t: Tensor,
     t_next: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     perp_neg: bool,
 ) -> Batch:
     """`state` in torch, any device."""
     z, eps = _at_least_float(states[slot]), _at_least_float(predictions[slot_eps])
-    return _moved(z, eps, t, t_next, alphas_cumprod, dtype, perp_neg)
+    return _moved(z, eps, t, t_next, path, dtype, perp_neg)
 
 
 def link_reference(
@@ -374,14 +391,14 @@ def link_reference(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     mirrored: Tensor | None = None,
     pair: bool = True,
 ) -> Batch:
     """`link` in torch, any device."""
     eps_o = _combine(eps, guide, scale)
-    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, guide.rows == 4, mirrored, pair)
+    return _linked(eps_o, x, t, t_delta, path, dtype, guide.rows == 4, mirrored, pair)
 
 
 def link_table_reference(
@@ -392,7 +409,7 @@ def link_table_reference(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None = None,
@@ -401,7 +418,7 @@ def link_table_reference(
     """`link_table` in torch, any device."""
     eps = _at_least_float(predictions[slot])
     eps_o = eps + mix.view(-1, 1, 1, 1) * (predictions[slot_next] - eps)
-    return _linked(eps_o, x, t, t_delta, alphas_cumprod, dtype, perp_neg, mirrored, pair)
+    return _linked(eps_o, x, t, t_delta, path, dtype, perp_neg, mirrored, pair)
 
 
 def gradient_reference(
@@ -410,7 +427,7 @@ def gradient_reference(
     scales: tuple[float, float],
     x: Tensor,
     t: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     weighting: str = "sds",
     eps_o: Tensor | None = None,
     share: Tensor | None = None,
@@ -422,11 +439,8 @@ def gradient_reference(
     if eps_o is not None:
         share = share.view(-1, 1, 1, 1)
         beside = (1 - share) * beside + share * eps_o
-    alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
-    weight = sigma.square() if weighting == "sds" else sigma / alpha
-    grad = weight * (_combine(eps_t, guide, scales[1]) - beside)
-    loss = 0.5 * grad.square().sum() / x.shape[0]
-    return Gradient(grad, x - grad, loss, grad.norm(), grad.isfinite().all())
+    grad = path.weight(t, weighting) * (_combine(eps_t, guide, scales[1]) - beside)
+    return Gradient.of(grad, x)
 
 
 def _combine(eps: Tensor, guide: Guide, scale: float) -> Tensor:
@@ -444,13 +458,11 @@ def _moved(
     eps: Tensor,
     t: Tensor,
     t_next: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     perp_neg: bool,
 ) -> Batch:
-    moved = ddim_step(z, eps, t, t_next, alphas_cumprod)
-    # A step of zero length is the identity only up to rounding.
-    z = torch.where((t > t_next).view(-1, 1, 1, 1), moved, z)
+    z = path.step(z, eps, t, t_next)
     return Batch(z, expand_rows(z, perp_neg).to(dtype), expand_rows(t_next, perp_neg))
 
 
@@ -459,7 +471,7 @@ def _linked(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    alphas_cumprod: Tensor,
+    path: NoisePath,
     dtype: torch.dtype,
     perp_neg: bool,
     mirrored: Tensor | None,
@@ -467,13 +479,10 @@ def _linked(
 ) -> Batch:
     if mirrored is not None:
         eps_o = torch.where(mirrored.view(-1, 1, 1, 1), eps_o.flip(-1), eps_o)
-    alpha, sigma = signal_and_noise(alphas_cumprod, t, x)
-    rows = expand_rows(alpha * x + sigma * eps_o, perp_neg)
+    rows = expand_rows(path.noisy(x, eps_o, t), perp_neg)
     levels = expand_rows(t, perp_neg)
     if pair:
-        alpha_delta, sigma_delta = signal_and_noise(alphas_cumprod, t_delta, x)
-        x_delta = alpha_delta * x + sigma_delta * eps_o
-        rows = torch.cat([expand_rows(x_delta, perp_neg), rows])
+        rows = torch.cat([expand_rows(path.noisy(x, eps_o, t_delta), perp_neg), rows])
         levels = torch.cat([expand_rows(t_delta, perp_neg), levels])
     return Batch(eps_o, rows.to(dtype), levels)
 
@@ -545,14 +554,15 @@ def _check_mirrored(op: str, mirrored: Tensor | None, n_items: int) -> None:
 
 
 def _check_levels(
-    op: str, like: Tensor, abar: Tensor, *levels: Tensor, n_items: int | None = None
+    op: str, like: Tensor, path: NoisePath, *levels: Tensor, n_items: int | None = None
 ) -> None:
     n_items = like.shape[0] if n_items is None else n_items
-    if abar.shape != (1000,) or abar.dtype != torch.float32 or abar.device != like.device:
-        raise ValueError(
-            f"{op}: expected alphas_cumprod float32 [1000] on {like.device}, "
-            f"got {abar.dtype} {list(abar.shape)} on {abar.device}"
-        )
+    for table in (path.alpha, path.sigma):
+        if table.dtype != torch.float32 or table.device != like.device:
+            raise ValueError(
+                f"{op}: expected a noise path of float32 on {like.device}, "
+                f"got {table.dtype} on {table.device}"
+            )
     for level in levels:
         if (
             level.shape != (n_items,)

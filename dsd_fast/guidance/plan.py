@@ -34,8 +34,7 @@ class Plan:
     Attributes: `kind`; `t`, `t_delta`: int64 [B] on the CPU; `tensors`: a `Pack` on the device with
     - t, t_delta: int64 [B]; mirrored: bool [B], views that see the trajectory's mirror image;
     - first, second: int64 [N] and share: float32 [N], the text rows of every UNet call of the step,
-      one call after the other (`prompt.TextMix`), or pose and known of the rows of a model of views
-      (`views.PoseRows`);
+      one call after the other (`conditions.text.TextMix`), or the columns of other `Conditions`;
     - weights: float32 [B,2], of the views' negatives, where there are any;
     - trajectory_share: float32 [B], where it is not zero throughout;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
@@ -43,7 +42,7 @@ class Plan:
     - of other formulations than DSD what they drew (`Guidance.draw_noise`), by name;
     - inverted: path, int64 [strides,2,B], the levels between which each stride goes.
 
-    Of a multi-view model an item is an object: see `multiview.ViewRows` for its text rows.
+    Of a multi-view model an item is an object.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.levels import n_nodes, ode_grid
 from dsd_fast.guidance.passes import Batch
@@ -46,7 +47,7 @@ class TrajectoryTables:
 
     Args:
         noise: seed noises [S,C,h,w] float32, on the device of the tables.
-        alphas_cumprod: [1000] float32, there too.
+        path: of the model, there too.
         n_bins: trajectories of a seed.
         table_step: levels between the entries of `predictions`; 0 for those of the grid alone.
         lowest: the lowest level that room is made for now. Levels below it enlarge the tables:
@@ -57,7 +58,7 @@ class TrajectoryTables:
     def __init__(
         self,
         noise: Tensor,
-        alphas_cumprod: Tensor,
+        path: NoisePath,
         n_ddim_steps: int,
         n_bins: int,
         table_step: int,
@@ -65,7 +66,7 @@ class TrajectoryTables:
         dtype: torch.dtype,
         perp_neg: bool,
     ):
-        self.alphas_cumprod = alphas_cumprod
+        self.path = path
         self.n_bins = n_bins
         self.n_tracks = n_bins * noise.shape[0]
         self.grid = ode_grid(n_ddim_steps)
@@ -135,7 +136,7 @@ class TrajectoryTables:
             self.states,
             self.predictions,
             *upload(numbers, self.states.device).unbind(),
-            self.alphas_cumprod,
+            self.path,
             self.dtype,
             self.perp_neg,
         )

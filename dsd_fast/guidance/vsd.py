@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.noise_path import noise_of_velocity
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance.base import GuidanceConfig
-from dsd_fast.guidance.baselines import Rival
+from dsd_fast.guidance.baselines import ANY_LEVEL, Baseline
+from dsd_fast.guidance.conditions.base import Conditions
 from dsd_fast.guidance.plan import Plan
+from dsd_fast.guidance.registry import formulation
 
 # Of the authors' code.
 RANK, LEARNING_RATE = 4, 1e-4
@@ -30,7 +32,8 @@ CAMERA_DROPOUT = 0.1
 _CAMERA_NUMBERS = 4
 
 
-class VSD(Rival):
+@formulation
+class VSD(Baseline):
     """See the module. For one run at a time: its adapters are that run's.
 
     Raises:
@@ -38,19 +41,25 @@ class VSD(Rival):
         ValueError: several seeds, or a model without a UNet of diffusers.
     """
 
+    name, one_run = "vsd", True
     draws = ("eps", "own_eps", "own_level", "told")
+
+    @classmethod
+    def settings(cls, max_steps: int) -> dict[str, Any]:
+        """The highest level falls after a fifth of the run: 5,000 of 25,000 steps in the authors'
+        code."""
+        later = max(max_steps // 5, 1)
+        return ANY_LEVEL | {"max_step_percent": (later, 0.98, 0.5, later + 1)}
 
     def __init__(
         self,
         cfg: GuidanceConfig,
         model: DiffusionModel,
-        prompts: PromptEmbeddings,
+        conditions: Conditions | PromptEmbeddings,
         noise: Tensor,
         max_steps: int,
     ):
-        super().__init__(cfg, model, prompts, noise, max_steps)
-        if self._n_seeds != 1:
-            raise ValueError("--guidance.method vsd trains adapters for one run: drop --num-seeds")
+        super().__init__(cfg, model, conditions, noise, max_steps)
         self._lora = _with_adapters(model.unet)
         self._learned = {name: p for name, p in self._lora.named_parameters() if p.requires_grad}
         # A CUDA graph can hold a step of it: the count of steps is on the device, gradients stay
@@ -76,15 +85,15 @@ class VSD(Rival):
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         tensors, n_items = plan.tensors, len(x)
-        t, text = tensors["t"], self._text(tensors)
-        noisy = self._noisy(x, tensors["eps"], t)
-        parts = self._parts(noisy, t, text, plan)
-        positive = text[:n_items]
+        t, condition = tensors["t"], self.conditions.condition(tensors)
+        noisy = self._path.noisy(x, tensors["eps"], t)
+        parts = self._parts(noisy, t, condition, plan)
+        positive = condition.tokens[:n_items]
         camera = self._camera(plan)
         with torch.no_grad():
             own = self._own(noisy, t, positive, camera)
         difference = parts.at(self.cfg.guidance_scale) - own
-        levels = (tensors["own_level"] * len(self._abar)).long()
+        levels = (tensors["own_level"] * len(self._path)).long()
         self._learn(x, levels, positive, camera * tensors["told"].view(-1, 1), tensors["own_eps"])
         return difference, noisy
 
@@ -103,14 +112,12 @@ class VSD(Rival):
                 noisy.to(dtype), t, encoder_hidden_states=text, class_labels=camera,
                 return_dict=False,
             )[0].float()  # fmt: skip
-        if self.model.prediction_type == "epsilon":
-            return eps
-        return noise_of_velocity(eps, noisy, self._abar[t])
+        return self._path.noise(eps, noisy, t)
 
     @torch.enable_grad()
     def _learn(self, x: Tensor, t: Tensor, text: Tensor, camera: Tensor, eps: Tensor) -> None:
         """One step of the adapters on the noise of x at levels t."""
-        loss = F.mse_loss(self._own(self._noisy(x, eps, t), t, text, camera), eps)
+        loss = F.mse_loss(self._own(self._path.noisy(x, eps, t), t, text, camera), eps)
         learned = list(self._learned.values())
         for p, gradient in zip(learned, torch.autograd.grad(loss, learned)):
             p.grad.copy_(gradient)

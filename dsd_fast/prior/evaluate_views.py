@@ -62,8 +62,9 @@ def sample_view(
     Returns:
         [B,3,H,W] float32 in [0,1].
     """
-    context = model.context(poses)
-    z = guided_latents(model, context, torch.zeros_like(context), noise, steps, scale)
+    condition = model.conditions(poses)
+    without = condition.map(torch.zeros_like)
+    z = guided_latents(model, condition, without, noise, steps, scale)
     return model.decode_latents(z)
 
 

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from annotated_types import Ge
 from safetensors.torch import load_file, save_file
 
-from dsd_fast.diffusion import int8, noise_path
+from dsd_fast.diffusion import int8
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.graphs import captured
 from dsd_fast.prior import models
 from dsd_fast.prior.dataset import CaptionTable, Views, composite
@@ -427,12 +428,12 @@ def _inherited(resume: Path) -> tuple[CLIPTokenizer, float]:
     return CLIPTokenizer.from_pretrained(resume / "tokenizer"), float(scale)
 
 
-def level_weights(alphas: torch.Tensor, max_weight: float) -> torch.Tensor:
+def level_weights(path: NoisePath, max_weight: float) -> torch.Tensor:
     """Weight of each noise level in the loss: 1/sqrt(SNR) within [MIN_WEIGHT, max_weight], mean 1.
 
-    alphas: [T] float32, the cumulative products; SNR is alpha / (1 - alpha). Returns [T] float32.
+    SNR is (alpha / sigma)^2. Returns [levels] float32.
     """
-    weights = ((1 - alphas) / alphas).sqrt().clamp(MIN_WEIGHT, max_weight)
+    weights = (path.sigma / path.alpha).clamp(MIN_WEIGHT, max_weight)
     return weights / weights.mean()
 
 
@@ -486,8 +487,8 @@ def train_unet(cfg: UnetConfig) -> None:
         (cfg.out / "scaling_factor").write_text(f"{scale:.6f}\n", encoding="ascii")
         table.tokenizer.save_pretrained(cfg.out / "tokenizer")
 
-    alphas = noise_path.alphas_cumprod(models.SCHEDULER).to(device)
-    weights = level_weights(alphas, cfg.max_weight)
+    path = NoisePath.of_scheduler(models.SCHEDULER).to(device)
+    weights = level_weights(path, cfg.max_weight)
     forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
     batch = cfg.batch_size
 
@@ -496,14 +497,13 @@ def train_unet(cfg: UnetConfig) -> None:
         x0 = latents[torch.randint(cfg.encodings, (batch,), device=device), rows].float()
         first, second, share = table.draw(views, rows, cfg.interpolated, cfg.caption_dropout)
         noise = torch.randn_like(x0)
-        t = draw_levels(batch, len(alphas), device)
-        signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
-        noisy = (signal * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
+        t = draw_levels(batch, len(path), device)
+        noisy = path.noisy(x0, noise, t).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             both = text_encoder(torch.cat([first, second])).last_hidden_state
             text = torch.lerp(both[batch:], both[:batch], share.view(-1, 1, 1).to(both.dtype))
             velocity = forward(noisy, t, text, return_dict=False)[0].float()
-        error = noise_path.noise_of_velocity(velocity, noisy, alphas[t]) - noise
+        error = path.noise(velocity, noisy, t) - noise
         total = (weights[t] * error.square().mean((1, 2, 3))).mean()
         return total, {"loss": total}
 

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from dsd_fast.diffusion import int8, noise_path
+from dsd_fast.diffusion import int8
 from dsd_fast.diffusion.components import quiet
 from dsd_fast.diffusion.loader import EMBEDDED, resolve
+from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.reference_picture import (
     POSE_WIDTH,
     CameraProjection,
@@ -112,7 +113,7 @@ def train_views(cfg: ViewTrainConfig) -> None:
         views = orbits.rows.shape[1]
         print(f"{len(orbits)} orbits of {views} views a process, {seconds:.1f} s", flush=True)
 
-    alphas = noise_path.alphas_cumprod(models.SCHEDULER).to(device)
+    path = NoisePath.of_scheduler(models.SCHEDULER).to(device)
     forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
     batch = cfg.batch_size
 
@@ -120,9 +121,8 @@ def train_views(cfg: ViewTrainConfig) -> None:
         reference, target, pose = orbits.sample(batch)
         x0 = target * scale
         noise = torch.randn_like(x0)
-        t = draw_levels(batch, len(alphas), device)
-        signal, sigma = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
-        noisy = signal * x0 + sigma * noise
+        t = draw_levels(batch, len(path), device)
+        noisy = path.noisy(x0, noise, t)
         known = (torch.rand(batch, device=device) >= cfg.dropout).float()
         rows = torch.cat([noisy, reference * known.view(-1, 1, 1, 1)], dim=1)
         with torch.autocast(device.type, torch.bfloat16):
@@ -130,7 +130,7 @@ def train_views(cfg: ViewTrainConfig) -> None:
             velocity = forward(
                 rows.contiguous(memory_format=torch.channels_last), t, context, return_dict=False
             )[0].float()
-        total = F.mse_loss(velocity, signal * noise - sigma * x0)
+        total = F.mse_loss(velocity, path.target(x0, noise, t))
         return total, {"loss": total}
 
     trainer.run(loss)

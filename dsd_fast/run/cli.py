@@ -23,7 +23,7 @@ import tyro
 from dsd_fast import guidance
 from dsd_fast.config import (
     PRESETS,
-    TASKS,
+    TASK_PRESETS,
     ConfigError,
     TrainConfig,
     check,
@@ -217,7 +217,7 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
             early.preset if early.preset in PRESETS else "embedded",
             int(steps) or None,
             resolve_device(early.device).type == "cpu",
-            early.task if early.task in TASKS else "text",
+            early.task if early.task in TASK_PRESETS else "text",
             early.exact,
             early.method or "dsd",
         )

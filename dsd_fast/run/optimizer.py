@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsd_fast import ops
 from dsd_fast.run.checkpoint import CheckpointError
-from dsd_fast.scene.rates import OptimizerConfig
-from dsd_fast.scene.scene import Scene
+from dsd_fast.scene.protocol import Trainable
 
 # The loss scale of mixed-precision training: where it starts, and the good steps before it doubles.
 INITIAL_SCALE = 2.0**16
@@ -16,7 +17,7 @@ GROWTH_INTERVAL = 2000
 
 
 class Adam:
-    """Adam over named parameters, each with a learning rate of its own.
+    """Adam over the trainables of a scene, by their names, each with a learning rate of its own.
 
     On CUDA the VAE's backward pass runs in float16, so the loss is scaled: the scale starts at
     2^16, doubles after 2000 good steps in a row and halves at a step whose gradients are not
@@ -29,14 +30,12 @@ class Adam:
 
     def __init__(
         self,
-        parameters: dict[str, nn.Parameter],
-        rates: dict[str, float],
+        trainables: Mapping[str, Trainable],
         betas: tuple[float, float],
         eps: float,
         device: torch.device,
     ) -> None:
-        self._parameters, self._rates = parameters, rates
-        self._betas, self._eps = betas, eps
+        self._trainables, self._betas, self._eps = trainables, betas, eps
         # By parameter name, each from its first gradient on: step, exp_avg and exp_avg_sq.
         self._moments: dict[str, dict[str, Tensor]] = {}
         self._scaling = device.type == "cuda"
@@ -52,25 +51,27 @@ class Adam:
         rates is taken, all of them without; on the device a CUDA graph can hold its schedule.
         Returns the norm of all gradients, 0-dim.
         """
-        for parameter in self._parameters.values():
+        parameters = {name: each.parameter for name, each in self._trainables.items()}
+        for parameter in parameters.values():
             parameter.grad = None
         (loss * self.scale).backward()
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         finite = norm.isfinite() & ok
         found_inf = (~finite).float()
-        for name, parameter in self._parameters.items():
+        for name, parameter in parameters.items():
             if parameter.grad is not None:
                 # Adam's step is proportional to its rate, which the operator wants as a number.
                 before = None if share is None else parameter.detach().clone()
-                self._move(name, parameter, found_inf)
+                self._move(name, found_inf)
                 if before is not None:
                     parameter.detach().sub_(before).mul_(share).add_(before)
         norm = norm / self.scale
         self._count(finite)
         return norm
 
-    def _move(self, name: str, parameter: nn.Parameter, found_inf: Tensor) -> None:
+    def _move(self, name: str, found_inf: Tensor) -> None:
+        parameter, rate, half_copy = self._trainables[name]
         if name not in self._moments:
             self._moments[name] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -78,29 +79,20 @@ class Adam:
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
         moments = self._moments[name]
-        half = self._half_copy(parameter)
-        ops.adam_step(
-            parameter.detach().view(-1),
-            parameter.grad.reshape(-1),
-            moments["exp_avg"].view(-1),
-            moments["exp_avg_sq"].view(-1),
-            moments["step"],
-            self._rates[name],
-            self._betas,
-            self._eps,
-            grad_scale=self.scale,
-            found_inf=found_inf,
-            half_copy=half,
-        )
-        if half is not None:
-            self._accept_half_copy()
-
-    def _half_copy(self, parameter: nn.Parameter) -> Tensor | None:
-        """A float16 copy of a parameter that gets the new values in the same pass."""
-        return None
-
-    def _accept_half_copy(self) -> None:
-        """The copy has the new values."""
+        with half_copy() as half:
+            ops.adam_step(
+                parameter.detach().view(-1),
+                parameter.grad.reshape(-1),
+                moments["exp_avg"].view(-1),
+                moments["exp_avg_sq"].view(-1),
+                moments["step"],
+                rate,
+                self._betas,
+                self._eps,
+                grad_scale=self.scale,
+                found_inf=found_inf,
+                half_copy=half,
+            )
 
     def _count(self, finite: Tensor) -> None:
         bad = ~finite
@@ -116,7 +108,7 @@ class Adam:
 
     def state_dict(self) -> dict:
         """Adam's moments by parameter name, the scale and the counters."""
-        adam = {name: self._moments[name] for name in self._parameters if name in self._moments}
+        adam = {name: self._moments[name] for name in self._trainables if name in self._moments}
         counters = {
             "scale": self.scale,
             "good_steps": self._good_steps,
@@ -128,13 +120,14 @@ class Adam:
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. CheckpointError for moments that do not fit."""
         for name, moments in state["adam"].items():
-            parameter = self._parameters.get(name)
-            if parameter is None or moments["exp_avg"].shape != parameter.shape:
+            trainable = self._trainables.get(name)
+            if trainable is None or moments["exp_avg"].shape != trainable.parameter.shape:
                 raise CheckpointError(
                     f"the checkpoint's optimizer state does not fit this configuration at {name}"
                 )
             self._moments[name] = {
-                key: value.to(parameter.device, copy=True) for key, value in moments.items()
+                key: value.to(trainable.parameter.device, copy=True)
+                for key, value in moments.items()
             }
         counters, device = state["counters"], self.scale.device
         if self._scaling:
@@ -144,29 +137,3 @@ class Adam:
         self._good_steps = counters["good_steps"].to(device, copy=True)
         self.skipped = counters["skipped"].to(device, copy=True)
         self.bad_run = counters["bad_run"].to(device, copy=True)
-
-
-class Optimizer(Adam):
-    """Adam over the field and the background of a scene.
-
-    The field's float16 copy of its table gets the new values in the same pass.
-    """
-
-    def __init__(self, scene: Scene, cfg: OptimizerConfig, device: torch.device) -> None:
-        parameters = dict(scene.named_parameters())
-        of_field = set(scene.field.parameters())
-        network_lr = cfg.geometry_lr if cfg.network_lr is None else cfg.network_lr
-        rates = {
-            name: network_lr if parameter in of_field else cfg.background_lr
-            for name, parameter in parameters.items()
-        }
-        rates["field.grid.table"] = cfg.geometry_lr
-        super().__init__(parameters, rates, cfg.betas, cfg.eps, device)
-        self._field = scene.field
-
-    def _half_copy(self, parameter: nn.Parameter) -> Tensor | None:
-        is_table = parameter is self._field.grid.table
-        return self._field.half_table() if is_table and self._field.reads_half_table() else None
-
-    def _accept_half_copy(self) -> None:
-        self._field.accept_half_table()

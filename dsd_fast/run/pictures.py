@@ -11,18 +11,18 @@ from torch import Tensor
 
 from dsd_fast.files import replacing
 from dsd_fast.scene.cameras import CameraConfig, eval_camera, turntable
+from dsd_fast.scene.field_scene import FieldScene
 from dsd_fast.scene.renderer import RenderOutput
-from dsd_fast.scene.scene import Scene
 
 
 def contact_sheet(
-    scene: Scene, cfg: CameraConfig, step: int, n_views: int, size: tuple[int, int]
+    scene: FieldScene, cfg: CameraConfig, step: int, n_views: int, size: tuple[int, int]
 ) -> np.ndarray:
     """``n_views`` views around the object, colours above normals: uint8 [2*H, n_views*W, 3]."""
     columns = []
     for view in range(n_views):
         camera = eval_camera(cfg, 360.0 * view / n_views, size=size, device=scene.device)
-        output = scene.render(camera, step)
+        output = scene.view(camera, step)
         columns.append(torch.cat([output.rgb[0], output.normal[0]], dim=0))
     return to_uint8(torch.cat(columns, dim=1))
 
@@ -36,7 +36,7 @@ def write_png(image: np.ndarray, path: Path) -> None:
 
 
 def write_turntable(
-    scene: Scene,
+    scene: FieldScene,
     cfg: CameraConfig,
     step: int,
     path: Path,
@@ -47,7 +47,7 @@ def write_turntable(
 ) -> None:
     """Render once around the object into an mp4 of rgb | normal | opacity, written atomically."""
     cameras = turntable(cfg, n_views, size=size, device=scene.device)
-    write_video((_panels(scene.render(camera, step)) for camera in cameras), path, fps)
+    write_video((_panels(scene.view(camera, step)) for camera in cameras), path, fps)
 
 
 def write_video(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -12,15 +13,17 @@ from dsd_fast.diffusion import DiffusionModel
 from dsd_fast.rng import RngStreams
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.optimizer import Adam
-from dsd_fast.scene.image import Image
-from dsd_fast.scene.scene import Scene
+from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.scene.protocol import Scene
+
+S = TypeVar("S", bound=Scene)
 
 
 @dataclass
-class TrainState:
+class TrainState(Generic[S]):
     """The parts of a run that change or that chance made; `step` counts finished steps."""
 
-    scene: Scene | Image
+    scene: S
     optimizer: Adam
     # The seed noise [1,C,h,w] on the CPU (Q12).
     noise: Tensor
@@ -45,7 +48,7 @@ class TrainState:
 
     def restore(self, tree: dict) -> None:
         """Take over a checkpoint. CheckpointError when it does not fit the configuration."""
-        self.scene.load_checkpoint(tree["scene"])
+        _load(self.scene, tree["scene"])
         self.optimizer.load_state_dict(tree["optimizer"])
         noise = tree["guidance"]["noise"]
         if noise.shape != self.noise.shape:
@@ -60,3 +63,21 @@ class TrainState:
         except ValueError as error:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
         self.step = tree["step"]
+
+
+def saved_scene(cfg: TrainConfig, state: dict[str, Tensor]) -> FieldScene:
+    """The scene of a checkpoint's ``scene`` entry, on the CPU. CheckpointError where that does not
+    fit."""
+    scene = FieldScene(cfg)
+    _load(scene, state)
+    return scene
+
+
+def _load(scene: Scene, state: dict[str, Tensor]) -> None:
+    try:
+        scene.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint does not fit this configuration: {error}. A resumed run keeps "
+            f"{scene.fixed}; start a new run (another --output) to change them."
+        ) from error

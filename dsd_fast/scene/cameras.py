@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,10 @@ class CameraBatch:
         return self.c2w.shape[0]
 
     @property
+    def n_rays(self) -> int:
+        return len(self) * self.height * self.width
+
+    @property
     def camera_positions(self) -> Tensor:
         """[B,3]"""
         return self.c2w[:, :3, 3]
@@ -157,12 +161,13 @@ class CameraBatch:
     def _rays(self) -> tuple[Tensor, Tensor]:
         return camera_rays(self.c2w, self.fovy, self.height, self.width)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Pose and light by name: what is needed where rays are made."""
+        return {name: getattr(self, name) for name in ("c2w", "fovy", "light_positions")}
+
     def to(self, device: torch.device | str) -> CameraBatch:
         """The same cameras with pose and light on another device, where their rays are made."""
-        moved = {
-            name: getattr(self, name).to(device) for name in ("c2w", "fovy", "light_positions")
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: part.to(device) for name, part in self.tensors().items()})
 
 
 class Lattice(Protocol):
@@ -255,76 +260,68 @@ class RandomCameras:
         """Index of the resolution stage of a step."""
         return bisect_right(self.cfg.resolution_milestones, step)
 
-    def sample(
-        self, step: int, generator: torch.Generator, device: torch.device | str = "cpu"
-    ) -> CameraBatch:
+    def sample(self, step: int, generator: torch.Generator) -> CameraBatch:
         """Draw the cameras of a training step from the CPU `generator`."""
-        cfg = self.cfg
-        stage = self.stage(step)
-        height, width = self._heights[stage], self._widths[stage]
-        batch = self._batch_sizes[stage]
-        opening = min(1.0, step / (cfg.progressive_until + 1))
-        low_elevation, high_elevation = (
-            _lerp(cfg.eval_elevation_deg, bound, opening) for bound in cfg.elevation_range
-        )
-        low_azimuth, high_azimuth = (_lerp(0.0, bound, opening) for bound in cfg.azimuth_range)
-
-        # All is drawn once an object and holds for each of its views.
-        n_objects = batch // cfg.n_view
-
-        def per_view(drawn: Tensor) -> Tensor:
-            return drawn if cfg.n_view == 1 else drawn.repeat_interleave(cfg.n_view, dim=0)
-
-        def uniform(low: float, high: float, *shape: int) -> Tensor:
-            return per_view(low + (high - low) * torch.rand(*shape, generator=generator))
-
-        def normal(scale: float) -> Tensor:
-            return per_view(scale * torch.randn(n_objects, 3, generator=generator))
-
-        # Half of the batches are uniform in elevation, half uniform in area on the sphere.
-        if torch.rand((), generator=generator) < 0.5:
-            elevation = torch.deg2rad(uniform(low_elevation, high_elevation, n_objects))
-        else:
-            low, high = (math.sin(math.radians(e)) for e in (low_elevation, high_elevation))
-            elevation = torch.asin(uniform(low, high, n_objects))
-        if cfg.n_view > 1:
-            azimuth_deg = uniform(0.0, 360.0 / cfg.n_view, n_objects)
-        elif cfg.batch_uniform_azimuth:
-            parts = (torch.rand(batch, generator=generator) + torch.arange(batch)) / batch
-            azimuth_deg = low_azimuth + (high_azimuth - low_azimuth) * parts
-        else:
-            azimuth_deg = uniform(low_azimuth, high_azimuth, batch)
-        elevation, azimuth_deg = self._placed(elevation, azimuth_deg)
-        if cfg.n_view > 1:
-            around = 360.0 / cfg.n_view * torch.arange(cfg.n_view)
-            azimuth_deg = azimuth_deg + around.repeat(n_objects)
-        distance = uniform(*cfg.camera_distance_range, n_objects)
-        shift = uniform(-cfg.camera_perturb, cfg.camera_perturb, n_objects, 3)
-        centers = normal(cfg.center_perturb)
-        up = torch.tensor([0.0, 0.0, 1.0]) + normal(cfg.up_perturb)
-        fovy = torch.deg2rad(uniform(*cfg.fovy_range, n_objects))
+        cfg, stage = self.cfg, self.stage(step)
+        draw = _PerObject(self._batch_sizes[stage] // cfg.n_view, cfg.n_view, generator)
+        elevation, azimuth_deg = self._angles(step, draw)
+        distance = draw.uniform(*cfg.camera_distance_range)
+        shift = draw.uniform(-cfg.camera_perturb, cfg.camera_perturb, 3)
+        centers = draw.normal(cfg.center_perturb)
+        up = torch.tensor([0.0, 0.0, 1.0]) + draw.normal(cfg.up_perturb)
+        fovy = torch.deg2rad(draw.uniform(*cfg.fovy_range))
         if cfg.relative_distance:
             distance = distance / torch.tan(0.5 * fovy)
         positions = orbit_positions(elevation, torch.deg2rad(azimuth_deg), distance) + shift
-        light_distance = uniform(*cfg.light_distance_range, n_objects)
-        if cfg.light_sample_strategy == "dreamfusion":
-            light_direction = F.normalize(positions + normal(cfg.light_position_perturb), dim=-1)
-        else:
-            light_azimuth = uniform(-math.pi, math.pi, n_objects)
-            light_elevation = uniform(math.pi / 6, math.pi / 2, n_objects)
-            local = orbit_positions(light_elevation, light_azimuth, torch.ones(batch))
-            light_direction = (_camera_frame(positions) @ local[:, :, None])[:, :, 0]
-        return _camera_batch(
+        return CameraBatch(
             look_at(positions, centers, up),
             fovy,
-            light_distance[:, None] * light_direction,
+            self._lights(positions, draw),
             torch.rad2deg(elevation),
             azimuth_deg,
             distance,
-            height,
-            width,
-            device,
+            self._heights[stage],
+            self._widths[stage],
         )
+
+    def _angles(self, step: int, draw: _PerObject) -> tuple[Tensor, Tensor]:
+        """Nominal elevation in radians and azimuth in degrees of the views of a step, [B] each."""
+        cfg = self.cfg
+        opening = min(1.0, step / (cfg.progressive_until + 1))
+        low, high = (_lerp(cfg.eval_elevation_deg, bound, opening) for bound in cfg.elevation_range)
+        # Half of the batches are uniform in elevation, half uniform in area on the sphere.
+        if torch.rand((), generator=draw.generator) < 0.5:
+            elevation = torch.deg2rad(draw.uniform(low, high))
+        else:
+            low, high = (math.sin(math.radians(bound)) for bound in (low, high))
+            elevation = torch.asin(draw.uniform(low, high))
+        low, high = (_lerp(0.0, bound, opening) for bound in cfg.azimuth_range)
+        if cfg.n_view > 1:
+            azimuth_deg = draw.uniform(0.0, 360.0 / cfg.n_view)
+        elif cfg.batch_uniform_azimuth:
+            n = draw.n_objects
+            parts = (torch.rand(n, generator=draw.generator) + torch.arange(n)) / n
+            azimuth_deg = low + (high - low) * parts
+        else:
+            azimuth_deg = draw.uniform(low, high)
+        elevation, azimuth_deg = self._placed(elevation, azimuth_deg)
+        if cfg.n_view > 1:
+            around = 360.0 / cfg.n_view * torch.arange(cfg.n_view)
+            azimuth_deg = azimuth_deg + around.repeat(draw.n_objects)
+        return elevation, azimuth_deg
+
+    def _lights(self, positions: Tensor, draw: _PerObject) -> Tensor:
+        """Positions [B,3] of the lights of cameras at `positions` [B,3]."""
+        cfg = self.cfg
+        distance = draw.uniform(*cfg.light_distance_range)
+        if cfg.light_sample_strategy == "dreamfusion":
+            direction = F.normalize(positions + draw.normal(cfg.light_position_perturb), dim=-1)
+        else:
+            azimuth = draw.uniform(-math.pi, math.pi)
+            elevation = draw.uniform(math.pi / 6, math.pi / 2)
+            local = orbit_positions(elevation, azimuth, torch.ones(len(positions)))
+            direction = (_camera_frame(positions) @ local[:, :, None])[:, :, 0]
+        return distance[:, None] * direction
 
     def _placed(self, elevation: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
         """Nominal angles as drawn, elevation in radians and azimuth in degrees, moved to where
@@ -356,7 +353,8 @@ def eval_camera(
     positions = orbit_positions(torch.deg2rad(elevation), torch.deg2rad(azimuth), distance)
     c2w = look_at(positions, torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 1.0]]))
     fovy = torch.deg2rad(torch.tensor([float(cfg.eval_fovy_deg)]))
-    return _camera_batch(c2w, fovy, positions, elevation, azimuth, distance, height, width, device)
+    cameras = CameraBatch(c2w, fovy, positions, elevation, azimuth, distance, height, width)
+    return cameras.to(device)
 
 
 def turntable(
@@ -381,27 +379,22 @@ def _on_lattice(azimuth_deg: Tensor, n_parts: int) -> Tensor:
     return torch.copysign((part + 0.5) * 180 / n_parts, azimuth).float()
 
 
-def _camera_batch(
-    c2w: Tensor,
-    fovy: Tensor,
-    light_positions: Tensor,
-    elevation_deg: Tensor,
-    azimuth_deg: Tensor,
-    distance: Tensor,
-    height: int,
-    width: int,
-    device: torch.device | str,
-) -> CameraBatch:
-    return CameraBatch(
-        c2w=c2w.to(device),
-        fovy=fovy.to(device),
-        light_positions=light_positions.to(device),
-        elevation_deg=elevation_deg,
-        azimuth_deg=azimuth_deg,
-        distance=distance,
-        height=height,
-        width=width,
-    )
+class _PerObject(NamedTuple):
+    """Draws numbers once an object, which then hold for each of its views: [B,...]."""
+
+    n_objects: int
+    n_view: int
+    generator: torch.Generator
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        drawn = torch.rand(self.n_objects, *shape, generator=self.generator)
+        return self._per_view(low + (high - low) * drawn)
+
+    def normal(self, scale: float) -> Tensor:
+        return self._per_view(scale * torch.randn(self.n_objects, 3, generator=self.generator))
+
+    def _per_view(self, drawn: Tensor) -> Tensor:
+        return drawn if self.n_view == 1 else drawn.repeat_interleave(self.n_view, dim=0)
 
 
 def _camera_frame(positions: Tensor) -> Tensor:

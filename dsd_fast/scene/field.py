@@ -8,6 +8,7 @@ copy of the table unless `FieldConfig.half_table` is off.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
@@ -214,12 +215,16 @@ class Field(nn.Module):
             if self._half_table is None or self._half_table.device != table.device:
                 self._half_table = torch.empty_like(table, dtype=torch.float16)
             self._half_table.copy_(table.detach())
-            self.accept_half_table()
+            self._half_of = (table.data_ptr(), table._version)
         return self._half_table
 
-    def accept_half_table(self) -> None:
-        """Take the copy for current: whoever changed the table has changed the copy too."""
-        self._half_of = (self.grid.table.data_ptr(), self.grid.table._version)
+    @contextmanager
+    def changing_table(self) -> Iterator[Tensor | None]:
+        """Within it whoever changes the table changes this float16 copy too; None if unused."""
+        half, table = self.half_table() if self.reads_half_table() else None, self.grid.table
+        yield half
+        if half is not None:
+            self._half_of = (table.data_ptr(), table._version)
 
     def skips_rows(self, device: torch.device) -> bool:
         """Whether `n_valid` is taken, for points of float32 on this device.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,12 @@ from annotated_types import Interval
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.loader import PictureShape
-from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.ranges import ConfigError, Decay, Elevation, Epsilon, NonNegative, Number, Positive
-from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.scene.cameras import CameraBatch
+from dsd_fast.scene.protocol import GraphKey, Trainable
+
+# Latents [B,C,h,w] to images [B,3,H,W] in [0,1].
+Decode = Callable[[Tensor], Tensor]
 
 # Learning rates for the embedded model.
 RATES = {"latent": 0.3, "rgb": 1.0}
@@ -83,27 +86,40 @@ class ImageConfig:
         return 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))
 
 
+class ImageSeen(NamedTuple):
+    """The parameter itself, as a `Seen`."""
+
+    rgb: Tensor
+
+
 class Image(nn.Module):
     """One parameter, `latent` [1,C,h,w] or `rgb` [1,H,W,3], float32; zero for the exact form.
 
-    The latent is as the UNet reads it; colours are in [0,1], beyond which nothing keeps them.
+    The latent is as the UNet reads it; colours are in [0,1], beyond which nothing keeps them. As a
+    `Scene` it looks the same from everywhere, and nothing is drawn.
 
     Args:
-        shape: of the model's latents and images.
+        latent_shape, image_size: of the model: (C, h, w), and both sides in pixels.
         generator: CPU generator of the noise that it starts as (DSD_SPEC 11.1).
     """
 
+    fixed = "its --image.parameter, size and model"
+    can_capture = True
+
     def __init__(
-        self, cfg: ImageConfig, shape: PictureShape, generator: torch.Generator | None = None
+        self,
+        cfg: ImageConfig,
+        latent_shape: tuple[int, int, int],
+        image_size: int,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.kind = cfg.parameter
-        if self.kind == "latent":
-            start = torch.randn(
-                1, shape.channels, shape.latent_size, shape.latent_size, generator=generator
-            )
+        self.kind, self.rate = cfg.parameter, cfg.rate
+        self.is_latent = self.kind == "latent"
+        if self.is_latent:
+            start = torch.randn(1, *latent_shape, generator=generator)
         else:
-            size = cfg.size or shape.image_size
+            size = cfg.size or image_size
             start = torch.rand(1, size, size, 3, generator=generator)
         self.register_parameter(self.kind, nn.Parameter(start))
         if cfg.exact:
@@ -120,30 +136,33 @@ class Image(nn.Module):
     def device(self) -> torch.device:
         return self.value.device
 
+    def trainables(self) -> dict[str, Trainable]:
+        return {self.kind: Trainable(self.value, self.rate)}
+
+    def draw(self, views: CameraBatch, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def render(self, views: CameraBatch, draws: Mapping[str, Tensor]) -> ImageSeen:
+        return ImageSeen(self.value)
+
+    def graph_key(self, views: CameraBatch) -> GraphKey:
+        return GraphKey(self.kind)
+
+    def watch_replay(self, views: CameraBatch) -> None:
+        """It counts nothing."""
+
     @torch.no_grad()
-    def set_latent(self, latent: Tensor, model: DiffusionModel) -> None:
+    def set_latent(self, latent: Tensor, decode: Decode) -> None:
         """Become a latent [1,C,h,w], or its decoded image in the parameter's size."""
-        if self.kind == "latent":
+        if self.is_latent:
             self.value.copy_(latent)
             return
-        rgb = model.decode_latents(latent)
-        rgb = F.interpolate(rgb, self.value.shape[1:3], mode="bilinear", antialias=True)
+        rgb = F.interpolate(decode(latent), self.value.shape[1:3], mode="bilinear", antialias=True)
         self.value.copy_(rgb.permute(0, 2, 3, 1))
 
     @torch.no_grad()
-    def picture(self, model: DiffusionModel) -> Tensor:
+    def picture(self, decode: Decode) -> Tensor:
         """The image [H,W,3] float32 in [0,1]; a latent is decoded."""
-        if self.kind == "rgb":
-            return self.value[0].detach().clamp(0, 1)
-        return model.decode_latents(self.value.detach())[0].permute(1, 2, 0)
-
-    def load_checkpoint(self, state: dict[str, Tensor]) -> None:
-        """Take over a checkpoint's ``scene`` entry. CheckpointError when it does not fit."""
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the checkpoint does not fit this configuration: {error}. A resumed run keeps its "
-                "--image.parameter, size and model; start a new run (another --output) to change "
-                "them."
-            ) from error
+        if self.is_latent:
+            return decode(self.value.detach())[0].permute(1, 2, 0)
+        return self.value[0].detach().clamp(0, 1)

@@ -49,6 +49,13 @@ class Shading(NamedTuple):
         counts = (float(self.mode != "textureless"), float(self.mode != "albedo"))
         return torch.tensor([*self.ambient, *self.diffuse, *counts])
 
+    @classmethod
+    def of(cls, numbers: Tensor) -> Shading:
+        """The shading that these are the `numbers` of, on the CPU."""
+        *colors, texture, light = numbers.tolist()
+        mode: ShadingMode = ("diffuse" if texture else "textureless") if light else "albedo"
+        return cls(mode, tuple(colors[:3]), tuple(colors[3:]))
+
 
 def choose_shading(
     cfg: MaterialConfig, step: int, training: bool, generator: torch.Generator | None = None

@@ -14,7 +14,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -115,40 +115,45 @@ def write_glb(mesh: Mesh, path: Path) -> None:
     colors[:, :3] = np.round(linear * 65535)
     indices = np.ascontiguousarray(mesh.faces.reshape(-1), dtype="<u4")
 
+    binary = b"".join(array.tobytes() for array in (positions, normals, colors, indices))
+    text = json.dumps(_gltf(positions, normals, colors, indices)).encode()
+    text += b" " * (-len(text) % 4)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(text) + 8 + len(binary)))
+        file.write(struct.pack("<I4s", len(text), b"JSON") + text)
+        file.write(struct.pack("<I4s", len(binary), b"BIN\0") + binary)
+
+
+def _gltf(
+    positions: np.ndarray, normals: np.ndarray, colors: np.ndarray, indices: np.ndarray
+) -> dict[str, Any]:
+    """The document about these arrays, which follow each other in one buffer."""
     float32, uint16, uint32 = 5126, 5123, 5125
     array_buffer, element_buffer = 34962, 34963
-    accessors, views, blobs = [], [], []
+    accessors: list[dict[str, Any]] = []
+    views: list[dict[str, int]] = []
+    size = 0
     for array, component, kind, target in (
         (positions, float32, "VEC3", array_buffer),
         (normals, float32, "VEC3", array_buffer),
         (colors, uint16, "VEC4", array_buffer),
         (indices, uint32, "SCALAR", element_buffer),
     ):
-        accessor = {
-            "bufferView": len(views),
-            "componentType": component,
-            "count": len(array),
-            "type": kind,
-        }
-        if array is positions:  # The one accessor that must state its bounds.
-            accessor |= {"min": positions.min(0).tolist(), "max": positions.max(0).tolist()}
-        if array is colors:
-            accessor["normalized"] = True
-        offset = sum(len(blob) for blob in blobs)
-        views.append(
-            {"buffer": 0, "byteOffset": offset, "byteLength": array.nbytes, "target": target}
-        )
-        accessors.append(accessor)
-        blobs.append(
-            array.tobytes()
-        )  # Every element is a multiple of 4 bytes, so views stay aligned.
+        about = {"bufferView": len(views), "componentType": component, "count": len(array)}
+        accessors.append({**about, "type": kind})
+        span = {"buffer": 0, "byteOffset": size, "byteLength": array.nbytes}
+        views.append({**span, "target": target})
+        size += array.nbytes  # Every element is a multiple of 4 bytes, so views stay aligned.
+    # The one accessor that must state its bounds.
+    accessors[0] |= {"min": positions.min(0).tolist(), "max": positions.max(0).tolist()}
+    accessors[2]["normalized"] = True
 
     attributes = {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2}
     material = {
         "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
         "doubleSided": True,
     }
-    document = {
+    return {
         "asset": {"version": "2.0", "generator": "dsd_fast"},
         "scene": 0,
         "scenes": [{"nodes": [0]}],
@@ -157,15 +162,8 @@ def write_glb(mesh: Mesh, path: Path) -> None:
         "materials": [material],
         "accessors": accessors,
         "bufferViews": views,
-        "buffers": [{"byteLength": sum(len(blob) for blob in blobs)}],
+        "buffers": [{"byteLength": size}],
     }
-    text = json.dumps(document).encode()
-    text += b" " * (-len(text) % 4)
-    binary = b"".join(blobs)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(text) + 8 + len(binary)))
-        file.write(struct.pack("<I4s", len(text), b"JSON") + text)
-        file.write(struct.pack("<I4s", len(binary), b"BIN\0") + binary)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How fast the parts of a scene learn."""
+"""How a scene's parameters are updated."""
 
 from __future__ import annotations
 

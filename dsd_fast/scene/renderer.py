@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -71,15 +71,6 @@ class RenderOutput:
     rgb_fg: Tensor  # [B,H,W,3] Σ w c
     orientation: Tensor  # [B,H,W,1] Σ w max(0, n·d)², w without gradient: normals that face away
     n_samples: Tensor  # 0-dim int64; zero is legal: only the background is seen
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What chance decides in one rendering; see `Renderer.draw`."""
-
-    jitter: Tensor | None  # [B·H·W] shift of each ray's samples, in steps
-    shading: Shading | Tensor  # itself, or its numbers on the device
-    paint: Tensor | None  # of the background, see there
 
 
 @dataclass(frozen=True)
@@ -170,60 +161,62 @@ class Renderer(nn.Module):
         marched, kept = cfg.sample_room or (None, None)
         self._marched, self._kept = SampleRoom("marched", marched), SampleRoom("kept", kept)
 
-    def forward(
+    def view(
+        self, field: Field, background: Background, cameras: CameraBatch, step: int
+    ) -> RenderOutput:
+        """What cameras see at a step of the run, without chance or gradients."""
+        field.set_step(step)
+        shading = choose_shading(self.material, step, training=False)
+        # On CUDA one kernel takes numbers, where an image's samples fill much of the memory.
+        draws = {"shading": upload(shading.numbers(), cameras.c2w.device)}
+        return self.render(field, background, cameras, draws, training=False)
+
+    def draw(
         self,
         field: Field,
         background: Background,
         cameras: CameraBatch,
         step: int,
-        training: bool,
-        generator: torch.Generator | None = None,
-        update_occupancy: bool = True,
-    ) -> RenderOutput:
-        """Render the cameras as they look at training step `step`.
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Bring the field's levels and the occupancy grid to a step, and draw for its rendering.
 
-        Sets the field's step first. In training, gradients are recorded and the CPU `generator`
-        gives, in this order: the occupancy update, the ray jitter, the shading, the background.
-        (A generator of the device draws there; a CUDA graph needs one.)
-        `update_occupancy=False` leaves the grid alone, for further renderings of the same step.
-        Otherwise no gradients are recorded and nothing is random.
+        In the official order: occupancy, jitter, shading, background, from the CPU `generator`. (A
+        generator of the device draws there; a CUDA graph of this needs one.)
+
+        Returns:
+            By name: jitter [B·H·W], the shift of each ray's samples in steps, and paint, of the
+            background, see there, where they are asked for; shading, on the CPU, the numbers of a
+            `Shading`.
         """
-        if training and generator is None:
-            raise ValueError("renderer: training needs a generator, got None")
         field.set_step(step)
-        if training and update_occupancy:
-            self.update_occupancy(field, step, generator)
-        if training:
-            draws = self.draw(background, cameras, step, generator)
-            return self.render(field, background, cameras, draws, training)
-        shading = choose_shading(self.material, step, training)
-        # By numbers, which one kernel takes, where an image's samples fill much of the memory.
-        draws = Draws(None, upload(shading.numbers(), cameras.c2w.device), None)
-        return self.render(field, background, cameras, draws, training)
-
-    def draw(
-        self, background: Background, cameras: CameraBatch, step: int, generator: torch.Generator
-    ) -> Draws:
-        """The draws of a training rendering, on the generator's device."""
-        jitter = None
+        self.update_occupancy(field, step, generator)
+        draws = {}
         if self.cfg.randomized:
-            n_rays = len(cameras) * cameras.height * cameras.width
-            jitter = torch.rand(n_rays, generator=generator, device=generator.device)
-        shading = choose_shading(self.material, step, True, generator)
-        return Draws(jitter, shading, background.draw(len(cameras), generator))
+            n_rays, device = cameras.n_rays, generator.device
+            draws["jitter"] = torch.rand(n_rays, generator=generator, device=device)
+        draws["shading"] = choose_shading(self.material, step, True, generator).numbers()
+        paint = background.draw(len(cameras), generator)
+        return draws if paint is None else {**draws, "paint": paint}
 
     def render(
         self,
         field: Field,
         background: Background,
         cameras: CameraBatch,
-        draws: Draws,
-        training: bool,
+        draws: Mapping[str, Tensor],
+        training: bool = True,
     ) -> RenderOutput:
-        """Render the field as it is, with draws that were made before."""
+        """Render the field as it is, with what `draw` drew, here or on the cameras' device.
+
+        Gradients are recorded in training alone.
+        """
         with torch.set_grad_enabled(training and torch.is_grad_enabled()):
-            samples = self._sample(field, cameras, draws.jitter)
-            sigmas, rgbs, normals = self._evaluate(field, cameras, samples, draws.shading)
+            samples = self._sample(field, cameras, draws.get("jitter"))
+            shading = draws["shading"]
+            # On the CPU by its mode: an albedo needs no light computed.
+            shading = shading if shading.is_cuda else Shading.of(shading)
+            sigmas, rgbs, normals = self._evaluate(field, cameras, samples, shading)
             rays = ops.composite_full(
                 sigmas,
                 rgbs,
@@ -233,7 +226,7 @@ class Renderer(nn.Module):
                 offsets=samples.offsets,
                 dirs=samples.rays_d,
             )
-            paint = draws.paint
+            paint = draws.get("paint")
             if paint is not None:
                 paint = upload(paint, cameras.rays_d.device)
             behind = background(cameras.rays_d, training, paint)

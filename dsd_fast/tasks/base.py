@@ -1,21 +1,44 @@
-"""A task: what a kind of run does in its own way. `train` has all that runs have in common."""
+"""A task: what a kind of run does in its own way. `train` has all that runs have in common.
+
+A new one is a class in a file of its own, registered there (`register`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsd_fast.config import TrainConfig
+from dsd_fast.config import Preset, TrainConfig, register_task
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, embed_views, load_model
-from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance import FORMULATIONS, Guidance, make_guidance
 from dsd_fast.run.memory import PhaseMemory
 from dsd_fast.run.optimizer import Adam
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
-from dsd_fast.tasks.step import StepOutput, TrainStep
+from dsd_fast.scene.protocol import Scene
+from dsd_fast.tasks.step import Cameras, StepOutput, TrainStep
+
+# The tasks by the name that `--task` asks for.
+TASKS: dict[str, Task] = {}
+
+
+def register(name: str, preset: Preset | None = None) -> Callable[[type[Task]], type[Task]]:
+    """Decorator of a class of tasks: `--task NAME` does one.
+
+    Args:
+        preset: its starting values (`config.register_task`); without, it takes those of the presets
+            as they are.
+    """
+
+    def add(task: type[Task]) -> type[Task]:
+        TASKS[name] = task()
+        register_task(name, preset)
+        return task
+
+    return add
 
 
 class Task:
@@ -23,16 +46,23 @@ class Task:
 
     # The flag that a run of bad gradients is told to lower.
     lr_flag: str
+    # What its steps are.
+    step_class: type[TrainStep] = TrainStep
 
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
+        self.cameras(cfg)  # ValueError for what they cannot do
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
         """Whether a run that did all of its steps has written its pictures too."""
         raise NotImplementedError
 
-    def scene(self, cfg: TrainConfig, generator: torch.Generator) -> Any:
-        """What is optimised, an nn.Module on the CPU with `load_checkpoint` and `device`."""
+    def scene(self, cfg: TrainConfig, generator: torch.Generator) -> Scene:
+        """What is optimised, on the CPU."""
+        raise NotImplementedError
+
+    def cameras(self, cfg: TrainConfig) -> Cameras:
+        """Where a step's views come from."""
         raise NotImplementedError
 
     def view_dependent(self, cfg: TrainConfig) -> bool:
@@ -57,12 +87,12 @@ class Task:
             prefix=cfg.text.prefix,
             view_dependent=self.view_dependent(cfg),
             overrides=cfg.text.overrides(),
-            poor=cfg.text.poor if cfg.guidance.method == "nfsd" else None,
+            poor=cfg.text.poor if FORMULATIONS[cfg.guidance.method].needs_poor else None,
         )
         return model, prompts
 
-    def optimizer(self, scene: Any, cfg: TrainConfig, device: torch.device) -> Adam:
-        raise NotImplementedError
+    def optimizer(self, scene: Scene, cfg: TrainConfig, device: torch.device) -> Adam:
+        return Adam(scene.trainables(), cfg.optimizer.betas, cfg.optimizer.eps, device)
 
     def guidance(
         self, cfg: TrainConfig, model: DiffusionModel, prompts: PromptEmbeddings, noise: Tensor
@@ -87,7 +117,8 @@ class Task:
         device: torch.device,
         phase: PhaseMemory,
     ) -> TrainStep:
-        raise NotImplementedError
+        cameras, capture = self.cameras(cfg), cfg.trainer.graphs
+        return self.step_class(cfg, states, guidance, cameras, device, capture, phase)
 
     def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
         """What metrics.jsonl tells beside the step's numbers."""

@@ -7,154 +7,85 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsd_fast.config import TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, view_prompts
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.loader import picture_shape
 from dsd_fast.guidance import (
     Guidance,
-    Plan,
     combine,
-    distillation_loss,
     view_embeddings,
 )
-from dsd_fast.guidance.conditions.text import direction, expand_rows
+from dsd_fast.guidance.conditions.text import direction
 from dsd_fast.guidance.exact import ExactForm
 from dsd_fast.guidance.levels import LAST_LEVEL
-from dsd_fast.guidance.trajectory import signal_and_noise
+from dsd_fast.guidance.rows import expand_rows
 from dsd_fast.run import pictures
 from dsd_fast.run.memory import PhaseMemory
 from dsd_fast.run.optimizer import Adam
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
-from dsd_fast.scene.image import Image, ImageConfig
-from dsd_fast.tasks.base import Task
-from dsd_fast.tasks.step import TrainStep
+from dsd_fast.scene.cameras import CameraBatch, eval_camera
+from dsd_fast.scene.image import Image, ImageSeen
+from dsd_fast.scene.protocol import Scene
+from dsd_fast.tasks.base import Task, register
+from dsd_fast.tasks.step import NORMS, SCALING, TrainStep, Weights
 
 log = logging.getLogger("dsd_fast.train")
 
-# Names of a run's numbers, in their order.
-NUMBERS = (
-    "dsd",
-    "loss",
-    "guidance_norm",
-    "gradient_norm",
-    "lr",
-    "loss_scale",
-    "skipped",
-    "bad_run",
-)
 # Pictures of the strip over the progress: some of the previews, and the result.
 STRIP_PICTURES = 8
 
 
-class _View(NamedTuple):
-    """The view whose text is asked for, as `CameraBatch` has it."""
+class StillView:
+    """The one view that an image asks for, in the place of cameras; no picture is taken of it."""
 
-    elevation_deg: Tensor  # [1] on the CPU
-    azimuth_deg: Tensor
-    height: int
+    def __init__(self, cfg: TrainConfig) -> None:
+        azimuth = cfg.image.azimuth
+        # Without a view to ask for all views have one text.
+        at = (0.0, 0.0) if azimuth is None else (azimuth, cfg.image.elevation)
+        self.view = eval_camera(cfg.cameras, *at)
 
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What chance decided for one run, on the CPU."""
-
-    views: _View
-    noise: Tensor | None  # of the posterior
-    t: Tensor
-    t_delta: Tensor
-    chance: dict[str, Tensor]  # of the guidance, beside its levels
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What the device needs of it, by name."""
-        return {} if self.noise is None else {"noise": self.noise}
-
-    def replaced(self, tensors: dict[str, Tensor]) -> _Drawn:
-        """The same with tensors on the device."""
-        return _Drawn(self.views, tensors.get("noise"), self.t, self.t_delta, self.chance)
+    def sample(self, step: int, generator: torch.Generator) -> CameraBatch:
+        return self.view
 
 
 class ImageStep(TrainStep):
-    """Steps of images that differ in their seed alone; see `TrainStep`."""
+    """Steps of images, whose learning rate has a schedule."""
 
-    names = NUMBERS
-
-    def _can_capture(self) -> bool:
-        return True
-
-    def _rooms(self, drawn: Sequence[_Drawn]) -> tuple[int, ...] | None:
-        return () if self._captures else None
-
-    def _levels(self) -> tuple[int, ...]:
-        return ()
-
-    def _watch_replay(self, drawn: Sequence[_Drawn]) -> None:
-        pass
+    figures = (*NORMS, "lr", *SCALING)
 
     def _weights(self, step: int) -> dict[str, float]:
         image = self.cfg.image
         share = 1.0 if image.exact else image.share_of_lr(step, self.cfg.max_steps)
-        return {"dsd": self._dsd_weight(step), "share": share}
+        return super()._weights(step) | {"share": share}
 
-    def _draw(self, state: TrainState, step: int) -> _Drawn:
-        noise, image = None, self.cfg.image
-        if state.scene.kind == "rgb" and self.cfg.guidance.sample_posterior:
-            noise = self.guidance.model.draw_posterior(1, state.rng.guidance)
-        t, t_delta = self.guidance.levels(1, step, state.rng.guidance)
-        chance = self.guidance.draw_noise(1, state.rng.guidance)
-        return _Drawn(_view(image, self.guidance.model.image_size), noise, t, t_delta, chance)
-
-    def _run(
-        self,
-        drawn: Sequence[_Drawn],
-        plan: Plan,
-        weights: dict[str, float] | dict[str, Tensor],
-    ) -> Tensor:
-        latents = []
-        for state, d in zip(self.states, drawn):
-            with self._phase("encode"):
-                value = state.scene.value
-                if state.scene.kind == "rgb":
-                    value = self.guidance.encode(value, d.noise)
-                latents.append(value)
-        with self._phase("guidance"):
-            guided = self.guidance.at_plan(torch.cat(latents).detach(), plan)
-        rows = []
-        for state, x, gradient in zip(self.states, latents, guided.grad.split(1)):
-            loss = distillation_loss(x, gradient)
-            weighted = weights["dsd"] * loss
-            optimizer = state.optimizer
-            with self._phase("backward and update"):
-                # One run's bad gradient leaves the others' steps alone.
-                norm = optimizer.step(weighted, gradient.isfinite().all(), weights["share"])
-            lr = torch.as_tensor(weights["share"]) * self.cfg.image.rate
-            values = [loss, weighted, gradient.norm(), norm, lr.to(loss.device), optimizer.scale]
-            values += [optimizer.skipped, optimizer.bad_run]
-            rows.append(torch.stack([value.detach().reshape(()).float() for value in values]))
-        return torch.stack(rows)
+    def _figures(self, seen: ImageSeen, weights: Weights) -> dict[str, Tensor]:
+        return {"lr": torch.as_tensor(weights["share"]) * self.cfg.image.rate}
 
 
 class UnitStep(Adam):
     """Steps of unit length in place of Adam's: the parameter less its gradient."""
 
-    def _move(self, name: str, parameter: nn.Parameter, found_inf: Tensor) -> None:
+    def _move(self, name: str, found_inf: Tensor) -> None:
+        parameter = self._trainables[name].parameter
         value = parameter.detach()
         # Where the gradient is not finite, so is their difference.
         moved = value - parameter.grad / self.scale
         value.copy_(torch.where(found_inf.bool(), value, moved))
 
 
+@register("image")
 class ImageTask(Task):
-    """One image a run, told from other tasks by `--task image`."""
+    """One image a run."""
 
     lr_flag = "--image.lr"
+    step_class = ImageStep
 
     def view_dependent(self, cfg: TrainConfig) -> bool:
         """Whether prompts name the view: only where one is asked for."""
@@ -162,13 +93,16 @@ class ImageTask(Task):
 
     def scene(self, cfg: TrainConfig, generator: torch.Generator) -> Image:
         """The image at its start, as noise."""
-        return Image(cfg.image, picture_shape(cfg.model), generator)
+        shape = picture_shape(cfg.model)
+        latent_shape = (shape.channels, shape.latent_size, shape.latent_size)
+        return Image(cfg.image, latent_shape, shape.image_size, generator)
 
-    def optimizer(self, scene: Image, cfg: TrainConfig, device: torch.device) -> Adam:
-        image = cfg.image
-        kind = UnitStep if image.exact else Adam
-        rates = {scene.kind: image.rate}
-        return kind({scene.kind: scene.value}, rates, image.betas, image.eps, device)
+    def cameras(self, cfg: TrainConfig) -> StillView:
+        return StillView(cfg)
+
+    def optimizer(self, scene: Scene, cfg: TrainConfig, device: torch.device) -> Adam:
+        kind = UnitStep if cfg.image.exact else Adam
+        return kind(scene.trainables(), cfg.image.betas, cfg.image.eps, device)
 
     def guidance(
         self, cfg: TrainConfig, model: DiffusionModel, prompts: PromptEmbeddings, noise: Tensor
@@ -189,7 +123,8 @@ class ImageTask(Task):
             return
         for state in states:
             noise = state.noise.to(model.device)
-            state.scene.set_latent(first_prediction(cfg, model, prompts, noise), model)
+            latent = first_prediction(cfg, model, prompts, noise)
+            state.scene.set_latent(latent, model.decode_latents)
         _release_decoder(model)
 
     def step(
@@ -199,15 +134,13 @@ class ImageTask(Task):
         guidance: Guidance,
         device: torch.device,
         phase: PhaseMemory,
-    ) -> ImageStep:
+    ) -> TrainStep:
         if cfg.image.exact:
             # From here on one memory: what the guidance writes is what a checkpoint saves.
             for state, link in zip(states, guidance.link.split(1)):
                 link.copy_(state.scene.link)
                 state.scene.link = link
-        return ImageStep(
-            cfg, states, guidance, None, device, capture=cfg.trainer.graphs, phase=phase
-        )
+        return super().step(cfg, states, guidance, device, phase)
 
     def beside_checkpoint(self, state: TrainState, run: RunFolder) -> None:
         """The image of a checkpoint: what comparisons look at."""
@@ -234,7 +167,7 @@ def text_of(cfg: TrainConfig) -> str:
     """The prompt that a 2D run asks with: the bare one, or that of the view its camera is in."""
     if cfg.image.azimuth is None:
         return cfg.prompt
-    view = _view(cfg.image, 0)
+    view = StillView(cfg).view
     prompts = view_prompts(cfg.prompt, prefix=cfg.text.prefix, overrides=cfg.text.overrides())
     return prompts[int(direction(view.elevation_deg, view.azimuth_deg))]
 
@@ -251,7 +184,7 @@ def first_prediction(
         noise: [B,C,h,w] float32 on the model's device.
     """
     guidance, n_items = cfg.guidance, len(noise)
-    view = _view(cfg.image, model.image_size)
+    view = StillView(cfg).view
     text, weights = view_embeddings(
         prompts.text_vd,
         prompts.uncond_vd,
@@ -262,13 +195,12 @@ def first_prediction(
     levels = torch.full((n_items,), LAST_LEVEL)
     rows = expand_rows(noise, guidance.use_perp_neg)
     eps = combine(
-        model.predict_noise(rows, expand_rows(levels, guidance.use_perp_neg), text),
+        model.predict_noise(rows, expand_rows(levels, guidance.use_perp_neg), Condition(text)),
         weights,
         guidance.guidance_scale,
         standard_cfg=guidance.standard_cfg,
     )
-    alpha, sigma = signal_and_noise(model.alphas_cumprod, levels, noise)
-    return (noise - sigma * eps) / alpha
+    return model.noise_path.clean(noise, eps, levels)
 
 
 def progress_strip(run: RunFolder, step: int, result: np.ndarray) -> np.ndarray:
@@ -286,16 +218,9 @@ def progress_strip(run: RunFolder, step: int, result: np.ndarray) -> np.ndarray:
     return np.concatenate([*(i for i in images if i.shape == result.shape), result], axis=1)
 
 
-def _view(cfg: ImageConfig, size: int) -> _View:
-    """The view that an image asks for; without one all views have one text."""
-    azimuth = 0.0 if cfg.azimuth is None else cfg.azimuth
-    elevation = 0.0 if cfg.azimuth is None else cfg.elevation
-    return _View(torch.tensor([elevation]), torch.tensor([azimuth]), size)
-
-
 def _pixels(state: TrainState) -> np.ndarray:
     """The image of a run, uint8 [H,W,3]."""
-    pixels = pictures.to_uint8(state.scene.picture(state.model))
+    pixels = pictures.to_uint8(state.scene.picture(state.model.decode_latents))
     _release_decoder(state.model)
     return pixels
 

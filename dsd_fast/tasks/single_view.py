@@ -6,6 +6,7 @@ python -m dsd_fast.train --task single-view --image chair.png
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,53 +14,75 @@ from torch import Tensor
 
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import ViewModel, load_view_model
-from dsd_fast.guidance import Guidance
-from dsd_fast.guidance.conditions.pose import (
-    OrbitBins,
-    Reference,
-    check_settings,
-    make_view_guidance,
-)
-from dsd_fast.run.memory import PhaseMemory
+from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance.conditions.pose import OrbitBins, PoseConditions, Reference
 from dsd_fast.run.state import TrainState
-from dsd_fast.scene.cameras import RandomCameras
-from dsd_fast.scene.picture import on_color, read_picture, resized
-from dsd_fast.scene.scene import Scene
-from dsd_fast.tasks.single_view_step import SingleViewStep
-from dsd_fast.tasks.text import TextTask, check_batches
+from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
+from dsd_fast.scene.losses import REGULARIZERS
+from dsd_fast.scene.picture import on_color, read_picture
+from dsd_fast.scene.picture_scene import PICTURE_LOSSES, PictureScene
+from dsd_fast.scene.renderer import RenderOutput
+from dsd_fast.schedules import Schedule
+from dsd_fast.tasks.base import register
+from dsd_fast.tasks.step import Drawn, Weights
+from dsd_fast.tasks.text import FieldStep, TextTask
 
-# The picture is kept at this size at most, that of the largest rendering.
-LARGEST_PICTURE = 512
 
+class ReferenceCameras(RandomCameras):
+    """The reference view, and random ones behind it, which guidance is asked about.
 
-class PictureScene(Scene):
-    """A scene with the picture that it is to look like; the picture is no part of its state.
-
-    Args:
-        rgba: [1,4,S,S] of `read_picture`.
+    Random views are on the centres of the bins that have cached trajectories, where there are any.
     """
 
-    def __init__(self, cfg: TrainConfig, generator: torch.Generator | None, rgba: Tensor) -> None:
-        super().__init__(cfg, generator)
-        heights = cfg.cameras.height
-        sizes = (heights,) if isinstance(heights, int) else heights
-        for size in dict.fromkeys(sizes):
-            picture = resized(rgba, size).permute(0, 2, 3, 1).contiguous()
-            self.register_buffer(f"picture_{size}", picture, persistent=False)
+    def __init__(self, cfg: TrainConfig) -> None:
+        cached = cfg.guidance.method == "dsd" and cfg.guidance.trajectory == "cached"
+        super().__init__(cfg.cameras, OrbitBins(reference(cfg)) if cached else None)
+        self._elevation = cfg.single_view.elevation
 
-    def picture(self, size: int) -> Tensor:
-        """The picture at the size of a rendering, [1,size,size,4] straight alpha."""
-        return self.get_buffer(f"picture_{size}")
+    def sample(self, step: int, generator: torch.Generator) -> CameraBatch:
+        """All views of a step; the angles are those of the random ones."""
+        views = super().sample(step, generator)
+        at = eval_camera(self.cfg, 0.0, self._elevation, size=(views.height, views.width))
+        here, others = at.tensors(), views.tensors()
+        return replace(views, **{name: torch.cat([here[name], others[name]]) for name in others})
 
 
+class SingleViewStep(FieldStep):
+    """The reference view is held against the picture, the random ones are guided; both are
+    regularised."""
+
+    losses = ("dsd", *PICTURE_LOSSES, *REGULARIZERS)
+
+    def _weights(self, step: int) -> dict[str, float]:
+        schedules = self.cfg.single_view.schedules().items()
+        own = {name: Schedule.parse(value)(step) for name, value in schedules}
+        return super()._weights(step) | {name: w for name, w in own.items() if w != 0}
+
+    def _guided(self, seen: RenderOutput) -> Tensor:
+        return seen.rgb[1:]
+
+    def _losses(
+        self, state: TrainState, drawn: Drawn, seen: RenderOutput, weights: Weights
+    ) -> dict[str, Tensor]:
+        losses = state.scene.losses(drawn.views, drawn.draws, seen, weights)
+        for name in REGULARIZERS:
+            if name in weights:
+                # Against emptiness the reference view has its picture.
+                of = _of_views(seen, 1) if name == "sparsity" else seen
+                losses[name] = REGULARIZERS[name](of)
+        return losses
+
+
+@register("single-view")
 class SingleViewTask(TextTask):
     """One object a run, from one picture."""
+
+    step_class = SingleViewStep
 
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
         check(cfg)
-        check_batches(cfg, n_runs)
-        _cameras(cfg)
+        super().check(cfg, n_runs)
 
     def load(
         self, cfg: TrainConfig, device: torch.device, dtype: torch.dtype | None
@@ -70,24 +93,18 @@ class SingleViewTask(TextTask):
         return model, reference(cfg)
 
     def scene(self, cfg: TrainConfig, generator: torch.Generator) -> PictureScene:
-        return PictureScene(cfg, generator, self._picture(cfg))
+        heights = cfg.cameras.height
+        sizes = (heights,) if isinstance(heights, int) else heights
+        return PictureScene(cfg, generator, self._picture(cfg), sizes)
+
+    def cameras(self, cfg: TrainConfig) -> ReferenceCameras:
+        return ReferenceCameras(cfg)
 
     def guidance(
         self, cfg: TrainConfig, model: ViewModel, prompts: Reference, noise: Tensor
     ) -> Guidance:
-        return make_view_guidance(cfg.guidance, model, prompts, noise, cfg.max_steps)
-
-    def step(
-        self,
-        cfg: TrainConfig,
-        states: list[TrainState],
-        guidance: Guidance,
-        device: torch.device,
-        phase: PhaseMemory,
-    ) -> SingleViewStep:
-        return SingleViewStep(
-            cfg, states, guidance, _cameras(cfg), device, capture=cfg.trainer.graphs, phase=phase
-        )
+        conditions = PoseConditions(prompts, model, cfg.guidance)
+        return make_guidance(cfg.guidance, model, conditions, noise, cfg.max_steps)
 
     def _picture(self, cfg: TrainConfig) -> Tensor:
         """The picture of a run, [1,4,S,S]; ConfigError where it is not the one of its start."""
@@ -146,13 +163,13 @@ def check(cfg: TrainConfig) -> None:
             f"{cfg.material.diffuse_prob}"
         )
     try:
-        check_settings(cfg.guidance)
+        PoseConditions.check(cfg.guidance)
         OrbitBins(reference(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _cameras(cfg: TrainConfig) -> RandomCameras:
-    """On the centres of the bins that have cached trajectories, where there are any."""
-    cached = cfg.guidance.method == "dsd" and cfg.guidance.trajectory == "cached"
-    return RandomCameras(cfg.cameras, OrbitBins(reference(cfg)) if cached else None)
+def _of_views(image: RenderOutput, first: int) -> RenderOutput:
+    """The views from number `first` on; the count of samples is that of all."""
+    parts = {name: value[first:] for name, value in vars(image).items() if name != "n_samples"}
+    return RenderOutput(**parts, n_samples=image.n_samples)

@@ -3,76 +3,89 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
-from dsd_fast.guidance import Guidance
-from dsd_fast.guidance.conditions.multiview import (
-    camera_lattice,
-    check_settings,
-    make_multiview_guidance,
-)
+from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance.conditions.multiview import MultiViewConditions, camera_lattice
 from dsd_fast.run import memory, pictures
-from dsd_fast.run.memory import PhaseMemory
-from dsd_fast.run.optimizer import Optimizer
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import RandomCameras
-from dsd_fast.scene.mesh import MeshError, make_mesh, write_glb
-from dsd_fast.scene.scene import Scene
-from dsd_fast.tasks.base import Task
-from dsd_fast.tasks.step import StepOutput, TrainStep
+from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.scene.losses import REGULARIZERS, regularizer_weights
+from dsd_fast.scene.mesh import MeshError, write_glb
+from dsd_fast.scene.renderer import RenderOutput
+from dsd_fast.tasks.base import Task, register
+from dsd_fast.tasks.step import NORMS, SCALING, Cameras, Drawn, StepOutput, TrainStep, Weights
 
 log = logging.getLogger("dsd_fast.train")
 
 
+class FieldStep(TrainStep):
+    """Steps of field scenes, which are regularised."""
+
+    losses = ("dsd", *REGULARIZERS)
+    figures = (*NORMS, "opacity", *SCALING, "samples")
+
+    def _weights(self, step: int) -> dict[str, float]:
+        return super()._weights(step) | regularizer_weights(self.cfg.loss, step)
+
+    def _losses(
+        self, state: TrainState, drawn: Drawn, seen: RenderOutput, weights: Weights
+    ) -> dict[str, Tensor]:
+        return {name: REGULARIZERS[name](seen) for name in weights if name != "dsd"}
+
+    def _figures(self, seen: RenderOutput, weights: Weights) -> dict[str, Tensor]:
+        return {"opacity": seen.opacity.mean(), "samples": seen.n_samples}
+
+
+@register("text")
 class TextTask(Task):
     """One object a run."""
 
     lr_flag = "--optimizer.geometry-lr"
+    step_class = FieldStep
 
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
-        check_batches(cfg, n_runs)
-        if cfg.cameras.n_view > 1:
-            check_settings(cfg.guidance)
-        _cameras(cfg)  # ValueError for what they cannot do
+        n_view = cfg.cameras.n_view
+        if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > n_view:
+            own = "view" if n_view == 1 else f"{n_view} views"
+            raise ConfigError(
+                f"--num-seeds needs --cameras.batch-size {n_view}: each seed has its own {own}"
+            )
+        if n_view > 1:
+            MultiViewConditions.check(cfg.guidance)
+        super().check(cfg, n_runs)
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
         """The contact sheet is the last of a run's files."""
         return run.preview.exists() and (run.turntable.exists() or not cfg.pictures.turntable)
 
-    def scene(self, cfg: TrainConfig, generator: torch.Generator) -> Scene:
-        return Scene(cfg, generator)
+    def scene(self, cfg: TrainConfig, generator: torch.Generator) -> FieldScene:
+        return FieldScene(cfg, generator)
 
-    def optimizer(self, scene: Scene, cfg: TrainConfig, device: torch.device) -> Optimizer:
-        return Optimizer(scene, cfg.optimizer, device)
+    def cameras(self, cfg: TrainConfig) -> Cameras:
+        lattice = cfg.guidance.lattice
+        if cfg.cameras.n_view > 1:
+            ranges = (cfg.cameras.elevation_range, cfg.cameras.n_view)
+            lattice = camera_lattice(cfg.guidance, cfg.multiview, *ranges)
+        return RandomCameras(cfg.cameras, lattice)
 
     def guidance(
         self, cfg: TrainConfig, model: DiffusionModel, prompts: PromptEmbeddings, noise: Tensor
     ) -> Guidance:
         if cfg.cameras.n_view == 1:
             return super().guidance(cfg, model, prompts, noise)
-        settings = (cfg.guidance, model, prompts, noise, cfg.max_steps)
-        return make_multiview_guidance(*settings, cfg.multiview, cfg.cameras.elevation_range)
-
-    def step(
-        self,
-        cfg: TrainConfig,
-        states: Sequence[TrainState],
-        guidance: Guidance,
-        device: torch.device,
-        phase: PhaseMemory,
-    ) -> TrainStep:
-        return TrainStep(
-            cfg, states, guidance, _cameras(cfg), device, capture=cfg.trainer.graphs, phase=phase
-        )
+        views = (cfg.multiview, cfg.cameras.elevation_range)
+        conditions = MultiViewConditions(prompts, model, cfg.guidance, *views)
+        return make_guidance(cfg.guidance, model, conditions, noise, cfg.max_steps)
 
     def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
-        return {"dropped_samples": state.scene.renderer.n_dropped, "size": output.height}
+        return {"dropped_samples": state.scene.n_dropped, "size": output.height}
 
     def write_preview(self, state: TrainState, cfg: TrainConfig, run: RunFolder) -> None:
         size = (cfg.pictures.preview_size, cfg.pictures.preview_size)
@@ -80,10 +93,10 @@ class TextTask(Task):
         sheet = pictures.contact_sheet(state.scene, cfg.cameras, state.step, views, size)
         pictures.write_png(sheet, run.previews / f"step-{state.step:06d}.png")
 
-    def result(self, state: TrainState) -> Scene:
+    def result(self, state: TrainState) -> FieldScene:
         return state.scene
 
-    def finish(self, result: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+    def finish(self, result: FieldScene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
         """Write the mesh, the turntable and the contact sheet of a trained scene."""
         if cfg.pictures.mesh:
             write_mesh(result, cfg, step, run)
@@ -105,29 +118,10 @@ class TextTask(Task):
         log.info("wrote %s", run.preview)
 
 
-def _cameras(cfg: TrainConfig) -> RandomCameras:
-    lattice = cfg.guidance.lattice
-    if cfg.cameras.n_view > 1:
-        ranges = (cfg.cameras.elevation_range, cfg.cameras.n_view)
-        lattice = camera_lattice(cfg.guidance, cfg.multiview, *ranges)
-    return RandomCameras(cfg.cameras, lattice)
-
-
-def check_batches(cfg: TrainConfig, n_runs: int) -> None:
-    """ConfigError for runs side by side of more than one item a step."""
-    n_view = cfg.cameras.n_view
-    if n_runs > 1 and memory.largest(cfg.cameras.batch_size) > n_view:
-        own = "view" if n_view == 1 else f"{n_view} views"
-        raise ConfigError(
-            f"--num-seeds needs --cameras.batch-size {n_view}: each seed has its own {own}"
-        )
-
-
-def write_mesh(scene: Scene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+def write_mesh(scene: FieldScene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
     """Write the mesh; a scene without a surface is worth a warning, not the loss of the rest."""
-    scene.field.set_step(step)
     try:
-        mesh = make_mesh(scene.field, cfg.field.radius, cfg.mesh, scene.device)
+        mesh = scene.mesh(cfg.mesh, step)
     except MeshError as error:
         log.warning("no mesh: %s", error)
         return

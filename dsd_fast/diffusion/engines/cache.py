@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Part of every key: raise it when a change to the export or the build changes what engines do.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def folder() -> Path:

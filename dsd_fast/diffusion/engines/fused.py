@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsd_fast._backend import has_triton
+from dsd_fast.diffusion.condition import Condition, beside
 from dsd_fast.diffusion.engines.base import GraphEngine
 from dsd_fast.diffusion.networks.fused_unet import FusedUNet, unsupported
 
@@ -33,22 +34,27 @@ class FusedEngine(GraphEngine):
         self.fused = FusedUNet(unet)
         super().__init__(unet, fallback, forward=self._guarded)
 
-    def _guarded(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def _guarded(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
         try:
-            return self.fused(latents, t, text)
+            return self.plain(latents, t, condition)
         except RuntimeError:
             raise
         # what a compiler raises has no common base: no C compiler, no ptxas, too few registers
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
-    def plain(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def plain(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The forward without a graph, for a larger one that is being captured.
 
         Launches only, nothing waits for the device. Run it once before the capture, for Triton and
-        cuDNN to choose kernels. Arguments and result as in `FusedUNet.__call__`.
+        cuDNN to choose kernels. Arguments and result as of every engine.
+
+        Raises:
+            RuntimeError: conditions that the network does not read.
         """
-        return self.fused(latents, t, text)
+        if others := set(condition) - {"tokens", "image"}:
+            raise RuntimeError(f"the fused UNet does not read {', '.join(sorted(others))}")
+        return self.fused(beside(latents, condition.get("image")), t, condition.tokens)
 
 
 def cannot_fuse(unet: nn.Module) -> str | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-INPUTS = ("latents", "t", "text")
+from dsd_fast.diffusion.condition import Condition, forward
+from dsd_fast.diffusion.engines.base import UNetShape
+
 OUTPUT = "prediction"
 # The newest that the TorchScript exporter writes and that every supported TensorRT reads; from 17
 # on, layer normalisation is one operator, which keeps its half-precision sums inside one kernel.
@@ -18,50 +20,15 @@ _OPSET = 17
 _TRACED_ROWS = 2
 
 
-@dataclass(frozen=True)
-class UNetShape:
-    """Sizes of a UNet's inputs, but for the number of rows."""
-
-    channels: int
-    height: int
-    width: int
-    text_tokens: int
-    text_features: int
-
-    @classmethod
-    def of(cls, latents: Tensor, text: Tensor) -> UNetShape:
-        """Sizes of latents [R,C,h,w] and text [R,L,D]."""
-        return cls(*latents.shape[1:], *text.shape[1:])
-
-    def inputs(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """Shape of each input for a number of rows."""
-        return {
-            "latents": (rows, self.channels, self.height, self.width),
-            "t": (rows,),
-            "text": (rows, self.text_tokens, self.text_features),
-        }
-
-    def sample(
-        self, rows: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Random latents and text in `dtype`, and int64 noise levels, the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        shapes = self.inputs(rows)
-        latents = torch.randn(shapes["latents"], generator=generator)
-        t = torch.randint(0, 1000, shapes["t"], generator=generator)
-        text = torch.randn(shapes["text"], generator=generator)
-        return latents.to(device, dtype), t.to(device), text.to(device, dtype)
-
-
 class _Positional(nn.Module):
-    """A UNet called as an engine is: latents, levels, text."""
+    """A UNet called with latents, levels and the tensors of a condition of the given names."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: nn.Module, names: list[str]):
         super().__init__()
-        self.unet = unet
+        self.unet, self.names = unet, names
 
-    def forward(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return self.unet(latents, t, encoder_hidden_states=text, return_dict=False)[0]
+    def forward(self, latents: Tensor, t: Tensor, *condition: Tensor) -> Tensor:
+        return forward(self.unet, latents, t, Condition(**dict(zip(self.names, condition))))
 
 
 def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
@@ -74,8 +41,8 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
         shape: of the inputs that the file is for.
         folder: made if absent. Weights beyond 2 GiB lie beside the file that is returned.
     Returns:
-        the path of the ONNX file: latents [R,C,h,w], t [R] int64, text [R,L,D] ->
-        prediction [R,C,h,w].
+        the path of the ONNX file: latents [R,C,h,w], t [R] int64, and the tensors of the condition
+        by their names -> prediction [R,C,h,w].
     Raises:
         ImportError: the package onnx is missing.
     """
@@ -85,25 +52,26 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
     parameter = next(unet.parameters())
     traced = shape
     # Sizes that do not halve evenly make diffusers interpolate to fixed sizes on the way up.
-    if shape.height % _halvings(unet) == shape.width % _halvings(unet) == 0:
-        side = 2 * _halvings(unet)
-        traced = replace(shape, height=min(side, shape.height), width=min(side, shape.width))
-    sample = traced.sample(_TRACED_ROWS, parameter.dtype, parameter.device)
+    channels, *sides = shape.latents
+    has_image = "image" in dict(shape.condition)
+    if not has_image and all(side % _halvings(unet) == 0 for side in sides):
+        small = (min(side, 2 * _halvings(unet)) for side in sides)
+        traced = replace(shape, latents=(channels, *small))
+    latents, t, condition = traced.sample(_TRACED_ROWS, parameter.dtype, parameter.device)
+    inputs = list(traced.inputs(_TRACED_ROWS))
+    axes = {name: {0: "rows"} for name in inputs}
+    for name in ("latents", "image", OUTPUT):
+        axes[name] = {0: "rows", 2: "height", 3: "width"}
     with torch.no_grad(), warnings.catch_warnings():
         # The tracer warns of each Python branch of diffusers; all depend on fixed sizes alone.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Positional(unet).eval(),
-            sample,
+            _Positional(unet, list(condition)).eval(),
+            (latents, t, *condition.values()),
             str(path),
-            input_names=list(INPUTS),
+            input_names=inputs,
             output_names=[OUTPUT],
-            dynamic_axes={
-                "latents": {0: "rows", 2: "height", 3: "width"},
-                "t": {0: "rows"},
-                "text": {0: "rows"},
-                OUTPUT: {0: "rows", 2: "height", 3: "width"},
-            },
+            dynamic_axes={name: axes[name] for name in (*inputs, OUTPUT)},
             opset_version=_OPSET,
             # Lighter than the exporter through torch.export, which holds the weights three times.
             dynamo=False,

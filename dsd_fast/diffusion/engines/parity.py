@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.engines.base import EagerEngine, UNetEngine
-from dsd_fast.diffusion.engines.onnx_export import UNetShape
+from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.engines.base import EagerEngine, UNetEngine, UNetShape
 
 # An engine sums in another order than the eager kernels do; more than twice their error is wrong.
 _ALLOWED_RATIO = 2.0
@@ -61,8 +61,8 @@ def measure(
         error = relative_error(result, eager)
         return Parity(error, _OWN_PRECISION_TOLERANCE, parameter.dtype)
     exact = EagerEngine(copy.deepcopy(unet).float())
-    latents, t, text = inputs
-    reference = exact(latents.float(), t, text.float())
+    latents, t, condition = inputs
+    reference = exact(latents.float(), t, condition.to(torch.float32))
     allowed = max(_ALLOWED_RATIO * relative_error(eager, reference), _FLOOR)
     return Parity(relative_error(result, reference), allowed, torch.float32)
 
@@ -93,7 +93,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def gate(
-    engine: Callable[[Tensor, Tensor, Tensor], Tensor],
+    engine: Callable[[Tensor, Tensor, Condition], Tensor],
     unet: nn.Module,
     shape: UNetShape,
     rows: int,

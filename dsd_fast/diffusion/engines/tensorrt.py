@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.engines import cache, parity, tensorrt_library
-from dsd_fast.diffusion.engines.base import UNetEngine
-from dsd_fast.diffusion.engines.onnx_export import INPUTS, OUTPUT, UNetShape, export_unet
+from dsd_fast.diffusion.engines.base import UNetEngine, UNetShape
+from dsd_fast.diffusion.engines.onnx_export import OUTPUT, export_unet
 from dsd_fast.diffusion.engines.tensorrt_library import Capability, Library
 
 log = logging.getLogger(__name__)
@@ -69,26 +70,26 @@ class TensorRTEngine:
         self._disabled = False
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
         rows = len(latents)
         if rows not in self.rows:
             self._mention(rows)
-        elif self._ready(latents, text):
+        elif self._ready(latents, condition):
             if torch.cuda.is_current_stream_capturing() and not self._can_capture(rows):
                 raise RuntimeError(f"{self.library.name} cannot be a part of a CUDA graph here")
             with torch.cuda.device(latents.device):
-                return self._run(latents, t, text).clone()
-        return self.fallback(latents, t, text)
+                return self._run(latents, t, condition).clone()
+        return self.fallback(latents, t, condition)
 
     def release_graphs(self) -> None:
         """Those of the fallback: the library's memory is the engine's own."""
         self.fallback.release_graphs()
 
-    def _ready(self, latents: Tensor, text: Tensor) -> bool:
+    def _ready(self, latents: Tensor, condition: Condition) -> bool:
         """Open the engine at the first call; False once that has failed."""
         if self._disabled:
             return False
-        shape = UNetShape.of(latents, text)
+        shape = UNetShape.of(latents, condition)
         if self._engine is None:
             try:
                 with torch.cuda.device(latents.device):
@@ -139,7 +140,7 @@ class TensorRTEngine:
             name: torch.zeros(
                 shapes[name], dtype=torch.int64 if name == "t" else dtype, device=device
             )
-            for name in INPUTS
+            for name in shapes
         }
         output = torch.empty(shapes["latents"], dtype=dtype, device=device)
         for name, tensor in inputs.items():
@@ -148,10 +149,10 @@ class TensorRTEngine:
         context.set_tensor_address(OUTPUT, output.data_ptr())
         return _Profile(context, inputs, output)
 
-    def _run(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def _run(self, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """One forward; the result is overwritten by the next one of as many rows."""
         profile = self._profiles[len(latents)]
-        for name, tensor in zip(INPUTS, (latents, t, text)):
+        for name, tensor in {"latents": latents, "t": t, **condition}.items():
             profile.inputs[name].copy_(tensor)
         current = torch.cuda.current_stream(latents.device)
         # On the default stream the library would wait for the GPU at every call.

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dsd_fast.diffusion.engines.onnx_export import UNetShape
+from dsd_fast.diffusion.engines.base import UNetShape
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,7 @@ network adds to the embedding of the noise level; and self-attention runs over t
 object's views together, so that they agree. Cross-attention and convolutions see one view each.
 
 Module names are those of the weights (`input_blocks`, `middle_block`, `output_blocks`), in which
-MVDream is distributed, so a state dict fits as it is. The camera reaches the UNet as one more row
-of the text (`with_cameras`): engines hand over latents, levels and text, and need not know.
+MVDream is distributed, so a state dict fits as it is.
 """
 
 from __future__ import annotations
@@ -100,19 +99,6 @@ def check_config(config: Mapping[str, Any], where: str = "unet/config.json") -> 
             raise ValueError(f"{where}: {channels} channels are not a whole number of heads")
 
 
-def with_cameras(text: Tensor, cameras: Tensor) -> Tensor:
-    """Text rows with the cameras as one more row: what `MultiViewUNet` takes for its text.
-
-    Args:
-        text: [R,L,D], D at least 16.
-        cameras: [R,16] (`cameras.camera_condition`), on the device of the text.
-    Returns:
-        [R,L+1,D] in the text's dtype; the last row holds the camera and zeros.
-    """
-    row = F.pad(cameras.to(text.dtype), (0, text.shape[-1] - cameras.shape[-1]))
-    return torch.cat([text, row.unsqueeze(1)], dim=1)
-
-
 class MultiViewUNet(nn.Module):
     """See the module's text. Rows of a batch are [views of object 0 | views of object 1 | ...].
 
@@ -190,14 +176,16 @@ class MultiViewUNet(nn.Module):
         latents: Tensor,
         t: Tensor,
         encoder_hidden_states: Tensor,
+        camera: Tensor,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """Noise predictions of views; the call is that of diffusers' UNet2DConditionModel.
+        """Noise predictions of views, called as diffusers' UNet2DConditionModel with cameras.
 
         Args:
             latents: [4G,C,h,w] in the weights' dtype, h and w multiples of the deepest level's.
             t: [4G] int64.
-            encoder_hidden_states: [4G,L+1,D] of `with_cameras`, in the weights' dtype.
+            encoder_hidden_states: text [4G,L,D], in the weights' dtype.
+            camera: [4G,16] (`cameras.camera_condition`), in the weights' dtype.
             return_dict: of no effect.
         Returns:
             a tuple of [4G,C,h,w].
@@ -209,16 +197,15 @@ class MultiViewUNet(nn.Module):
                 f"a multi-view UNet takes {N_VIEWS} rows an object, one a view, got "
                 f"{latents.shape[0]} rows"
             )
-        text, cameras = encoder_hidden_states[:, :-1], encoder_hidden_states[:, -1, :CAMERA_NUMBERS]
         level = sinusoids(t, self.time_embed[0].in_features).to(latents.dtype)
-        embedding = self.time_embed(level) + self.camera_embed(cameras)
+        embedding = self.time_embed(level) + self.camera_embed(camera)
         x, kept = latents, []
         for block in self.input_blocks:
-            x = block(x, embedding, text)
+            x = block(x, embedding, encoder_hidden_states)
             kept.append(x)
-        x = self.middle_block(x, embedding, text)
+        x = self.middle_block(x, embedding, encoder_hidden_states)
         for block in self.output_blocks:
-            x = block(torch.cat([x, kept.pop()], dim=1), embedding, text)
+            x = block(torch.cat([x, kept.pop()], dim=1), embedding, encoder_hidden_states)
         return (self.out(x),)
 
 

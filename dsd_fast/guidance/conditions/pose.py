@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.diffusion.view_model import ViewModel
-from dsd_fast.guidance.base import Guidance, GuidanceConfig
-from dsd_fast.guidance.baselines import SDS
-from dsd_fast.guidance.dsd import DSDGuidance
-from dsd_fast.guidance.trajectory import CameraGrid
-from dsd_fast.upload import Pack
+from dsd_fast.guidance.conditions.base import Conditions, Rows
+from dsd_fast.guidance.conditions.bins import CameraGrid
+
+if TYPE_CHECKING:
+    from dsd_fast.guidance.base import GuidanceConfig
 
 
 @dataclass(frozen=True)
@@ -55,100 +56,41 @@ class OrbitBins(CameraGrid):
         super().__init__(*bins, (-180.0, 180.0), reference.elevation_range)
 
 
-class PoseRows(NamedTuple):
-    """What decides the context of B views, [B conditional | B unconditional]."""
+class PoseConditions(Conditions):
+    """The picture, and each view's pose.
 
-    pose: Tensor  # float32 [2B,4]
-    known: Tensor  # float32 [2B]: 1, and 0 for unconditional rows
-    weights: None = None
-
-
-class _OfViews(Guidance):
-    """What predictions of a model of views are conditioned on: the picture, and each view's pose.
+    A trajectory is that of (seed noise, reference picture, view): an exact one that of the view
+    itself, a cached one that of the centre of its bin (`OrbitBins`), and training cameras are to
+    stand on those centres.
 
     Args:
-        cfg: settings; without Perp-Neg and mirrored trajectories, with the standard convention.
-        model: conditioned on its picture.
-        prompts: see `Reference`.
-        noise, max_steps: as for `Guidance`.
+        reference: where the picture was taken from.
+        model: conditioned on the picture.
+        cfg: settings of the guidance.
     Raises:
         ValueError: settings that do not fit a model of views.
     """
 
-    model: ViewModel
+    kind, title = "pose", "a model of views"
+    required: ClassVar = {
+        "use_perp_neg": (False, "a picture has no negative views"),
+        "standard_cfg": (True, "models of views are guided by e_0 + s (e_c - e_0)"),
+        "mirror_trajectory": (False, "a picture tells left from right"),
+    }
 
-    def __init__(
-        self,
-        cfg: GuidanceConfig,
-        model: ViewModel,
-        prompts: Reference,
-        noise: Tensor,
-        max_steps: int,
-    ) -> None:
-        check_settings(cfg)
-        super().__init__(cfg, model, prompts, noise, max_steps)
+    def __init__(self, reference: Reference, model: ViewModel, cfg: GuidanceConfig) -> None:
+        super().__init__(cfg)
+        self.reference = reference
+        self.bins = OrbitBins(reference)
+        self._model = model
 
-    def _condition(self, prompts: Reference) -> None:
-        self.reference = prompts
-        self._bins = OrbitBins(prompts)
-        self._base = self.model.base_context
-        self._to_context = self.model.pose_weight.T.contiguous()
-
-    def _rows_of(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> PoseRows:
+    def rows(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> Rows:
         at = self.reference
         last = math.radians(90 - at.elevation) if at.polar else 0.0
         last = torch.full_like(elevation_deg, last)
         pose = relative_pose(elevation_deg, azimuth_deg, last, at.elevation, at.azimuth, 0.0)
         known = torch.cat([torch.ones(len(pose)), torch.zeros(len(pose))])
-        return PoseRows(torch.cat([pose, pose]), known)
+        return Rows({"pose": torch.cat([pose, pose]), "known": known})
 
-    def _text(self, rows: Mapping[str, Tensor] | Pack) -> Tensor:
-        # A sum of four products: as a matrix product it would be rounded as the GPU's settings say.
-        moved = (rows["pose"][:, :, None] * self._to_context).sum(1)
-        context = (self._base + moved[:, None]) * rows["known"][:, None, None]
-        return context.to(self.model.dtype)
-
-
-class ViewDSD(_OfViews, DSDGuidance):
-    """Diverse Score Distillation by a model of views; arguments and errors: `_OfViews`.
-
-    A trajectory is that of (seed noise, reference picture, view): with `exact` that of the view
-    itself, with `cached` that of the centre of its bin (`OrbitBins`), and training cameras are to
-    stand on those centres.
-    """
-
-
-class ViewSDS(_OfViews, SDS):
-    """Score Distillation Sampling by a model of views, the baseline; arguments and errors:
-    `_OfViews`."""
-
-
-_CLASSES: dict[str, type[_OfViews]] = {"dsd": ViewDSD, "sds": ViewSDS}
-
-
-def check_settings(cfg: GuidanceConfig) -> None:
-    """ValueError for settings that do not fit a model of views."""
-    if cfg.method not in _CLASSES:
-        raise ValueError(
-            f"guidance.method: expected one of {', '.join(_CLASSES)} with a model of views, got "
-            f"{cfg.method!r}"
-        )
-    for name, wanted, why in (
-        ("use_perp_neg", False, "a picture has no negative views"),
-        ("standard_cfg", True, "models of views are guided by e_0 + s (e_c - e_0)"),
-        ("mirror_trajectory", False, "a picture tells left from right"),
-    ):
-        if getattr(cfg, name) != wanted:
-            flag = name.replace("_", "-")
-            raise ValueError(
-                f"guidance.{name}: expected {wanted} ({why}), got {getattr(cfg, name)}; pass "
-                f"--guidance.{'' if wanted else 'no-'}{flag}"
-            )
-
-
-def make_view_guidance(
-    cfg: GuidanceConfig, model: ViewModel, reference: Reference, noise: Tensor, max_steps: int
-) -> Guidance:
-    """The formulation that `cfg.method` names; arguments and errors: `_OfViews`."""
-    check_settings(cfg)
-    return _CLASSES[cfg.method](cfg, model, reference, noise, max_steps)
+    def condition(self, columns: Mapping[str, Tensor]) -> Condition:
+        return self._model.conditions(columns["pose"], columns["known"])

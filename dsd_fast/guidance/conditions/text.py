@@ -1,19 +1,24 @@
-"""Text rows for a camera, and the predictions of those rows combined (DSD_SPEC 2.3, 2.4, 3.4).
-
-Two layouts of B items, the items innermost:
-- perp-neg (Armandpour et al. 2023): [B positive | B unconditional | 2B negative], the two
-  negatives of an item next to each other, with their weights [B,2];
-- plain: [B positive | B unconditional], no weights.
-"""
+"""Text rows for a camera: what the words of its side are (DSD_SPEC 2.3, 2.4)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.text import PromptEmbeddings
+from dsd_fast.guidance import passes
+from dsd_fast.guidance.conditions.base import Conditions, Rows
+from dsd_fast.guidance.conditions.bins import CameraBins
+from dsd_fast.guidance.rows import mixed_rows
 from dsd_fast.upload import upload
+
+if TYPE_CHECKING:
+    from dsd_fast.guidance.base import GuidanceConfig
 
 SIDE, FRONT, BACK, OVERHEAD = range(4)
 # Where the unconditional rows of the four begin in a bank [text | uncond].
@@ -30,8 +35,6 @@ _FRONT_HALF = (4.0, -2.426)
 _BACK_HALF_SIDE = (1.0, -0.606)
 _BACK_HALF_FRONT = (1.0, 0.967)
 
-_MIN_SQUARED_NORM = 1e-6
-
 
 def direction(elevation_deg: Tensor, azimuth_deg: Tensor) -> Tensor:
     """View index of each camera: 0 side, 1 front, 2 back, 3 overhead; int64 [B]."""
@@ -44,7 +47,7 @@ def direction(elevation_deg: Tensor, azimuth_deg: Tensor) -> Tensor:
 class TextMix(NamedTuple):
     """Text rows of B cameras, each share bank[first] + (1 - share) bank[second].
 
-    The bank is [text | uncond], [8,L,D]; the R*B rows have the order of this module.
+    The bank is [text | uncond], [8,L,D]; the R*B rows have the order of `guidance.rows`.
     """
 
     first: Tensor  # int64 [R*B]
@@ -87,12 +90,6 @@ def text_mix(elevation_deg: Tensor, azimuth_deg: Tensor, perp_neg: bool = True) 
     )
 
 
-def mixed_rows(bank: Tensor, first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """The rows [N,L,D] that a `TextMix` describes, in the bank's dtype and on its device."""
-    share = share.view(-1, 1, 1).to(bank.dtype)
-    return share * bank[first] + (1 - share) * bank[second]
-
-
 def view_embeddings(
     text: Tensor,
     uncond: Tensor,
@@ -109,7 +106,7 @@ def view_embeddings(
             otherwise take the view the camera falls in.
     Returns:
         (embeddings [4B,L,D], weights [B,2]) with perp_neg, ([2B,L,D], None) without, in the row
-        order of this module, on the device of `text`.
+        order of `guidance.rows`, on the device of `text`.
     Raises:
         ValueError: embeddings that are not a pair of [4,L,D], or angles that are not a pair of [B].
     """
@@ -128,59 +125,6 @@ def view_embeddings(
     mix = text_mix(elevation, azimuth, perp_neg)
     rows = mixed_rows(torch.cat([text, uncond]), mix.first, mix.second, mix.share)
     return rows, mix.weights
-
-
-def expand_rows(items: Tensor, perp_neg: bool) -> Tensor:
-    """Repeat per-item values [B,...] (latents, levels) to the rows of `view_embeddings`."""
-    if not perp_neg:
-        return torch.cat([items, items])
-    return torch.cat([items, items, items.repeat_interleave(2, dim=0)])
-
-
-def combine(
-    eps: Tensor,
-    weights: Tensor | None,
-    scale: float,
-    *,
-    standard_cfg: bool = False,
-    pure_conditional: bool = False,
-) -> Tensor:
-    """Guided noise prediction from the stacked predictions of one batch, in float32 (float64 kept).
-
-    perp-neg: e_0 + s (p + sum_i w_i perp(e_i - e_0, p)) with p = e_y - e_0;
-    plain: e_y + s (e_y - e_0), the original's convention, one unit above the usual scale (Q1).
-
-    Args:
-        eps: [4B,C,h,w] with weights, [2B,C,h,w] without, rows as in `view_embeddings`.
-        weights: [B,2] or None.
-        standard_cfg: plain mode by the usual convention e_0 + s (e_y - e_0).
-        pure_conditional: at scale 1 return e_y alone, without negatives or extrapolation (Q2).
-    Returns:
-        [B,C,h,w] float32.
-    """
-    rows_per_item = 2 if weights is None else 4
-    n_items = eps.shape[0] // rows_per_item
-    if eps.ndim != 4 or n_items * rows_per_item != eps.shape[0]:
-        raise ValueError(f"combine: expected eps [{rows_per_item}B,C,h,w], got {tuple(eps.shape)}")
-    if weights is not None and weights.shape != (n_items, 2):
-        raise ValueError(
-            f"combine: expected weights [{n_items},2] for {eps.shape[0]} rows, "
-            f"got {tuple(weights.shape)}"
-        )
-    eps = eps if eps.dtype == torch.float64 else eps.float()
-    positive, unconditional = eps[:n_items], eps[n_items : 2 * n_items]
-    if pure_conditional and scale == 1.0:
-        return positive
-    toward = positive - unconditional  # [B,C,h,w]
-    if weights is None:
-        return (unconditional if standard_cfg else positive) + scale * toward
-    away = eps[2 * n_items :].unflatten(0, (n_items, 2)) - unconditional.unsqueeze(1)
-    p = toward.unsqueeze(1)  # [B,1,C,h,w]
-    image = (2, 3, 4)
-    squared = p.square().sum(image, keepdim=True).clamp_min(_MIN_SQUARED_NORM)
-    perpendicular = away - (away * p).sum(image, keepdim=True) / squared * p
-    accumulated = (weights.to(eps).view(n_items, 2, 1, 1, 1) * perpendicular).sum(1)
-    return unconditional + scale * (toward + accumulated)
 
 
 def _angles(value: Tensor | float, device: torch.device) -> Tensor:
@@ -206,3 +150,68 @@ def wrapped(azimuth_deg: Tensor) -> Tensor:
 def _decay(parameters: tuple[float, float], r: Tensor) -> Tensor:
     amplitude, offset = parameters
     return amplitude * torch.exp(-_DECAY * r) + offset
+
+
+class ViewBins(CameraBins):
+    """Cameras grouped into bins that share one trajectory.
+
+    With perp-neg the text rows depend on |azimuth| alone: [0, 180] degrees in `n_bins` equal bins,
+    each stood for by its centre, and one more for overhead views. In plain mode they depend on
+    the view direction: four bins, and nothing is approximated.
+    """
+
+    def __init__(self, n_bins: int, perp_neg: bool):
+        if n_bins < 1:
+            raise ValueError(f"azimuth_bins must be at least 1, got {n_bins}")
+        self.n_bins = n_bins
+        self.perp_neg = perp_neg
+
+    def __len__(self) -> int:
+        """How many there are, the one of overhead views included."""
+        return self.n_bins + 1 if self.perp_neg else 4
+
+    def index(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> list[int]:
+        """Bin of each camera; angles [B] on the CPU."""
+        view = direction(elevation_deg, azimuth_deg)
+        if not self.perp_neg:
+            return view.tolist()
+        folded = wrapped(azimuth_deg).abs()
+        bins = (folded * (self.n_bins / 180)).long().clamp(max=self.n_bins - 1)
+        return bins.masked_fill(view == OVERHEAD, self.n_bins).tolist()
+
+    def camera(self, index: int) -> tuple[float, float]:
+        """(elevation, azimuth) in degrees that stand for a bin."""
+        if self.perp_neg:
+            if index == self.n_bins:
+                return 90.0, 0.0
+            return 0.0, (index + 0.5) * 180 / self.n_bins
+        return ((0.0, 90.0), (0.0, 0.0), (0.0, 180.0), (90.0, 0.0))[index]
+
+
+class TextConditions(Conditions):
+    """The words of a view: embeddings of four sides, mixed and negated by azimuth (Perp-Neg).
+
+    Args:
+        prompts: embeddings of the four views.
+        cfg: `use_perp_neg` and `azimuth_bins` count.
+    """
+
+    kind, title = "text", "a model of single views"
+
+    def __init__(
+        self, prompts: PromptEmbeddings, model: DiffusionModel, cfg: GuidanceConfig
+    ) -> None:
+        super().__init__(cfg)
+        self.prompts = prompts
+        self.bins = ViewBins(cfg.azimuth_bins, cfg.use_perp_neg)
+        # What rows are mixed from.
+        self._bank = torch.cat([prompts.text_vd, prompts.uncond_vd]).to(model.device)
+        self._dtype, self._perp_neg = model.dtype, cfg.use_perp_neg
+
+    def rows(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> Rows:
+        mix = text_mix(elevation_deg, azimuth_deg, self._perp_neg)
+        return Rows({"first": mix.first, "second": mix.second, "share": mix.share}, mix.weights)
+
+    def condition(self, columns: Mapping[str, Tensor]) -> Condition:
+        mix = (columns[name] for name in ("first", "second", "share"))
+        return Condition(passes.text(self._bank, *mix, self._dtype))
