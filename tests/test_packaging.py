@@ -196,8 +196,6 @@ UPWARDS = {
     ("scene", "config"),
     ("scene", "diffusion"),
     ("scene", "run"),
-    ("judge", "prior"),
-    ("prior", "evaluate"),
 }
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from dsd_fast.evaluate import metrics
 from dsd_fast.evaluate.assets import IMAGES, Asset, EvaluateError, over_grey, read_image
-from dsd_fast.evaluate.eyes import FRONT, HEAD_WIDTH, Clip, Encoder, Verdict, judge_asset, noun_of
+from dsd_fast.evaluate.eyes import FRONT, HEAD_WIDTH, Clip, Encoder, Verdict, judge_asset
 from dsd_fast.files import replacing
-from dsd_fast.judge.captions import VIEWS
-from dsd_fast.prior.evaluate import COUNTED_NOUNS, Judge
+from dsd_fast.judge.captions import COUNTED_NOUNS, VIEWS, noun_of
+from dsd_fast.judge.judge import Judge
 
 log = logging.getLogger("dsd_fast.evaluate")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsd_fast.judge import captions
-from dsd_fast.prior.catalogue import noun_by_id
+from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
 from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views
 
