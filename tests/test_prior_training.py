@@ -379,7 +379,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("tiny_networks")
 def test_train_export_load_and_resume(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from diffusers import StableDiffusionPipeline
 

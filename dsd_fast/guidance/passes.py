@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import has_triton, use_reference
+from dsd_fast._backend import backend
 from dsd_fast.guidance.conditions.text import combine as combine_reference
 from dsd_fast.guidance.conditions.text import expand_rows, mixed_rows
 from dsd_fast.guidance.trajectory import ddim_step, signal_and_noise
@@ -483,8 +483,7 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 
 
 def _on_kernels(tensor: Tensor) -> bool:
-    """The one place that chooses: Triton for CUDA tensors it can take, the references otherwise."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton() and not use_reference()
+    return backend(tensor) == "triton"
 
 
 def _kernels():

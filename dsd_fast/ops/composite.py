@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops._pack import check_offsets, check_offsets_tensor, unpack
 
@@ -76,7 +76,7 @@ def visibility(
     if not isinstance(alpha_threshold, Tensor):
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("visibility", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
-    function = visibility_reference if use_reference() else _visibility_op
+    function = visibility_reference if backend(sigmas) == "torch" else _visibility_op
     return function(
         sigmas.detach(),
         t_starts.detach(),
@@ -131,7 +131,7 @@ def composite(
     """
     n_rays = _check_samples("composite", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     check_tensor("composite", "rgbs", rgbs, torch.float32, (sigmas.shape[0], 3), sigmas.device)
-    function = composite_reference if use_reference() else _composite_op
+    function = composite_reference if backend(sigmas) == "torch" else _composite_op
     return function(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets)
 
 
@@ -172,7 +172,7 @@ def composite_full(
     if dirs is not None:
         check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), sigmas.device)
         dirs = dirs.detach()
-    function = composite_full_reference if use_reference() else _composite_full_op
+    function = composite_full_reference if backend(sigmas) == "torch" else _composite_full_op
     samples = sigmas, rgbs, normals, t_starts, t_ends
     return Composited(*function(*samples, ray_indices, n_rays, offsets, dirs))
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops.hashgrid import (
     _SPEC,
@@ -357,7 +357,7 @@ def fused_field(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or layout.
     """
-    if use_reference():
+    if backend(points) == "torch":
         return fused_field_reference(
             points,
             table,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops._pack import (
     PackedSamples,
@@ -67,7 +67,7 @@ def prune(
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), device)
     check_capacity("prune", n_rays, capacity)
-    function = prune_reference if use_reference() else _prune_op
+    function = prune_reference if backend(sigmas) == "torch" else _prune_op
     samples = sigmas.detach(), t_starts.detach(), t_ends.detach(), offsets
     thresholds = alpha_threshold.detach(), transmittance_threshold
     return PackedSamples(*function(*samples, *thresholds, capacity=capacity))
