@@ -6,8 +6,6 @@ features. The views of all assets are taken from the same azimuths in the same o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 # Fewer images say nothing about a covariance, shrunk or not.
@@ -201,7 +199,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> tuple[float
     return gaussian_frechet(mean1, cov1, mean2, cov2), shrink
 
 
-def nearest_models(features: np.ndarray, reference: np.ndarray, names: Sequence[str]) -> list[str]:
+def nearest_models(features: np.ndarray, reference: np.ndarray, names: np.ndarray) -> list[str]:
     """For each asset the training model that its views are nearest to.
 
     argmax_m mean_v max_{r of m} cos(x_v, y_r): every view may be near another view of the model.
@@ -212,7 +210,7 @@ def nearest_models(features: np.ndarray, reference: np.ndarray, names: Sequence[
     Args:
         features: [A,V,D] of the assets' views.
         reference: [M,D] of the training models' views.
-        names: M names of the models.
+        names: [M] names of the models.
     Returns:
         A names.
     """

@@ -255,13 +255,14 @@ def _figures(
         figures["cosine"] = metrics.pairwise_cosine(x)
         figures["euclidean"] = metrics.pairwise_euclidean(x)
         figures["vendi"] = metrics.vendi(x)
-        masks = [assets[i].masks for i in members]
-        if len({None if m is None else m.shape for m in masks}) == 1 and masks[0] is not None:
+        masks = [m for i in members if (m := assets[i].masks) is not None]
+        if len(masks) == len(members) and len({m.shape for m in masks}) == 1:
             figures["silhouette"] = metrics.silhouettes_apart(np.stack(masks))
     if models[members[0]] is not None:
         figures["nearest"] = len({models[i] for i in members})
-    if scores[members[0]] is not None:
-        figures["clip"] = float(np.mean([scores[i] for i in members]))
+    told = [s for i in members if (s := scores[i]) is not None]
+    if told:
+        figures["clip"] = float(np.mean(told))
     # One prompt has one noun: all of its assets are judged, or none.
     judged = [v for i in members if (v := verdicts[i]) is not None]
     if judged:

@@ -32,7 +32,7 @@ class Noun:
 @cache
 def nouns() -> tuple[Noun, ...]:
     """All rows of the committed table, excluded ones too, in library order."""
-    with resources.files(__package__).joinpath("nouns.tsv").open(encoding="utf-8") as file:
+    with resources.files("dsd_fast.judge").joinpath("nouns.tsv").open(encoding="utf-8") as file:
         return tuple(
             Noun(
                 id=row["id"],

@@ -252,7 +252,7 @@ def _field_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         f"{_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def _field_bwd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _field_bwd_op(*args: Any) -> tuple[Tensor, ...]:
     tensors, grads, numbers = args[:8], args[8:11], args[11:]
     _check_inputs(tensors, _spec(*numbers[: _N_SPEC - 1]))
     n = tensors[0].shape[0]

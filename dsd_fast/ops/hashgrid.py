@@ -254,8 +254,8 @@ def _launch(
     spec, n_active = _spec(*args[:-1]), args[-1]
     # CUDA moves 16 bytes of a table at a time, and a level's features of the others. torch's own
     # allocations start at far rounder addresses.
-    for tensor in tensors if x.is_cuda else ():
-        alignment = 16 if tensor is not None and tensor.ndim == 1 else 4 * spec.n_features
+    for tensor in (tensor for tensor in tensors if x.is_cuda and tensor is not None):
+        alignment = 16 if tensor.ndim == 1 else 4 * spec.n_features
         if address(tensor) % alignment:
             raise ValueError(
                 f"{kernel}: on CUDA this tensor must start at a multiple of {alignment} bytes, got "

@@ -235,7 +235,7 @@ def _march_packed_op(
     marching.count()
     packed = empty_packed(origins, marching.n_rays, capacity)
     marching.write(addresses(packed), capacity, wide=False)
-    return tuple(packed)
+    return packed[:]
 
 
 @_march_packed_op.register_fake

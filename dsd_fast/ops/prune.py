@@ -103,7 +103,7 @@ def _prune_op(
         addresses(packed),
         *target(sigmas),
     )
-    return tuple(packed)
+    return packed[:]
 
 
 @_prune_op.register_fake
@@ -124,7 +124,7 @@ def prune_reference(
 ) -> PackedSamples:
     """`prune` in pure torch, any floating dtype and device; it waits for the device."""
     rays, n_rays = unpack(offsets), len(offsets) - 1
-    samples = [values[: len(rays)] for values in (sigmas, t_starts, t_ends)]
+    sigmas, t_starts, t_ends = (values[: len(rays)] for values in (sigmas, t_starts, t_ends))
     thresholds = alpha_threshold, transmittance_threshold
-    seen = visibility_reference(*samples, rays, n_rays, *thresholds)
-    return pack_reference(rays[seen], samples[1][seen], samples[2][seen], n_rays, capacity)
+    seen = visibility_reference(sigmas, t_starts, t_ends, rays, n_rays, *thresholds)
+    return pack_reference(rays[seen], t_starts[seen], t_ends[seen], n_rays, capacity)

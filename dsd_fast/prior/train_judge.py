@@ -4,7 +4,7 @@ where samples come from, and frayed, as distilled objects are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -134,13 +134,14 @@ def train_judge(network: nn.Module, model: DiffusionModel, train: Views, steps: 
     """A judge trained on renders, as they are and, with more contrast, through the autoencoder of
     `model` and frayed, all also mirrored, each time over another background."""
     rows, noun = counted_rows(train)
+    kinds: tuple[dict[str, Any], ...] = (
+        {},
+        {"contrast": CONTRAST, "autoencoder": model},
+        {"contrast": CONTRAST, "fray": FRAY},
+    )
     features = [
         view_features(network, train, rows, mirror=mirror, **kind)
-        for kind in (
-            {},
-            {"contrast": CONTRAST, "autoencoder": model},
-            {"contrast": CONTRAST, "fray": FRAY},
-        )
+        for kind in kinds
         for mirror in (False, True)
     ]
     target = bin_targets(train.view[rows], train.azimuth[rows])
