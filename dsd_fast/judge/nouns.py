@@ -33,22 +33,9 @@ class Noun:
 def nouns() -> tuple[Noun, ...]:
     """All rows of the committed table, excluded ones too, in library order."""
     with resources.files("dsd_fast.judge").joinpath("nouns.tsv").open(encoding="utf-8") as file:
-        return tuple(
-            Noun(
-                id=row["id"],
-                noun=row["noun"],
-                group=row["group"],
-                exclude=row["exclude"],
-                front_az=float(row["front_az"]),
-                colour=row["colour"],
-                colour_share=float(row["colour_share"] or 0.0),
-                material=row["material"],
-                name=row["name"],
-                creator=row["creator"],
-                license=row["license"],
-            )
-            for row in csv.DictReader(file, delimiter="\t")
-        )
+        rows = csv.DictReader(file, delimiter="\t")
+        numbers = ("front_az", "colour_share")
+        return tuple(Noun(**row | {k: float(row[k] or 0.0) for k in numbers}) for row in rows)
 
 
 @cache

@@ -241,7 +241,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, object]:
     """
     model = load_sampled(cfg)
     device = model.device
-    network = load_features(device).to(memory_format=torch.channels_last)
+    network = load_features(device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     train = Views(cfg.views, device)
     held_out = Views(cfg.views, device, held_out=True)
     psnr = reconstruction_psnr(model, held_out)

@@ -15,34 +15,14 @@ from dsd_fast.prior.evaluate import SampleConfig, load_sampled, seed_noise
 if TYPE_CHECKING:
     from PIL import Image
 
+# fmt: off
 SHEET_PROMPTS = (
-    "an armchair",
-    "a red sofa",
-    "a wooden chair",
-    "a table",
-    "a desk",
-    "a bed",
-    "a blue car",
-    "a potted plant",
-    "a tree",
-    "a bottle",
-    "a lamp",
-    "a street lamp",
-    "a woman",
-    "a man",
-    "a bookcase",
-    "a stool",
-    "a bench",
-    "a vase",
-    "a piano",
-    "a dog",
-    "a motorcycle",
-    "a television",
-    "a green armchair",
-    "a house",
+    "an armchair", "a red sofa", "a wooden chair", "a table", "a desk", "a bed", "a blue car",
+    "a potted plant", "a tree", "a bottle", "a lamp", "a street lamp", "a woman", "a man",
+    "a bookcase", "a stool", "a bench", "a vase", "a piano", "a dog", "a motorcycle",
+    "a television", "a green armchair", "a house",
 )
-
-
+# fmt: on
 SHEET_SEEDS = 4
 SHEET_COLUMNS = 4  # prompts in a row
 TILE = 120  # side of one sample
