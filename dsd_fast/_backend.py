@@ -88,10 +88,12 @@ def backend(where: torch.Tensor | torch.device) -> Literal["torch", "compiled", 
         raise ValueError(f"DSD_BACKEND must be one of {', '.join(_BACKENDS)}, got {asked!r}")
     if asked == "torch":
         return "torch"
-    device = where if isinstance(where, torch.device) else where.device
-    is_double = isinstance(where, torch.Tensor) and where.dtype == torch.float64
-    on_triton = device.type == "cuda" and not is_double and _has_triton()
-    return "triton" if on_triton else "compiled"
+    # Ops ask before they check what they were given, which may be no tensor at all.
+    if isinstance(where, torch.Tensor):
+        fits = where.is_cuda and where.dtype != torch.float64
+    else:
+        fits = getattr(where, "type", None) == "cuda"
+    return "triton" if fits and _has_triton() else "compiled"
 
 
 @cache

@@ -6,6 +6,7 @@ import csv
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,13 @@ class Noun:
 def nouns() -> tuple[Noun, ...]:
     """All rows of the committed table, excluded ones too, in library order."""
     with resources.files("dsd_fast.judge").joinpath("nouns.tsv").open(encoding="utf-8") as file:
-        rows = csv.DictReader(file, delimiter="\t")
-        numbers = ("front_az", "colour_share")
-        return tuple(Noun(**row | {k: float(row[k] or 0.0) for k in numbers}) for row in rows)
+        return tuple(map(_noun, csv.DictReader(file, delimiter="\t")))
+
+
+def _noun(row: dict[str, Any]) -> Noun:
+    for name in ("front_az", "colour_share"):
+        row[name] = float(row[name] or 0.0)
+    return Noun(**row)
 
 
 @cache
