@@ -100,6 +100,11 @@ def cmake_archs(text: str) -> str:
 class CMakeBuild(build_ext):
     """Configures and builds the CMake project, with _C placed where setuptools wants it."""
 
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            link_kernels()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         options, env = cmake_options(target.parent)
@@ -118,6 +123,18 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         run(["cmake", "-S", str(ROOT), "-B", str(build_dir), *generator, *definitions], env)
         run(["cmake", "--build", str(build_dir), "--config", "Release", "--parallel", jobs], env)
+
+
+def link_kernels() -> None:
+    """Makes kernels/ dsd_fast.kernels in the source folder, as package_dir does where installed."""
+    link = ROOT / "dsd_fast" / "kernels"
+    if link.is_symlink():
+        return
+    shutil.rmtree(link, ignore_errors=True)  # an earlier copy
+    try:
+        link.symlink_to(Path("..", "kernels"), target_is_directory=True)
+    except OSError:  # Windows without the right to make links
+        shutil.copytree(ROOT / "kernels", link)
 
 
 def cmake_options(output: Path) -> tuple[dict[str, object], dict[str, str]]:
@@ -182,10 +199,11 @@ def run(command: list[str], env: dict[str, str]) -> None:
 build_requirements = nvcc_requirements() if "egg_info" in sys.argv else []
 
 setup(
-    packages=[*find_packages(include=["dsd_fast", "dsd_fast.*"]), "dsd_fast.kernels"],
+    # A source folder that was built in place has the kernels already.
+    packages=sorted({*find_packages(include=["dsd_fast", "dsd_fast.*"]), "dsd_fast.kernels"}),
     package_dir={"dsd_fast.kernels": "kernels"},
     include_package_data=False,
-    package_data={"dsd_fast": ["assets/**/*", "py.typed"], "dsd_fast.prior": ["*.tsv"]},
+    package_data={"dsd_fast": ["assets/**/*", "py.typed"], "dsd_fast.judge": ["*.tsv"]},
     ext_modules=[Extension("dsd_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=build_requirements,

@@ -1,4 +1,4 @@
-"""How fast the operators and the renderer are: ``python -m benchmarks.run --list``.
+"""How fast the operators and the renderer are: ``python -m benchmarks`` lists the cases.
 
 A flat module per family of operators holds one function a case; `benchmarks.cases` lists them all.
 No part of the package: it is neither installed nor imported by it.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.case import Call, Workload, by_reference
 from dsd_fast.diffusion.noise_path import NoisePath
-from dsd_fast.guidance import passes
+from dsd_fast.guidance import passes as package
 from dsd_fast.guidance.conditions.text import text_mix
 from dsd_fast.guidance.passes import Guide
 
@@ -52,28 +52,28 @@ class _Step:
         self.text_rows = [torch.cat([rows, rows]).to(device) for rows in views[:3]]
 
     def combine(self) -> tuple[Tensor]:
-        return (passes.combine(self.first, self.guide, _SCALE),)
+        return (package.combine(self.first, self.guide, _SCALE),)
 
     def step(self) -> tuple[Tensor, ...]:
-        return passes.step(
+        return package.step(
             self.first, self.guide, _SCALE, self.x, self.t_delta, self.t, self.path, self.dtype
         )
 
     def link(self) -> tuple[Tensor, ...]:
         levels = (self.t, self.t_delta, self.path, self.dtype)
-        return passes.link(self.first, self.guide, _SCALE, self.x, *levels)
+        return package.link(self.first, self.guide, _SCALE, self.x, *levels)
 
     def link_table(self) -> tuple[Tensor, ...]:
         levels = (self.t, self.t_delta, self.path, self.dtype)
         slots = (self.slot, self.slot + 1, self.mix)
-        return passes.link_table(self.table, *slots, self.x, *levels, perp_neg=True)
+        return package.link_table(self.table, *slots, self.x, *levels, perp_neg=True)
 
     def text(self) -> tuple[Tensor]:
-        return (passes.text(self.bank, *self.text_rows, self.dtype),)
+        return (package.text(self.bank, *self.text_rows, self.dtype),)
 
     def gradient(self) -> tuple[Tensor, ...]:
         scales = (1.0, _SCALE)
-        return passes.gradient(
+        return package.gradient(
             self.eps, self.guide, scales, self.x, self.t, self.path, "sds", self.done
         )
 
@@ -90,8 +90,8 @@ _OUTPUTS = {
     "link": _BATCH,
     "link_table": _BATCH,
     "text": ("text",),
-    "gradient": passes.Gradient._fields,
-    "passes": ("text", *_BATCH, *passes.Gradient._fields),
+    "gradient": package.Gradient._fields,
+    "passes": ("text", *_BATCH, *package.Gradient._fields),
 }
 
 

@@ -40,7 +40,7 @@ from benchmarks.model_cases import MODEL_CASES, Options
 from benchmarks.models import load
 from benchmarks.peers import RECORDED, RECORDED_ON, nerfacc
 from benchmarks.timing import Times, copy_bandwidth, gemm_rate, measure, peak_bytes
-from dsd_fast._backend import extension, keep_freed_memory, use_reference
+from dsd_fast._backend import backend, extension, keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.diffusion.engines import ENGINES
 from dsd_fast.guidance.base import TRAJECTORIES
@@ -287,7 +287,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     chosen = parser.parse_args(arguments)
     try:
-        if use_reference():
+        if backend(torch.device("cpu")) == "torch":
             raise UsageError("DSD_BACKEND=torch leaves nothing to compare; unset it")
         chosen.names = select(chosen.cases)
         chosen.device = resolve_device(chosen.device)

@@ -22,7 +22,7 @@ __device__ __forceinline__ uint16_t half_bits(float x) {
 // Gradient and moments are used once a step and pass the cache by; the parameter is wanted soon.
 template <bool kHalf, bool kZero>
 __global__ void __launch_bounds__(kBlock, kBlocksPerProcessor)
-adam_kernel(const AdamParams p, int64_t n_fours) {
+    adam_kernel(const AdamParams p, int64_t n_fours) {
     __shared__ adam::Factors shared;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;

@@ -73,8 +73,6 @@ DSD_HD void update(const Factors& f, float grad, float& param, float& m, float& 
 
 DSD_DECLARE_CPU(void adam_step(const AdamParams& p, int n_threads))
 
-namespace cuda {
-void adam_step(const AdamParams& p, void* stream);
-}  // namespace cuda
+namespace cuda { void adam_step(const AdamParams& p, void* stream); }  // namespace cuda
 
 }  // namespace dsd

@@ -7,12 +7,11 @@ namespace dsd::cuda {
 
 void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
-    std::string message = std::string(what) + ": " + cudaGetErrorName(status) + ": " +
-                          cudaGetErrorString(status);
+    std::string message =
+        std::string(what) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
     if (status == cudaErrorNoKernelImageForDevice) {
-        message +=
-            ". This build holds code for " DSD_CUDA_ARCHS
-            "; rebuild with DSD_CUDA_ARCHS set to your GPU's architecture (8.9, say).";
+        message += ". This build holds code for " DSD_CUDA_ARCHS
+                   "; rebuild with DSD_CUDA_ARCHS set to your GPU's architecture (8.9, say).";
     } else if (status == cudaErrorInsufficientDriver) {
         message += ". Update the NVIDIA driver, or build with an older CUDA toolkit (CUDA_HOME).";
     }

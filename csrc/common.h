@@ -33,8 +33,8 @@
 
 // Declares such a source's launcher in every namespace; DSD_CPU picks one when called.
 #if defined(DSD_WITH_AVX2)
-#define DSD_DECLARE_CPU(...)                            \
-    namespace baseline { __VA_ARGS__; }                 \
+#define DSD_DECLARE_CPU(...)            \
+    namespace baseline { __VA_ARGS__; } \
     namespace avx2 { __VA_ARGS__; }
 #define DSD_CPU(name) (::dsd::cpu_has_avx2() ? ::dsd::avx2::name : ::dsd::baseline::name)
 #else

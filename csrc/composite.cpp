@@ -29,9 +29,8 @@ void composite_bwd(const CompositeParams& p, const CompositeGrads& g, int n_thre
 }
 
 void visibility(const VisibilityParams& p, int n_threads) {
-    parallel_chunks(p.n_rays, kRaysPerTask, n_threads, [&](int64_t begin, int64_t end) {
-        DSD_CPU(visibility_rays)(p, begin, end);
-    });
+    parallel_chunks(p.n_rays, kRaysPerTask, n_threads,
+                    [&](int64_t begin, int64_t end) { DSD_CPU(visibility_rays)(p, begin, end); });
     for (int64_t i = composite::end_of_all(p); i < p.n_samples; ++i) p.visible[i] = 0;
 }
 

@@ -203,8 +203,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         }
         const float values = sum_triple(shared, products, lane);
         const float t = composite::middle(t_start, t_end);
-        const float weight_grad =
-            active ? composite::weight_grad<kFull>(g, r, i, t, values) : 0.0f;
+        const float weight_grad = active ? composite::weight_grad<kFull>(g, r, i, t, values) : 0.0f;
         const float from_here = sum_from(weight_grad * weight, lane);
         float behind_here = __shfl_down_sync(kAllLanes, from_here, 1);
         if (lane == kWarp - 1) behind_here = 0.0f;
@@ -287,8 +286,8 @@ void composite_bwd(const CompositeParams& p, const CompositeGrads& g, void* stre
 }
 
 void visibility(const VisibilityParams& p, void* stream) {
-    visibility_kernel<<<blocks_for_rays(p.n_rays), kBlock, 0,
-                        static_cast<cudaStream_t>(stream)>>>(p);
+    visibility_kernel<<<blocks_for_rays(p.n_rays), kBlock, 0, static_cast<cudaStream_t>(stream)>>>(
+        p);
     check(cudaGetLastError(), "visibility");
 }
 

@@ -33,27 +33,27 @@ struct CompositeParams {
     int64_t n_rays;
     int64_t n_samples;  // S
     // Results of the forward pass; opacity, depth and z_variance are inputs of the backward pass.
-    float* color;       // [n_rays, 3]
-    float* opacity;     // [n_rays]
-    float* depth;       // [n_rays]
-    float* z_variance;  // [n_rays], if there are normals
-    float* normal;      // [n_rays, 3], if there are normals
-    float* weights;     // [S]
+    float* color;        // [n_rays, 3]
+    float* opacity;      // [n_rays]
+    float* depth;        // [n_rays]
+    float* z_variance;   // [n_rays], if there are normals
+    float* normal;       // [n_rays, 3], if there are normals
+    float* weights;      // [S]
     float* orientation;  // [n_rays]
 };
 
 // Gradients; each incoming one may be null, meaning zero.
 struct CompositeGrads {
-    const float* color;       // [n_rays, 3]
-    const float* opacity;     // [n_rays]
-    const float* depth;       // [n_rays]
-    const float* z_variance;  // [n_rays]
-    const float* normal;      // [n_rays, 3]
-    const float* weights;     // [S]
+    const float* color;        // [n_rays, 3]
+    const float* opacity;      // [n_rays]
+    const float* depth;        // [n_rays]
+    const float* z_variance;   // [n_rays]
+    const float* normal;       // [n_rays, 3]
+    const float* weights;      // [S]
     const float* orientation;  // [n_rays]
-    float* sigmas;            // [S] out; on the CPU holds transmittances between the two sweeps
-    float* rgbs;              // [S, 3] out; on CUDA holds optical depths between the two sweeps
-    float* normals;           // [S, 3] out, if there are normals
+    float* sigmas;             // [S] out; on the CPU holds transmittances between the two sweeps
+    float* rgbs;               // [S, 3] out; on CUDA holds optical depths between the two sweeps
+    float* normals;            // [S, 3] out, if there are normals
 };
 
 struct VisibilityParams {

@@ -1,4 +1,5 @@
-// The CPU kernels of csrc/composite.h, compiled once per instruction set: each does a range of rays.
+// The CPU kernels of csrc/composite.h, compiled once per instruction set: each does a range of
+// rays.
 #pragma once
 
 #include "composite.h"

@@ -212,8 +212,8 @@ void fwd_block(const FieldParams& params, const Weights& weights, int64_t first,
     if (normals) differentiate(params, weights, in, true, block);
     for (int i = 0; i < in.n; ++i) {
         float slope, curvature;
-        params.density[first + i] = field_activate(params.activation, block.raw[i], slope,
-                                                   curvature);
+        params.density[first + i] =
+            field_activate(params.activation, block.raw[i], slope, curvature);
         if (!normals) continue;
         const float gradient[3] = {block.gradient[0][i], block.gradient[1][i],
                                    block.gradient[2][i]};
@@ -419,8 +419,7 @@ void bwd(const FieldParams& params, int n_threads) {
         const int64_t n = n_valid - start < kRound ? n_valid - start : kRound;
         parallel_chunks(n, kChunk, n_threads, [&](int64_t begin, int64_t end) {
             Encoded chunk[kChunk / kBlock];
-            encode<F>(params, start + begin, start + end, params.grad_normal != nullptr,
-                      chunk);
+            encode<F>(params, start + begin, start + end, params.grad_normal != nullptr, chunk);
             for (int64_t b = begin; b < end; b += kBlock) {
                 bwd_block(params, weights, start + b, chunk[(b - begin) / kBlock],
                           parts.data[begin / kChunk], blocks.data[b / kBlock]);
@@ -457,9 +456,8 @@ void field_fwd(const FieldParams& params, int n_threads) {
 }
 
 void field_bwd(const FieldParams& params, int n_threads) {
-    with_features(params.n_features, [&](auto features) {
-        bwd<decltype(features)::value>(params, n_threads);
-    });
+    with_features(params.n_features,
+                  [&](auto features) { bwd<decltype(features)::value>(params, n_threads); });
 }
 
 }  // namespace dsd::DSD_ISA

@@ -21,9 +21,7 @@ constexpr int kScatterBlock = 256;
 // same time: their part of the table's gradient stays in the L2 cache.
 constexpr int kScatterLevels = 4;
 // Rows of floats then end at a multiple of 16 bytes.
-__host__ __device__ constexpr int64_t round_up_to_4(int64_t n) {
-    return (n + 3) / 4 * 4;
-}
+__host__ __device__ constexpr int64_t round_up_to_4(int64_t n) { return (n + 3) / 4 * 4; }
 
 // Between the kernels of the backward pass: for each level and sample dL/de of the level's
 // features, in type T divided by the sample's largest, and with kNormals g as well; for each sample
@@ -745,9 +743,7 @@ __device__ __forceinline__ float to_g(const Tiles<T, true, kNormals>& tiles, int
 }
 
 // NaN if one of them is: gradients that are not finite must show.
-__device__ __forceinline__ float larger(float a, float b) {
-    return a > b || a != a ? a : b;
-}
+__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll

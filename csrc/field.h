@@ -160,9 +160,7 @@ DSD_HD float field_head_gradient(const FieldParams& params, float raw, const flo
 
 // World to unit cube. One rounding, as torch.add(0.5, p, alpha=0.5 / radius) makes where it is
 // vectorised: fine levels multiply what a second one would lose.
-DSD_HD float field_unit(float p, float inverse_diameter) {
-    return fmaf(p, inverse_diameter, 0.5f);
-}
+DSD_HD float field_unit(float p, float inverse_diameter) { return fmaf(p, inverse_diameter, 0.5f); }
 
 // Results do not depend on n_threads; half_table is refused by the binding.
 DSD_DECLARE_CPU(void field_fwd(const FieldParams&, int n_threads))

@@ -138,15 +138,15 @@ void bwd_input_chunk(const HashGridParams& params, int64_t begin, int64_t end) {
                 float gy[kBlock], gj[3][kBlock];
                 load_column(params.grad_y ? params.grad_y + at : nullptr, width, n, gy);
                 for (int d = 0; d < 3; ++d) {
-                    load_column(params.grad_jac ? params.grad_jac + 3 * at + d : nullptr,
-                                3 * width, n, gj[d]);
+                    load_column(params.grad_jac ? params.grad_jac + 3 * at + d : nullptr, 3 * width,
+                                n, gj[d]);
                 }
                 for (int i = 0; i < n; ++i) {
                     const float corner[8] = {v[0][f][i], v[1][f][i], v[2][f][i], v[3][f][i],
                                              v[4][f][i], v[5][f][i], v[6][f][i], v[7][f][i]};
                     float out[3] = {sum[0][i], sum[1][i], sum[2][i]};
-                    grid_input_gradient(corner, cells.fx[i], cells.fy[i], cells.fz[i],
-                                        level.scale, gy[i], gj[0][i], gj[1][i], gj[2][i], out);
+                    grid_input_gradient(corner, cells.fx[i], cells.fy[i], cells.fz[i], level.scale,
+                                        gy[i], gj[0][i], gj[1][i], gj[2][i], out);
                     for (int d = 0; d < 3; ++d) sum[d][i] = out[d];
                 }
             }

@@ -89,10 +89,10 @@ __global__ void __launch_bounds__(kBlock, 2)
     }
 }
 
-// Values alone, from a half table, which the second-level cache holds as a whole. A thread reads one
-// point's 8 entries of every level, a few levels' loads in flight, into its row in shared memory,
-// and the block writes the rows: threads that write their own keep the first-level cache as busy
-// with that as with a quarter of the reads.
+// Values alone, from a half table, which the second-level cache holds as a whole. A thread reads
+// one point's 8 entries of every level, a few levels' loads in flight, into its row in shared
+// memory, and the block writes the rows: threads that write their own keep the first-level cache as
+// busy with that as with a quarter of the reads.
 constexpr int kValueBlock = 128;
 constexpr int kColumns = 32;
 

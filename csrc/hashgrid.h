@@ -104,9 +104,7 @@ DSD_HD GridCell grid_locate(const GridLevel& level, float x, float y, float z) {
     return cell;
 }
 
-DSD_HD float mix(float a, float b, float f) {
-    return a + f * (b - a);
-}
+DSD_HD float mix(float a, float b, float f) { return a + f * (b - a); }
 
 // Value of one feature from its 8 corner values.
 DSD_HD float grid_value(const float v[8], float fx, float fy, float fz) {

@@ -37,8 +37,8 @@ DSD_HD bool counts(const OccupancyUpdateParams& p, int64_t i) {
     return std::isfinite(p.values[i]) && p.indices[i] >= 0 && p.indices[i] < p.n_cells;
 }
 
-// A cell's new value; a peak of -infinity is that of a cell not seen. Written without fmaxf, which is
-// a call on the CPU; a NaN of the past gives way all the same.
+// A cell's new value; a peak of -infinity is that of a cell not seen. Written without fmaxf, which
+// is a call on the CPU; a NaN of the past gives way all the same.
 DSD_HD float updated(float occ, float peak, float decay) {
     const float decayed = occ * decay;
     const float seen = decayed > peak ? decayed : peak;

@@ -23,8 +23,8 @@ struct PackParams {
     int64_t* bases;  // [n_groups] samples of each group; after pack_scan of all groups before it
     int64_t* total;  // one number: samples of all rays
     // Results.
-    int64_t* offsets;    // [n_rays + 1] where each ray begins, or null
-    int64_t* n_dropped;  // one number: samples without a place, or null
+    int64_t* offsets;        // [n_rays + 1] where each ray begins, or null
+    int64_t* n_dropped;      // one number: samples without a place, or null
     int64_t* ray_indices;    // [capacity], or null
     int32_t* ray_indices32;  // [capacity], if the above is null
     float* t_starts;         // [capacity]

@@ -15,8 +15,7 @@ void run_tasks(int64_t n_tasks, int n_threads, void (*task)(void*, int64_t), voi
 template <class F>
 static inline void parallel_for(int64_t n_tasks, int n_threads, const F& f) {
     run_tasks(
-        n_tasks, n_threads,
-        [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
+        n_tasks, n_threads, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
         const_cast<void*>(static_cast<const void*>(&f)));
 }
 

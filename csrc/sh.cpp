@@ -3,11 +3,7 @@
 #include "parallel.h"
 
 namespace dsd {
-namespace {
-
-constexpr int64_t kChunk = 8192;
-
-}  // namespace
+namespace { constexpr int64_t kChunk = 8192; }  // namespace
 
 void sh_fwd(const ShParams& params, int n_threads) {
     parallel_chunks(params.n_dirs, kChunk, n_threads, [&](int64_t begin, int64_t end) {

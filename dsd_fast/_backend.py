@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import torch
 
@@ -66,24 +67,37 @@ def keep_freed_memory(device: torch.device) -> None:
     Raises:
         ImportError: as `extension`.
     """
-    if device.type == "cpu" and not use_reference():
+    if device.type == "cpu" and backend(device) != "torch":
         extension().keep_freed_memory()
 
 
-def use_reference() -> bool:
-    """True when ``DSD_BACKEND=torch`` asks for the pure-torch reference of every op.
+def backend(where: torch.Tensor | torch.device) -> Literal["torch", "compiled", "triton"]:
+    """What runs for a tensor, or on a device: the one gate, which all ask who have a choice.
+
+    - "torch": the pure-torch references and diffusers' own networks. ``DSD_BACKEND=torch`` asks for
+      them, and then they run everywhere.
+    - "compiled": the ops of csrc, and torch for what has Triton kernels.
+    - "triton": the ops of csrc, and Triton's kernels: on CUDA where Triton is installed, for all
+      tensors but those of float64.
 
     Raises:
         ValueError: ``DSD_BACKEND`` has another value than "compiled", "torch" or nothing.
     """
-    value = os.environ.get("DSD_BACKEND") or "compiled"
-    if value not in _BACKENDS:
-        raise ValueError(f"DSD_BACKEND must be one of {', '.join(_BACKENDS)}, got {value!r}")
-    return value == "torch"
+    asked = os.environ.get("DSD_BACKEND") or "compiled"
+    if asked not in _BACKENDS:
+        raise ValueError(f"DSD_BACKEND must be one of {', '.join(_BACKENDS)}, got {asked!r}")
+    if asked == "torch":
+        return "torch"
+    # Ops ask before they check what they were given, which may be no tensor at all.
+    if isinstance(where, torch.Tensor):
+        fits = where.is_cuda and where.dtype != torch.float64
+    else:
+        fits = getattr(where, "type", None) == "cuda"
+    return "triton" if fits and _has_triton() else "compiled"
 
 
 @cache
-def has_triton() -> bool:
+def _has_triton() -> bool:
     """Whether Triton can be imported; nothing imports it before a kernel is needed."""
     return find_spec("triton") is not None
 

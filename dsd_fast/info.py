@@ -62,9 +62,12 @@ def _kernels_cuda() -> str:
 
 
 def _backend_choice() -> str:
-    from dsd_fast._backend import use_reference
+    import torch
 
-    chosen = "pure-torch reference (slow)" if use_reference() else "compiled kernels"
+    from dsd_fast._backend import backend
+
+    is_reference = backend(torch.device("cpu")) == "torch"
+    chosen = "pure-torch reference (slow)" if is_reference else "compiled kernels"
     return f"{chosen}; DSD_BACKEND={os.environ.get('DSD_BACKEND', '')!r}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeGuard
 
 Number = int | float
 # What a configuration may hold: a constant, or the numbers of a piecewise linear schedule. Integers
@@ -79,5 +80,5 @@ class Schedule:
         return float(max(value for _, value in self.knots))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[Number]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

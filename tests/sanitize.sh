@@ -8,7 +8,7 @@ work=$PWD/build/sanitize
 mkdir -p "$work/site"
 rm -rf "$work/site/dsd_fast"
 mkdir "$work/site/dsd_fast"
-tar -c --exclude='*.so' --exclude=assets --exclude=__pycache__ -C dsd_fast . |
+tar -c --exclude='*.so' --exclude=assets --exclude=./kernels --exclude=__pycache__ -C dsd_fast . |
     tar -x -C "$work/site/dsd_fast"
 cp -r kernels "$work/site/dsd_fast/kernels"
 

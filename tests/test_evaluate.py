@@ -15,6 +15,9 @@ from dsd_fast.config import CameraConfig
 from dsd_fast.evaluate import __main__ as command
 from dsd_fast.evaluate import assets, eyes, meshes, metrics, page, report
 from dsd_fast.evaluate.assets import Asset, EvaluateError, Source
+from dsd_fast.judge.captions import COUNTED_NOUNS, noun_of
+from dsd_fast.judge.features import FEATURE_WIDTH
+from dsd_fast.judge.judge import Judge, save_judge
 from dsd_fast.scene.cameras import eval_camera
 from dsd_fast.scene.mesh import Mesh, write_glb
 
@@ -438,8 +441,8 @@ def test_method_of_a_run(guidance, name):
     ],
 )
 def test_noun_of_a_prompt(prompt, noun):
-    index = eyes.noun_of(prompt)
-    assert (None if index is None else eyes.COUNTED_NOUNS[index]) == noun
+    index = noun_of(prompt)
+    assert (None if index is None else COUNTED_NOUNS[index]) == noun
 
 
 # The report
@@ -488,7 +491,7 @@ def test_every_optional_figure():
     features = [fake_encoder(asset.images) for asset in made]
     names = np.repeat(["x", "y", "z"], 4)
     known = report.Features(np.concatenate(features[:3]), names)
-    judge = FrontsEverywhere(len(eyes.COUNTED_NOUNS))
+    judge = FrontsEverywhere(len(COUNTED_NOUNS))
     reference = report.of_assets(made, features)
     got = report.evaluate(made, report.Eyes(fake_encoder, judge, None, reference, known))
     figures = got["methods"]["a"]["figures"]
@@ -561,13 +564,11 @@ def test_rendered_views_as_reference(tmp_path):
 
 
 def test_judge_weights_on_disk(tmp_path):
-    from dsd_fast.prior import evaluate as prior
-
     torch.manual_seed(0)
-    judge = prior.Judge(len(prior.COUNTED_NOUNS)).eval()
+    judge = Judge(len(COUNTED_NOUNS)).eval()
     path = tmp_path / "judge.safetensors"
-    prior.save_judge(judge, path)
-    x, noun = torch.randn(3, prior.FEATURE_WIDTH), torch.tensor([0, 5, 2])
+    save_judge(judge, path)
+    x, noun = torch.randn(3, FEATURE_WIDTH), torch.tensor([0, 5, 2])
     said = eyes.open_judge(path, torch.device("cpu")).say(x, noun)
     assert all(torch.equal(got, want) for got, want in zip(said, judge.say(x, noun)))
     (tmp_path / "text").write_text("no weights")

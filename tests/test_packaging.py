@@ -12,6 +12,7 @@ import torch
 
 import dsd_fast
 from dsd_fast import _backend, info, ops
+from dsd_fast.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -191,11 +192,6 @@ def test_bindings_are_the_only_python_in_csrc_and_torch_is_nowhere() -> None:
 GROUND = {"_C", "_backend", "files", "graphs", "kernels", "ranges", "rng", "schedules", "upload"}
 ROOMS = ["ops", "scene", "diffusion", "guidance", "config", "run", "tasks"]
 ROOMS += ["judge", "prior", "evaluate"]
-# Arrows that point up still: (room, imported room).
-UPWARDS = {
-    ("judge", "prior"),
-    ("prior", "evaluate"),
-}
 
 
 def floor(name: str) -> int:
@@ -213,7 +209,7 @@ def test_imports_point_one_way() -> None:
         if name == "__init__":
             continue
         upwards |= {(name, other) for other in imports_of(path) if floor(other) > floor(name)}
-    assert upwards == UPWARDS
+    assert not upwards
 
 
 def imports_of(path: Path) -> set[str]:
@@ -227,6 +223,38 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
     return {name.split(".")[1] for name in names if name.startswith("dsd_fast.")}
+
+
+# ---- commands ----
+
+
+def test_commands_are_listed_and_found() -> None:
+    """`python -m dsd_fast` lists every module that is a command, and needs no torch for it."""
+    package = ROOT / "dsd_fast"
+    main = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
+    paths = [path for path in package.rglob("*.py") if main.search(path.read_text("utf-8"))]
+    names = {".".join(path.relative_to(package).with_suffix("").parts) for path in paths}
+    commands = {name.removesuffix(".__main__") for name in names - {"__main__"}}
+    assert commands == set(COMMANDS)
+    result = run_python(
+        "import sys, dsd_fast.__main__ as m; m.main(); print('torch' in sys.modules)"
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(re.search(rf"^  {name} +\S", result.stdout, re.MULTILINE) for name in COMMANDS)
+    assert result.stdout.endswith("False\n")
+
+
+def dispatch(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dsd_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_command_runs_by_its_name() -> None:
+    assert dispatch("--version").stdout == f"dsd_fast {dsd_fast.__version__}\n"
+    result = dispatch("build-engine", "--help")
+    assert result.returncode == 0 and "python -m dsd_fast.build_engine" in result.stdout
+    unknown = dispatch("trian")
+    assert unknown.returncode == 2 and "did you mean train?" in unknown.stderr
 
 
 # ---- setup and info -----------------------------------------------------------------------------
@@ -249,6 +277,37 @@ def test_cuda_architecture_lists(setup_py) -> None:
     assert archs("90a, 100") == "90a-real;100-real"
     with pytest.raises(SystemExit, match="cannot read the CUDA architecture 'Ampere'"):
         archs("Ampere")
+
+
+def test_kernels_of_a_source_folder(setup_py, tmp_path, monkeypatch) -> None:
+    """A build in place makes them importable: by a link, or a copy where there are none."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("first")
+    (tmp_path / "dsd_fast").mkdir()
+    made = tmp_path / "dsd_fast" / "kernels"
+    monkeypatch.setitem(setup_py, "ROOT", tmp_path)
+
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError
+
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "symlink_to", no_links)
+        setup_py["link_kernels"]()
+        (tmp_path / "kernels" / "__init__.py").write_text("second")
+        setup_py["link_kernels"]()
+    assert not made.is_symlink() and (made / "__init__.py").read_text() == "second"
+    for _ in range(2):
+        setup_py["link_kernels"]()
+    assert made.resolve() == tmp_path / "kernels"
+
+
+def test_tools_have_one_version() -> None:
+    """What the extra `dev` installs is what pre-commit runs."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pinned = set(re.findall(r'"((?:ruff|clang-format)==[^"]+)"', hooks))
+    assert {pin.split("==")[0] for pin in pinned} == {"ruff", "clang-format"}
+    assert all(f'"{pin}"' in project for pin in pinned)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 Image = pytest.importorskip("PIL.Image", reason="needs the extra `prior`")
 pytest.importorskip("scipy", reason="needs the extra `prior`")
 
-from dsd_fast.judge import captions  # noqa: E402
+from dsd_fast.judge import captions, nouns  # noqa: E402
 from dsd_fast.prior import catalogue, credits, mesh, render, views  # noqa: E402
 from dsd_fast.prior.obj import parse_mtl, parse_obj  # noqa: E402
 
@@ -56,8 +56,8 @@ f -4/-4 -3/-3 -2/-2 -1/-1
 SQUARE_MTL = "newmtl leaf\nKd 0.1 0.1 0.1\nd 0.5\nmap_Kd C:\\Users\\me\\Leaf.PNG\n"
 
 
-def noun(id_: str, **fields) -> catalogue.Noun:
-    row = catalogue.Noun(id_, "box", "box", "", 0.0, "", 0.0, "", "Box", "Someone", "CC0-1.0")
+def noun(id_: str, **fields) -> nouns.Noun:
+    row = nouns.Noun(id_, "box", "box", "", 0.0, "", 0.0, "", "Box", "Someone", "CC0-1.0")
     return replace(row, **fields)
 
 
@@ -136,7 +136,7 @@ def fixed_views(azimuth: list[float], elevation: list[float]) -> views.Views:
 
 
 def test_table_is_complete():
-    rows = catalogue.nouns()
+    rows = nouns.nouns()
     used = [row for row in rows if not row.exclude]
     assert (len(rows), len(used)) == (820, 676)
     assert len({row.id for row in rows}) == len(rows)
@@ -149,7 +149,7 @@ def test_table_is_complete():
 
 def test_credits_name_every_model():
     text = credits.credits()
-    for row in catalogue.nouns():
+    for row in nouns.nouns():
         if not row.exclude:
             assert f"| {row.id.partition('#')[2]} | {row.name} | {row.creator} |" in text
     with pytest.raises(ValueError, match="no credit text"):
@@ -445,7 +445,7 @@ def test_render_checks_its_output_array(renderer, entries):
 
 
 def test_render_views_writes_a_consistent_set(renderer, archive, tmp_path):
-    table = catalogue.noun_by_id()
+    table = nouns.noun_by_id()
     ids = ["Kator Legaz#futon-couch", "Blend Swap CC-0#horse2"]
     model = catalogue.Entry(table[ids[0]], archive, "m/box/box.obj", catalogue.IDENTITY)
     mesh.write_pack([model, replace(model, noun=table[ids[1]])], tmp_path / "models.pack")
@@ -532,7 +532,7 @@ def test_captions_always_draw_as_many_numbers():
 
 
 def test_materials_of_the_table():
-    used = [row for row in catalogue.nouns() if not row.exclude]
+    used = [row for row in nouns.nouns() if not row.exclude]
     nouns_of = {row.material: set() for row in used if row.material}
     for row in used:
         # "a wooden wooden toy", "a glass glass"
@@ -542,7 +542,7 @@ def test_materials_of_the_table():
     assert set(nouns_of) == {"wooden", "metal", "glass", "leather", "plastic", "fabric"}
     assert min(len(names) for names in nouns_of.values()) >= 5  # no word stands for one noun
     assert {"chair", "table"} <= nouns_of["wooden"]
-    assert not any(row.material for row in catalogue.nouns() if row.exclude)
+    assert not any(row.material for row in nouns.nouns() if row.exclude)
 
 
 def test_uncertain_colours_are_not_named():
@@ -560,7 +560,7 @@ def test_articles():
 def test_caption_words_are_in_the_vocabulary():
     vocabulary = set(captions.words())
     rng = np.random.default_rng(0)
-    rows = [(row, k % 4, k % 12 - 1) for k, row in enumerate(catalogue.nouns()) if not row.exclude]
+    rows = [(row, k % 4, k % 12 - 1) for k, row in enumerate(nouns.nouns()) if not row.exclude]
     texts, index = captions.caption_set(rows, 4, rng)
     assert index.shape == (676, 4) and index.max() == len(texts) - 1
     spoken = {word for text in texts for word in text.lower().replace(",", " ,").split()}

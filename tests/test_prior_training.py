@@ -16,7 +16,9 @@ from dsd_fast.diffusion import load_model, noise_path
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance.conditions.text import direction
 from dsd_fast.judge import captions, features
-from dsd_fast.prior import dataset, models, train
+from dsd_fast.judge.captions import COUNTED_NOUNS
+from dsd_fast.judge.judge import N_BINS, Judge, bin_targets
+from dsd_fast.prior import dataset, evaluate, models, sheet, train, train_judge
 
 SHIPPED = Path(train.__file__).parent.parent / "assets" / "prior"
 PIPELINE_FILES = (
@@ -379,7 +381,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("tiny_networks")
 def test_train_export_load_and_resume(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from diffusers import StableDiffusionPipeline
 
@@ -572,15 +574,8 @@ def test_features_recognise_a_photograph(imagenet: features.EfficientNetLite0):
         assert int(imagenet.classify(image).argmax()) == 967  # espresso
 
 
-@pytest.fixture
-def evaluate():
-    from dsd_fast.prior import evaluate
-
-    return evaluate
-
-
-def test_verdicts_count(evaluate):
-    chair, table, sofa = (evaluate.COUNTED_NOUNS.index(n) for n in ("chair", "table", "sofa"))
+def test_verdicts_count():
+    chair, table, sofa = (COUNTED_NOUNS.index(n) for n in ("chair", "table", "sofa"))
     side, front, back, overhead = range(4)
     said = [
         (chair, front, chair, front),
@@ -601,32 +596,32 @@ def test_verdicts_count(evaluate):
     assert sum(sum(row.values()) for row in confusion.values()) == 4
 
 
-def test_azimuth_bins_are_whole_views(evaluate):
+def test_azimuth_bins_are_whole_views():
     """No bin straddles a boundary, and the target of an azimuth is largest at its own bin."""
     azimuth = torch.arange(-179.5, 180.0, 1.0)
     view = direction(torch.zeros_like(azimuth), azimuth)
-    targets = evaluate.bin_targets(view, azimuth)
-    assert targets.shape == (360, evaluate.N_BINS + 1)
+    targets = bin_targets(view, azimuth)
+    assert targets.shape == (360, N_BINS + 1)
     torch.testing.assert_close(targets.sum(1), torch.ones(360))
-    torch.testing.assert_close(targets, evaluate.bin_targets(view, -azimuth + 360))
-    judge = evaluate.Judge(2)
+    torch.testing.assert_close(targets, bin_targets(view, -azimuth + 360))
+    judge = Judge(2)
     assert torch.equal(judge.view_of_bin[targets.argmax(1)].argmax(1), view)
     overhead = captions.VIEWS.index("overhead")
-    above = evaluate.bin_targets(torch.tensor([overhead]), torch.tensor([10.0]))
+    above = bin_targets(torch.tensor([overhead]), torch.tensor([10.0]))
     assert above[0, -1] == 1 and above.sum() == 1
     assert judge.view_of_bin[-1].argmax() == overhead
 
 
-def test_clear_views_are_away_from_boundaries(evaluate):
+def test_clear_views_are_away_from_boundaries():
     azimuth = torch.tensor([0.0, 34.0, 36.0, -54.0, 56.0, 124.0, -126.0, 144.0, 146.0, 180.0, 45.0])
     clear = evaluate.is_clear(azimuth, torch.zeros(11)).int().tolist()
     assert clear == [1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0]
     assert evaluate.is_clear(azimuth, torch.full((11,), 80.0)).all()  # overhead from all around
 
 
-def test_views_are_judged_for_the_noun_asked(evaluate):
+def test_views_are_judged_for_the_noun_asked():
     torch.manual_seed(0)
-    judge = evaluate.Judge(2).eval()
+    judge = Judge(2).eval()
     torch.nn.init.normal_(judge.shift.weight)
     x = torch.randn(1, features.FEATURE_WIDTH).expand(2, -1)
     with torch.no_grad():
@@ -634,11 +629,11 @@ def test_views_are_judged_for_the_noun_asked(evaluate):
     assert torch.equal(nouns[0], nouns[1]) and not torch.allclose(bins[0], bins[1])
 
 
-def test_judge_says_the_view_with_most_probability(evaluate):
+def test_judge_says_the_view_with_most_probability():
     """Not the view of the likeliest bin."""
-    judge = evaluate.Judge(2).eval()
+    judge = Judge(2).eval()
     torch.nn.init.zeros_(judge.bins.weight)
-    logits = torch.full((evaluate.N_BINS + 1,), -9.0)
+    logits = torch.full((N_BINS + 1,), -9.0)
     logits[0] = 1.0  # front
     logits[3:6] = 0.5  # side, three times
     judge.bins.bias.data = logits
@@ -646,19 +641,19 @@ def test_judge_says_the_view_with_most_probability(evaluate):
     assert captions.VIEWS[view] == "side"
 
 
-def test_images_fray_at_their_edges(evaluate):
+def test_images_fray_at_their_edges():
     torch.manual_seed(0)
     image = torch.zeros(16, 3, 64, 64)
     image[:, :, 16:48, 16:48] = 1.0
-    torch.testing.assert_close(evaluate.frayed(image, 0.0), image)
-    changed = (evaluate.frayed(image, 0.02) - image).abs().amax(1) > 0.5  # [B,H,W]
+    torch.testing.assert_close(train_judge.frayed(image, 0.0), image)
+    changed = (train_judge.frayed(image, 0.02) - image).abs().amax(1) > 0.5  # [B,H,W]
     from_centre = (torch.arange(64) - 31.5).abs()
     near = (torch.maximum(from_centre[:, None], from_centre[None]) - 16).abs() < 8
     assert changed[:, near].any(1).float().mean() > 0.5
     assert not changed[:, ~near].any()
 
 
-def test_judge_learns_its_renders(folder: Path, evaluate):
+def test_judge_learns_its_renders(folder: Path):
     """Two nouns that counted, told apart by an image's brightness."""
     rgba = np.zeros((12, 256, 256, 4), np.uint8)
     rgba[..., 3] = 255
@@ -680,17 +675,17 @@ def test_judge_learns_its_renders(folder: Path, evaluate):
 
     network, grey = Brightness(), Grey()
     views = dataset.Views(folder, CPU)
-    judge = evaluate.train_judge(network, grey, views, steps=20)
+    judge = train_judge.train_judge(network, grey, views, steps=20)
     assert not judge.training
     rows = torch.arange(len(views))
-    nouns = views.noun_labels(evaluate.COUNTED_NOUNS)
-    as_rendered = evaluate.view_features(network, views, rows, mirror=True)
-    decoded = evaluate.view_features(network, views, rows, autoencoder=grey)
+    nouns = views.noun_labels(COUNTED_NOUNS)
+    as_rendered = train_judge.view_features(network, views, rows, mirror=True)
+    decoded = train_judge.view_features(network, views, rows, autoencoder=grey)
     assert as_rendered.dtype == torch.float16
     torch.testing.assert_close(decoded.float(), 0.3 + 0.4 * as_rendered.float(), rtol=0, atol=1e-2)
     # Black and white cannot be told from more contrast, grey can.
-    stretched = evaluate.view_features(network, views, rows, contrast=4.0)
-    torch.testing.assert_close(stretched, evaluate.view_features(network, views, rows))
+    stretched = train_judge.view_features(network, views, rows, contrast=4.0)
+    torch.testing.assert_close(stretched, train_judge.view_features(network, views, rows))
     for found in (as_rendered, decoded):
         seen = evaluate.verdicts(judge, found, nouns, views.view)
         assert torch.equal(seen.said_noun, nouns)
@@ -700,25 +695,25 @@ def test_judge_learns_its_renders(folder: Path, evaluate):
     for autoencoder in (None, grey):
         report = evaluate.judge_report(judge, network, held_out, autoencoder)
         assert report["noun_accuracy"] == 1.0
-        rows, _ = evaluate.counted_rows(held_out)
+        rows, _ = train_judge.counted_rows(held_out)
         assert sum(sum(row.values()) for row in report["view_confusion"].values()) == len(rows)
 
 
-def test_sheet_blocks_hold_seeds_by_views(evaluate):
+def test_sheet_blocks_hold_seeds_by_views():
     prompts = tuple(f"a thing {i}" for i in range(6))
     images = torch.zeros(6, 4, 4, 3, 64, 64)
     images[5, 2, 3, 0] = 1.0  # second row, second block: third seed from its fourth view is red
-    sheet = np.asarray(evaluate.lay_out(images, prompts))
-    tile, gap, title = evaluate.TILE, evaluate.GAP, evaluate.TITLE
-    assert sheet.shape[1] <= 2000
+    page = np.asarray(sheet.lay_out(images, prompts))
+    tile, gap, title = sheet.TILE, sheet.GAP, sheet.TITLE
+    assert page.shape[1] <= 2000
     top = gap + (title + 4 * tile + gap) + title + 2 * tile
     left = gap + (4 * tile + gap) + 3 * tile
-    red = (sheet == (255, 0, 0)).all(2)
+    red = (page == (255, 0, 0)).all(2)
     assert red[top : top + tile, left : left + tile].all() and red.sum() == tile**2
-    assert (sheet[gap : gap + title, gap : gap + 60] < 128).any()  # the prompt's letters
+    assert (page[gap : gap + title, gap : gap + 60] < 128).any()  # the prompt's letters
 
 
 @pytest.mark.parametrize("name", ["steps", "seeds", "judge_steps"])
-def test_evaluation_settings_out_of_range(evaluate, name: str):
+def test_evaluation_settings_out_of_range(name: str):
     with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
         evaluate.EvaluateConfig(views=Path("v"), out=Path("o"), **{name: 0})

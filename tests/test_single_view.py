@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_model import build_tiny_model, build_tiny_view_model
 
 from dsd_fast import train as module
-from dsd_fast.config import TrainConfig, from_dict, preset
+from dsd_fast.config import preset
 from dsd_fast.diffusion import load_view_model
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.reference_picture import (
@@ -25,14 +25,15 @@ from dsd_fast.diffusion.reference_picture import (
     relative_pose,
 )
 from dsd_fast.evaluate import truth
+from dsd_fast.evaluate.assets import open_run
 from dsd_fast.guidance import Guidance, GuidanceConfig, dsd_gradient, make_guidance
 from dsd_fast.guidance.conditions.pose import (
     OrbitBins,
     PoseConditions,
     Reference,
 )
+from dsd_fast.judge.truth import Truth
 from dsd_fast.run import checkpoint, outputs
-from dsd_fast.run.state import saved_scene
 from dsd_fast.scene import picture as single_view
 from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
 from dsd_fast.scene.field import Field, FieldConfig, GridConfig
@@ -605,9 +606,7 @@ def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
     """A run's own renderings score as perfect truth, turned ones do not."""
     out = tmp_path / "out"
     assert run(out, picture, small_folder, "--pictures.no-mesh", steps=6) == 0
-    tree = checkpoint.load(checkpoint.step_path(folder_of(out).checkpoints, 6))
-    cfg = from_dict(TrainConfig, tree["config"])
-    scene = saved_scene(cfg, tree["scene"])
+    white = open_run(folder_of(out).path, torch.device("cpu"), (1.0, 1.0, 1.0))
     azimuth = np.array([0.0, 90.0, 200.0], np.float32)
     cameras = {
         "elevation": np.array([5.0, 15.0, 40.0], np.float32),
@@ -615,8 +614,8 @@ def test_scores_against_true_views(small_folder, picture, tmp_path, caplog):
         "distance": np.full(3, 1.6, np.float32),
         "fovy": np.full(3, 45.0, np.float32),
     }
-    blank = truth.Truth(rgba=np.zeros((3, 16, 16, 4), np.uint8), **cameras)
-    images = truth.render_as(cfg, scene, 6, blank)
+    blank = Truth(rgba=np.zeros((3, 16, 16, 4), np.uint8), **cameras)
+    images = truth.render_as(white, blank)
     assert images.std() > 0.01
     opaque = np.full((3, 16, 16, 1), 255, np.uint8)
     rgba = np.concatenate([(images * 255).round().astype(np.uint8), opaque], axis=3)

@@ -219,10 +219,10 @@ cases = [
     (group_norm.stats_kernel, dict(**flags, **tile, SUM=True)),
     (group_norm.apply_kernel, dict(**flags, **tile, SCALE=True, SILU=True)),
     (group_norm.whole_kernel, dict(**flags, **tile, SCALE=False, SILU=True, SUM=True)),
-    (token_ops.layer_norm_kernel, dict(ADD=True, UPDATE=True, BLOCK_R=4, BLOCK_C=64)),
-    (token_ops.geglu_kernel, dict(BIAS=True, BLOCK_R=4, BLOCK_C=64)),
-    (token_ops.upsample_kernel, dict(ADD=True, BLOCK_R=4, BLOCK_C=64)),
-    (token_ops.interleave_kernel, dict(BLOCK_R=4, BLOCK_C=64)),
+    (tokens.layer_norm_kernel, dict(ADD=True, UPDATE=True, BLOCK_R=4, BLOCK_C=64)),
+    (tokens.geglu_kernel, dict(BIAS=True, BLOCK_R=4, BLOCK_C=64)),
+    (tokens.upsample_kernel, dict(ADD=True, BLOCK_R=4, BLOCK_C=64)),
+    (tokens.interleave_kernel, dict(BLOCK_R=4, BLOCK_C=64)),
     (linear_geglu.linear_geglu_kernel, dict(**product, EVEN_K=False)),
 ]
 for kernel, constants in cases:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dsd_fast._backend import has_triton
+from dsd_fast._backend import backend
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.engines import make_engine
 from dsd_fast.diffusion.networks.fused_vae import FusedEncoder, unsupported
@@ -218,10 +218,10 @@ class DiffusionModel:
 
 def _fused_encoder(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> FusedEncoder | None:
     """Our own encoder where it is faster: half precision on CUDA, with Triton."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if backend(device) != "triton" or dtype not in (torch.float16, torch.bfloat16):
         return None
     config = {**getattr(vae, "config", {}), "_class_name": type(vae).__name__}
-    if unsupported(config) is not None or not has_triton():
+    if unsupported(config) is not None:
         return None
     return FusedEncoder(vae)
 

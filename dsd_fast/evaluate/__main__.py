@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import torch
 import tyro
 
 from dsd_fast._backend import keep_freed_memory
@@ -22,6 +23,9 @@ from dsd_fast.evaluate import assets, metrics, page
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json, write_text
 from dsd_fast.run.command import run_command
+
+if TYPE_CHECKING:
+    from dsd_fast.evaluate.report import Eyes
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.evaluate")
@@ -85,17 +89,10 @@ def compare(command: EvaluateCommand) -> dict:
     Raises:
         EvaluateError, ConfigError: wrong input.
     """
-    # Loads scipy and the prior's judges, which --help need not wait for.
-    from dsd_fast.evaluate import eyes, report
+    # Loads scipy and the judges, which --help need not wait for.
+    from dsd_fast.evaluate import report
 
-    outputs = (command.html, command.json, command.save_features)
-    if not any(outputs):
-        raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
-    for name, least in (("views", 1), ("size", 16), ("reference_images", metrics.MIN_FRECHET)):
-        value = getattr(command, name)
-        if value is not None and value < least:
-            flag = name.replace("_", "-")
-            raise EvaluateError(f"--{flag}: expected at least {least}")
+    _check(command)
     device = resolve_device(command.device)
     keep_freed_memory(device)
     sources = assets.gather(
@@ -103,35 +100,14 @@ def compare(command: EvaluateCommand) -> dict:
     )
     views = assets.views_of(sources, command.views)
     # All that may be missing is opened before any work.
-    encoder = eyes.load_encoder(device)
-    judge = eyes.open_judge(command.judge, device) if command.judge else None
-    clip = eyes.Clip(command.clip, device) if command.clip else None
-    known = {  # a path that serves for both is looked at once
-        path: report.reference_features(path, encoder, command.reference_images)
-        for path in {command.nearest, command.reference}
-        if path is not None
-    }
-    reference, nearest = (known.get(path) for path in (command.reference, command.nearest))
-    if command.save_reference is not None:
-        if not known:
-            raise EvaluateError("--save-reference: pass --nearest or --reference as well")
-        report.write_features(nearest or reference, command.save_reference)
-        log.info("wrote %s", command.save_reference)
+    eyes = _open_eyes(command, device)
     loaded = []
-    for i, source in enumerate(sources):
-        log.info(
-            "%d of %d: %s, %s, seed %d",
-            i + 1,
-            len(sources),
-            source.method,
-            source.prompt,
-            source.seed,
-        )
+    for i, source in enumerate(sources, 1):
+        what = source.method, source.prompt, source.seed
+        log.info("%d of %d: %s, %s, seed %d", i, len(sources), *what)
         loaded.append(assets.load(source, views, command.size, device, command.own_background))
-    features = [encoder(asset.images) for asset in loaded]
-    result = report.evaluate(
-        loaded, report.Eyes(encoder, judge, clip, reference, nearest), features
-    )
+    features = [eyes.encoder(asset.images) for asset in loaded]
+    result = report.evaluate(loaded, eyes, features)
     for note in result["notes"]:
         log.info("%s", note)
     if command.json is not None:
@@ -144,6 +120,37 @@ def compare(command: EvaluateCommand) -> dict:
         report.write_features(report.of_assets(loaded, features), command.save_features)
         log.info("wrote %s", command.save_features)
     return result
+
+
+def _check(command: EvaluateCommand) -> None:
+    if not any((command.html, command.json, command.save_features)):
+        raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
+    for name, least in (("views", 1), ("size", 16), ("reference_images", metrics.MIN_FRECHET)):
+        value = getattr(command, name)
+        if value is not None and value < least:
+            raise EvaluateError(f"--{name.replace('_', '-')}: expected at least {least}")
+
+
+def _open_eyes(command: EvaluateCommand, device: torch.device) -> Eyes:
+    """What looks at the views; the features of --nearest or --reference are saved where asked."""
+    from dsd_fast.evaluate import eyes, report
+
+    encoder = eyes.load_encoder(device)
+    judge = eyes.open_judge(command.judge, device) if command.judge else None
+    clip = eyes.Clip(command.clip, device) if command.clip else None
+    paths = command.reference, command.nearest
+    known = {  # a path that serves for both is looked at once
+        path: report.reference_features(path, encoder, command.reference_images)
+        for path in {path for path in paths if path is not None}
+    }
+    reference, nearest = (known[path] if path else None for path in paths)
+    if command.save_reference is not None:
+        kept = nearest or reference
+        if kept is None:
+            raise EvaluateError("--save-reference: pass --nearest or --reference as well")
+        report.write_features(kept, command.save_reference)
+        log.info("wrote %s", command.save_reference)
+    return report.Eyes(encoder, judge, clip, reference, nearest)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.pictures import to_uint8
 from dsd_fast.run.state import saved_scene
 from dsd_fast.scene.cameras import eval_camera
+from dsd_fast.scene.field_scene import FieldScene
 from dsd_fast.scene.renderer import OPAQUE
 from dsd_fast.schedules import Schedule
 
@@ -300,39 +302,52 @@ def load(
     return _read(source, views)
 
 
+class Run(NamedTuple):
+    """A run as of its newest checkpoint, on a device."""
+
+    cfg: TrainConfig
+    config: dict  # of `cfg`, as it was saved
+    scene: FieldScene
+    step: int
+    metrics: Path
+
+
+def open_run(
+    path: Path, device: torch.device, background: tuple[float, float, float] | None
+) -> Run:
+    """The run that a run folder or checkpoint holds, before its own background or a plain one.
+
+    Raises:
+        EvaluateError: it cannot be read.
+    """
+    try:
+        saved, folder = cli.find_checkpoint(path)
+        tree = checkpoint.load(saved)
+        cfg = from_dict(TrainConfig, tree["config"])
+        if background is not None:
+            cfg.background.eval_color = background
+        scene = saved_scene(cfg, tree["scene"]).to(device)
+    except (CheckpointError, ValueError) as error:
+        raise EvaluateError(f"{path}: {error}") from error
+    return Run(cfg, tree["config"], scene, tree["step"], folder.metrics)
+
+
 def _render(
     source: Source, views: int, size: int, device: torch.device, own_background: bool
 ) -> Asset:
-    try:
-        path, folder = cli.find_checkpoint(source.path)
-        tree = checkpoint.load(path)
-        cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]
-        if not own_background:
-            cfg.background.eval_color = (GREY, GREY, GREY)
-        scene = saved_scene(cfg, tree["scene"]).to(device)
-    except (CheckpointError, ValueError) as error:
-        raise EvaluateError(f"{source.path}: {error}") from error
+    run = open_run(source.path, device, None if own_background else (GREY, GREY, GREY))
     azimuths = np.arange(views) * (360 / views)
     images, masks = [], []
     with torch.no_grad():
         for azimuth in azimuths.tolist():
-            camera = eval_camera(cfg.cameras, azimuth, size=(size, size), device=device)
-            view = scene.view(camera, step)
+            camera = eval_camera(run.cfg.cameras, azimuth, size=(size, size), device=device)
+            view = run.scene.view(camera, run.step)
             images.append(to_uint8(view.rgb[0]))
             masks.append((view.opacity[0, ..., 0] > OPAQUE).cpu().numpy())
-    seconds, memory_mib = cost(folder.metrics)
-    elevation = float(cfg.cameras.eval_elevation_deg)
-    unfinished = (step, cfg.max_steps) if step < cfg.max_steps else None
-    return Asset(
-        source,
-        np.stack(images),
-        azimuths,
-        elevation,
-        seconds,
-        memory_mib,
-        unfinished,
-        np.stack(masks),
-    )
+    elevation, last = float(run.cfg.cameras.eval_elevation_deg), run.cfg.max_steps
+    unfinished = (run.step, last) if run.step < last else None
+    looks = np.stack(images), azimuths, elevation
+    return Asset(source, *looks, *cost(run.metrics), unfinished, np.stack(masks))
 
 
 def _render_mesh(source: Source, views: int, size: int) -> Asset:

@@ -7,7 +7,6 @@ so.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch.nn.functional as F
 
 from dsd_fast.evaluate.assets import Asset, EvaluateError
 from dsd_fast.guidance.conditions.text import direction
-from dsd_fast.judge.captions import SYNONYMS, VIEWS, has_front
-from dsd_fast.judge.features import load_features
-from dsd_fast.prior.evaluate import COUNTED_NOUNS, Judge, image_features, load_judge
+from dsd_fast.judge.captions import COUNTED_NOUNS, VIEWS, has_front, noun_of
+from dsd_fast.judge.features import image_features, load_features
+from dsd_fast.judge.judge import Judge, load_judge
 
 # The last features of EfficientNet-Lite0: the pooled head, as wide as is usual for distances
 # between sets of images. The rest (pooled taps of earlier layers) is for the judges.
@@ -29,9 +28,6 @@ FRONT = VIEWS.index("front")
 # Of OpenAI's CLIP, for a folder without preprocessor_config.json.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# After these a prompt tells of other things. "Of" is not among them: "a photo of a chair".
-_PREPOSITION = re.compile(r"\b(?:with|on|in|at|beside|near|under|behind|holding|wearing|made)\b")
-
 # Images [V,H,W,3] uint8 -> features [V,D] float32, D >= HEAD_WIDTH or what a test takes.
 Encoder = Callable[[np.ndarray], np.ndarray]
 
@@ -56,26 +52,6 @@ def load_encoder(device: torch.device) -> Encoder:
         return image_features(network, to_tensor(images, device)).float().cpu().numpy()
 
     return encode
-
-
-def noun_of(prompt: str) -> int | None:
-    """The noun that a prompt is about, as an index into COUNTED_NOUNS, or None.
-
-    It is looked for before the first preposition, then in the whole prompt. The longest known noun
-    or synonym counts ("a street lamp" is no lamp), of as long ones the last, where English has the
-    head of a compound.
-    """
-    text = re.sub(r"[^a-z]+", " ", prompt.lower())
-    for part in (_PREPOSITION.split(text)[0], text):
-        found = [
-            (len(name.split()), match.end(), index)
-            for index, noun in enumerate(COUNTED_NOUNS)
-            for name in (noun, *SYNONYMS.get(noun, ()))
-            for match in re.finditer(rf"\b{re.escape(name)}s?\b", part)
-        ]
-        if found:
-            return max(found)[2]
-    return None
 
 
 @dataclass(frozen=True)

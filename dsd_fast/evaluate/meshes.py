@@ -220,14 +220,15 @@ def _shaded(
     def interpolated(values: np.ndarray) -> np.ndarray:
         return np.einsum("pk,pkd->pd", weights, values[part.triangles[triangle]])
 
-    if part.texture is not None:
+    if part.colours is not None:
+        colours = interpolated(part.colours)
+    else:
+        assert part.uvs is not None and part.texture is not None
         height, width = part.texture.shape[:2]
         u, v = interpolated(part.uvs).T
         column = np.floor(u % 1.0 * width).astype(np.int64) % width
         row = np.floor((1.0 - v % 1.0) * height).astype(np.int64) % height
         colours = part.texture[row, column]
-    else:
-        colours = interpolated(part.colours)
     normal = interpolated(part.normals)
     to_eye = eye - interpolated(part.points)
     lengths = np.linalg.norm(normal, axis=1) * np.linalg.norm(to_eye, axis=1)

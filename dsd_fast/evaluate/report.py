@@ -13,10 +13,10 @@ import numpy as np
 
 from dsd_fast.evaluate import metrics
 from dsd_fast.evaluate.assets import IMAGES, Asset, EvaluateError, over_grey, read_image
-from dsd_fast.evaluate.eyes import FRONT, HEAD_WIDTH, Clip, Encoder, Verdict, judge_asset, noun_of
+from dsd_fast.evaluate.eyes import FRONT, HEAD_WIDTH, Clip, Encoder, Verdict, judge_asset
 from dsd_fast.files import replacing
-from dsd_fast.judge.captions import VIEWS
-from dsd_fast.prior.evaluate import COUNTED_NOUNS, Judge
+from dsd_fast.judge.captions import COUNTED_NOUNS, VIEWS, noun_of
+from dsd_fast.judge.judge import Judge
 
 log = logging.getLogger("dsd_fast.evaluate")
 
@@ -172,6 +172,17 @@ class Eyes:
     nearest: Features | None = None
 
 
+@dataclass(frozen=True)
+class Look:
+    """What is said of one asset; None of what nobody looked for, or cannot be told."""
+
+    asset: Asset
+    features: np.ndarray  # [V,D]
+    verdict: Verdict | None
+    clip: float | None  # score of the views with the prompt
+    nearest: str | None  # training model
+
+
 def evaluate(
     assets: Sequence[Asset], eyes: Eyes, features: Sequence[np.ndarray] | None = None
 ) -> dict:
@@ -187,94 +198,80 @@ def evaluate(
         {"views", "notes", "methods": {method: {"figures", "prompts": {prompt: {"seeds",
         "figures"}}}}, "assets": [...]}, all plain numbers and strings.
     """
-    features = [eyes.encoder(a.images) for a in assets] if features is None else features
+    looks = _look(assets, eyes, features or [eyes.encoder(a.images) for a in assets])
+    by_method: dict[str, dict[str, list[Look]]] = defaultdict(lambda: defaultdict(list))
+    for look in looks:
+        by_method[look.asset.source.method][look.asset.source.prompt].append(look)
+    notes = _remarks(assets, eyes)
+    methods = {}
+    for method, prompts in by_method.items():
+        by_prompt = {
+            prompt: {"seeds": [m.asset.source.seed for m in members], "figures": _figures(members)}
+            for prompt, members in prompts.items()
+        }
+        figures = _mean_of_prompts([entry["figures"] for entry in by_prompt.values()])
+        if eyes.reference is not None:
+            every = np.concatenate([m.features for members in prompts.values() for m in members])
+            frechet = _frechet(method, head(every), head(eyes.reference.features), notes)
+            if frechet is not None:
+                figures["frechet"] = frechet
+        methods[method] = {"figures": figures, "prompts": by_prompt}
+    notes += _unequal(methods)
+    entries = [_asset_entry(look) for look in looks]
+    return {"views": len(assets[0].images), "notes": notes, "methods": methods, "assets": entries}
+
+
+def _look(assets: Sequence[Asset], eyes: Eyes, features: Sequence[np.ndarray]) -> list[Look]:
     for given in (eyes.reference, eyes.nearest):
         if given is not None and given.features.shape[1] != features[0].shape[1]:
             raise EvaluateError(
                 f"the reference has features of width {given.features.shape[1]}, "
                 f"this version's have {features[0].shape[1]}: make it again"
             )
-    verdicts: list[Verdict | None] = [
-        judge_asset(eyes.judge, a, x) if eyes.judge else None for a, x in zip(assets, features)
-    ]
-    scores = [
-        metrics.clip_score(*eyes.clip.embed(a.images, a.source.prompt)) if eyes.clip else None
-        for a in assets
-    ]
-    models: list[str | None] = [None] * len(assets)
+    nearest: Sequence[str | None] = [None] * len(assets)
     if eyes.nearest is not None:
-        models = list(
-            metrics.nearest_models(
-                head(np.stack(features)), head(eyes.nearest.features), eyes.nearest.names
-            )
+        reference = head(eyes.nearest.features), eyes.nearest.names
+        nearest = metrics.nearest_models(head(np.stack(features)), *reference)
+    return [
+        Look(
+            asset,
+            x,
+            judge_asset(eyes.judge, asset, x) if eyes.judge else None,
+            metrics.clip_score(*eyes.clip.embed(asset.images, asset.source.prompt))
+            if eyes.clip
+            else None,
+            model,
         )
-    rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, asset in enumerate(assets):
-        rows[asset.source.method][asset.source.prompt].append(i)
-
-    notes = _remarks(assets, eyes)
-    methods = {}
-    for method, prompts in rows.items():
-        by_prompt = {
-            prompt: {
-                "seeds": [assets[i].source.seed for i in members],
-                "figures": _figures(members, assets, features, verdicts, scores, models),
-            }
-            for prompt, members in prompts.items()
-        }
-        figures = _mean_of_prompts([entry["figures"] for entry in by_prompt.values()])
-        if eyes.reference is not None:
-            every = np.concatenate([features[i] for members in prompts.values() for i in members])
-            frechet = _frechet(method, head(every), head(eyes.reference.features), notes)
-            if frechet is not None:
-                figures["frechet"] = frechet
-        methods[method] = {"figures": figures, "prompts": by_prompt}
-    notes += _unequal(methods)
-    return {
-        "views": len(assets[0].images),
-        "notes": notes,
-        "methods": methods,
-        "assets": [
-            _asset_entry(*entry) for entry in zip(assets, verdicts, scores, models, strict=True)
-        ],
-    }
+        for asset, x, model in zip(assets, features, nearest, strict=True)
+    ]
 
 
-def _figures(
-    members: list[int],
-    assets: Sequence[Asset],
-    features: Sequence[np.ndarray],
-    verdicts: list[Verdict | None],
-    scores: list[float | None],
-    models: list[str | None],
-) -> dict[str, float]:
-    """The figures of one method and prompt, of the assets in ``members``."""
+def _figures(looks: list[Look]) -> dict[str, float]:
+    """The figures of one method and prompt."""
     figures: dict[str, float] = {}
-    if len(members) > 1:
-        x = head(np.stack([features[i] for i in members]))
+    if len(looks) > 1:
+        x = head(np.stack([look.features for look in looks]))
         figures["cosine"] = metrics.pairwise_cosine(x)
         figures["euclidean"] = metrics.pairwise_euclidean(x)
         figures["vendi"] = metrics.vendi(x)
-        masks = [assets[i].masks for i in members]
-        if len({None if m is None else m.shape for m in masks}) == 1 and masks[0] is not None:
+        masks = [look.asset.masks for look in looks if look.asset.masks is not None]
+        if len(masks) == len(looks) and len({m.shape for m in masks}) == 1:
             figures["silhouette"] = metrics.silhouettes_apart(np.stack(masks))
-    if models[members[0]] is not None:
-        figures["nearest"] = len({models[i] for i in members})
-    if scores[members[0]] is not None:
-        figures["clip"] = float(np.mean([scores[i] for i in members]))
+    # What was looked for was looked for in all.
+    if looks[0].nearest is not None:
+        figures["nearest"] = len({look.nearest for look in looks})
+    if scores := [look.clip for look in looks if look.clip is not None]:
+        figures["clip"] = float(np.mean(scores))
     # One prompt has one noun: all of its assets are judged, or none.
-    judged = [v for i in members if (v := verdicts[i]) is not None]
-    if judged:
+    if judged := [look.verdict for look in looks if look.verdict is not None]:
         said = np.stack([v.said_noun for v in judged])
         figures["noun"] = metrics.share_right(said, np.full_like(said, judged[0].noun))
-    seen = [v for v in judged if v.said_view is not None]
-    if seen:
+    if seen := [v for v in judged if v.said_view is not None]:
         said, asked = (np.stack([getattr(v, n) for v in seen]) for n in ("said_view", "view"))
         figures["view"] = metrics.share_right(said, asked)
         figures["janus"] = metrics.janus(said == FRONT, asked == FRONT)
     for key, over in (("seconds", np.mean), ("memory_mib", np.max)):
-        told = [v for i in members if (v := getattr(assets[i], key)) is not None]
-        if told:
+        if told := [v for look in looks if (v := getattr(look.asset, key)) is not None]:
             figures[key] = float(over(told))
     return figures
 
@@ -347,21 +344,20 @@ def _unequal(methods: dict) -> list[str]:
     return notes
 
 
-def _asset_entry(
-    asset: Asset, verdict: Verdict | None, score: float | None, model: str | None
-) -> dict:
+def _asset_entry(look: Look) -> dict:
+    source = look.asset.source
     entry = {
-        "method": asset.source.method,
-        "prompt": asset.source.prompt,
-        "seed": asset.source.seed,
-        "path": str(asset.source.path),
-        "azimuths": None if asset.source.is_picture else asset.azimuths.tolist(),
-        "seconds": asset.seconds,
-        "memory_mib": asset.memory_mib,
-        "clip": score,
-        "nearest": model,
+        "method": source.method,
+        "prompt": source.prompt,
+        "seed": source.seed,
+        "path": str(source.path),
+        "azimuths": None if source.is_picture else look.asset.azimuths.tolist(),
+        "seconds": look.asset.seconds,
+        "memory_mib": look.asset.memory_mib,
+        "clip": look.clip,
+        "nearest": look.nearest,
     }
-    if verdict is not None:
+    if (verdict := look.verdict) is not None:
         entry["said_noun"] = [COUNTED_NOUNS[k] for k in verdict.said_noun.tolist()]
         if verdict.said_view is not None:
             entry["said_view"] = [VIEWS[k] for k in verdict.said_view.tolist()]

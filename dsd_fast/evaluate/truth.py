@@ -10,31 +10,30 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
 import tyro
 
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
-from dsd_fast.evaluate import assets, metrics
-from dsd_fast.evaluate.assets import EvaluateError
+from dsd_fast.config import ConfigError, resolve_device
+from dsd_fast.evaluate import assets
+from dsd_fast.evaluate.assets import EvaluateError, Run
 from dsd_fast.files import write_json
-from dsd_fast.run import checkpoint, cli
-from dsd_fast.run.checkpoint import CheckpointError
+from dsd_fast.judge.similarity import psnr, ssim
+from dsd_fast.judge.truth import TRUTH, Truth, read_truth
 from dsd_fast.run.command import run_command
 from dsd_fast.run.pictures import to_uint8, write_png
-from dsd_fast.run.state import saved_scene
 from dsd_fast.scene.cameras import eval_camera
-from dsd_fast.scene.field_scene import FieldScene
+
+if TYPE_CHECKING:
+    from dsd_fast.evaluate.eyes import Encoder
 
 log = logging.getLogger("dsd_fast.evaluate")
 
-TRUTH = "truth.npz"
-COLUMNS = ("rgba", "elevation", "azimuth", "distance", "fovy")
 FIGURES = ("psnr_db", "ssim", "feature_distance")
 
 
@@ -55,61 +54,21 @@ class TruthCommand:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class Truth:
-    """True views of an object: rgba [V,S,S,4] uint8 of straight alpha; elevation, azimuth (the
-    picture's being 0), fovy [V] in degrees; distance [V]."""
-
-    rgba: np.ndarray
-    elevation: np.ndarray
-    azimuth: np.ndarray
-    distance: np.ndarray
-    fovy: np.ndarray
-
-    def on_white(self) -> np.ndarray:
-        """[V,S,S,3] float64 in [0,1]."""
-        image = self.rgba.astype(np.float64) / 255
-        return image[..., :3] * image[..., 3:] + 1 - image[..., 3:]
-
-
-def read_truth(folder: Path) -> Truth:
-    """The true views in a folder.
-
-    Raises:
-        EvaluateError: there are none, or they do not fit together.
-    """
-    path = folder / TRUTH
-    if not path.is_file():
-        raise EvaluateError(
-            f"{path}: there are no true views; `python -m dsd_fast.prior render-objects` writes "
-            "them, in a folder for each object"
-        )
-    try:
-        with np.load(path) as file:
-            columns = {name: file[name] for name in COLUMNS}
-    except (KeyError, ValueError, OSError) as error:
-        raise EvaluateError(f"{path}: expected {', '.join(COLUMNS)}: {error}") from error
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) != 1 or columns["rgba"].ndim != 4:
-        raise EvaluateError(f"{path}: expected as many cameras as views, got {lengths}")
-    return Truth(**columns)
-
-
 @torch.no_grad()
-def render_as(cfg: TrainConfig, scene: FieldScene, step: int, truth: Truth) -> np.ndarray:
-    """A scene seen by the true views' cameras, over white: [V,S,S,3] float64 in [0,1]."""
+def render_as(run: Run, truth: Truth) -> np.ndarray:
+    """A run's scene seen by the true views' cameras: [V,S,S,3] float64 in [0,1]."""
     size = truth.rgba.shape[1:3]
     images = []
     columns = (truth.elevation, truth.azimuth, truth.distance, truth.fovy)
     for elevation, azimuth, distance, fovy in zip(*(column.tolist() for column in columns)):
-        cfg.cameras.eval_camera_distance, cfg.cameras.eval_fovy_deg = distance, fovy
-        camera = eval_camera(cfg.cameras, azimuth, elevation, size=size, device=scene.device)
-        images.append(scene.view(camera, step).rgb[0].double().cpu().numpy())
+        cameras = replace(run.cfg.cameras, eval_camera_distance=distance, eval_fovy_deg=fovy)
+        camera = eval_camera(cameras, azimuth, elevation, size=size, device=run.scene.device)
+        images.append(run.scene.view(camera, run.step).rgb[0].double().cpu().numpy())
     return np.stack(images)
 
 
 def score(
-    images: np.ndarray, truths: np.ndarray, encoder: object | None = None
+    images: np.ndarray, truths: np.ndarray, encoder: Encoder | None = None
 ) -> dict[str, list[float]]:
     """Figures of each view: PSNR in dB, SSIM and, with an encoder, the cosine distance of ImageNet
     features.
@@ -120,8 +79,8 @@ def score(
     """
     pairs = list(zip(images, truths, strict=True))
     figures = {
-        "psnr_db": [metrics.psnr(a, b) for a, b in pairs],
-        "ssim": [metrics.ssim(a, b) for a, b in pairs],
+        "psnr_db": [psnr(a, b) for a, b in pairs],
+        "ssim": [ssim(a, b) for a, b in pairs],
     }
     if encoder is not None:
         seen, true = (
@@ -140,66 +99,75 @@ def compare(command: TruthCommand) -> dict:
     Raises:
         EvaluateError, ConfigError: wrong input.
     """
-    from dsd_fast.evaluate import eyes
-
     if not command.runs:
         raise EvaluateError("expected run folders to score, got none")
     device = resolve_device(command.device)
     keep_freed_memory(device)
     runs = [run for path in command.runs for run in assets.find_assets(path)]
-    try:
-        encoder = eyes.load_encoder(device)
-    except EvaluateError as error:
-        log.warning("without feature distances: %s", error)
-        encoder = None
-    entries = []
-    for run in runs:
-        try:
-            path, folder = cli.find_checkpoint(run)
-            tree = checkpoint.load(path)
-            cfg = from_dict(TrainConfig, tree["config"])
-            cfg.background.eval_color = (1.0, 1.0, 1.0)
-            scene = saved_scene(cfg, tree["scene"]).to(device)
-        except (CheckpointError, ConfigError) as error:
-            raise EvaluateError(f"{run}: {error}") from error
-        alone = (command.truth / TRUTH).is_file()
-        truth = read_truth(command.truth if alone else command.truth / cfg.prompt)
-        truths = truth.on_white()
-        images = render_as(cfg, scene, tree["step"], truth)
-        by_view = score(images, truths, encoder)
-        seconds, memory_mib = assets.cost(folder.metrics)
-        entry = {
-            "run": str(run),
-            "object": cfg.prompt,
-            "method": assets.method_of(tree["config"]),
-            "seed": cfg.seed,
-            "step": tree["step"],
-            "seconds": seconds,
-            "memory_mib": memory_mib,
-            **{name: float(np.mean(values)) for name, values in by_view.items()},
-            "by_view": {
-                "azimuth": truth.azimuth.tolist(),
-                "elevation": truth.elevation.tolist(),
-                **by_view,
-            },
-        }
-        entries.append(entry)
-        shown = "  ".join(f"{name} {entry[name]:.3f}" for name in FIGURES if name in entry)
-        log.info("%s, %s, seed %d: %s", entry["object"], entry["method"], cfg.seed, shown)
-        if command.sheets is not None:
-            command.sheets.mkdir(parents=True, exist_ok=True)
-            rows = [np.concatenate(list(side), axis=1) for side in (truths, images)]
-            sheet = to_uint8(torch.from_numpy(np.concatenate(rows)))
-            name = f"{cfg.prompt}-{entry['method'].replace(' ', '-')}-seed{cfg.seed}.png"
-            write_png(sheet, command.sheets / name)
+    encoder = _encoder(device)
+    entries = [_compare_run(path, command, device, encoder) for path in runs]
     report = {"runs": entries, "methods": _by_method(entries)}
     for method, figures in report["methods"].items():
-        shown = "  ".join(f"{name} {figures[name]:.3f}" for name in FIGURES if name in figures)
-        log.info("%s, mean of %d: %s", method, figures["runs"], shown)
+        log.info("%s, mean of %d: %s", method, figures["runs"], _shown(figures))
     if command.json is not None:
         write_json(command.json, report)
         log.info("wrote %s", command.json)
     return report
+
+
+def _encoder(device: torch.device) -> Encoder | None:
+    """The feature network, None (and a warning) where its weights are not installed."""
+    # Loads the judges, which --help need not wait for.
+    from dsd_fast.evaluate import eyes
+
+    try:
+        return eyes.load_encoder(device)
+    except EvaluateError as error:
+        log.warning("without feature distances: %s", error)
+        return None
+
+
+def _compare_run(
+    path: Path, command: TruthCommand, device: torch.device, encoder: Encoder | None
+) -> dict:
+    """The report's entry of one run, which is over white as the true views are."""
+    run = assets.open_run(path, device, (1.0, 1.0, 1.0))
+    cfg = run.cfg
+    alone = (command.truth / TRUTH).is_file()
+    try:
+        truth = read_truth(command.truth if alone else command.truth / cfg.prompt)
+    except ValueError as error:
+        raise EvaluateError(str(error)) from error
+    truths, images = truth.on_white(), render_as(run, truth)
+    by_view = score(images, truths, encoder)
+    seconds, memory_mib = assets.cost(run.metrics)
+    entry = {
+        "run": str(path),
+        "object": cfg.prompt,
+        "method": assets.method_of(run.config),
+        "seed": cfg.seed,
+        "step": run.step,
+        "seconds": seconds,
+        "memory_mib": memory_mib,
+        **{name: float(np.mean(values)) for name, values in by_view.items()},
+        "by_view": {
+            "azimuth": truth.azimuth.tolist(),
+            "elevation": truth.elevation.tolist(),
+            **by_view,
+        },
+    }
+    log.info("%s, %s, seed %d: %s", cfg.prompt, entry["method"], cfg.seed, _shown(entry))
+    if command.sheets is not None:
+        command.sheets.mkdir(parents=True, exist_ok=True)
+        rows = [np.concatenate(list(side), axis=1) for side in (truths, images)]
+        sheet = to_uint8(torch.from_numpy(np.concatenate(rows)))
+        name = f"{cfg.prompt}-{entry['method'].replace(' ', '-')}-seed{cfg.seed}.png"
+        write_png(sheet, command.sheets / name)
+    return entry
+
+
+def _shown(figures: dict) -> str:
+    return "  ".join(f"{name} {figures[name]:.3f}" for name in FIGURES if name in figures)
 
 
 def _by_method(entries: list[dict]) -> dict[str, dict[str, float]]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import has_triton, use_reference
+from dsd_fast._backend import backend
 from dsd_fast.diffusion.noise_path import WEIGHTINGS, NoisePath
 from dsd_fast.guidance.rows import combine as combine_reference
 from dsd_fast.guidance.rows import expand_rows, mixed_rows
@@ -492,8 +492,7 @@ def _at_least_float(tensor: Tensor) -> Tensor:
 
 
 def _on_kernels(tensor: Tensor) -> bool:
-    """The one place that chooses: Triton for CUDA tensors it can take, the references otherwise."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton() and not use_reference()
+    return backend(tensor) == "triton"
 
 
 def _kernels():

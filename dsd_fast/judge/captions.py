@@ -6,12 +6,13 @@ prior learns the very words that guidance appends to a prompt.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 
-from dsd_fast.prior.catalogue import Noun, nouns
+from dsd_fast.judge.nouns import Noun, nouns
 
 # The order of diffusion.text.VIEWS, said again so that render workers need not import torch.
 VIEWS = ("side", "front", "back", "overhead")
@@ -165,6 +166,32 @@ def frequent_nouns(at_least: int = 4) -> list[str]:
     """Fine nouns with that many usable models or more, most frequent first."""
     counts = Counter(row.noun for row in nouns() if not row.exclude)
     return [noun for noun, count in counts.most_common() if count >= at_least]
+
+
+# The nouns that judges know and figures count.
+COUNTED_NOUNS = frequent_nouns()
+# After these a prompt tells of other things. "Of" is not among them: "a photo of a chair".
+_PREPOSITION = re.compile(r"\b(?:with|on|in|at|beside|near|under|behind|holding|wearing|made)\b")
+
+
+def noun_of(prompt: str) -> int | None:
+    """The noun that a prompt is about, as an index into COUNTED_NOUNS, or None.
+
+    It is looked for before the first preposition, then in the whole prompt. The longest known noun
+    or synonym counts ("a street lamp" is no lamp), of as long ones the last, where English has the
+    head of a compound.
+    """
+    text = re.sub(r"[^a-z]+", " ", prompt.lower())
+    for part in (_PREPOSITION.split(text)[0], text):
+        found = [
+            (len(name.split()), match.end(), index)
+            for index, noun in enumerate(COUNTED_NOUNS)
+            for name in (noun, *SYNONYMS.get(noun, ()))
+            for match in re.finditer(rf"\b{re.escape(name)}s?\b", part)
+        ]
+        if found:
+            return max(found)[2]
+    return None
 
 
 def has_front(noun: str) -> bool:

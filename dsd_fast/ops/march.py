@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops._pack import (
     PackedSamples,
@@ -76,7 +76,7 @@ def march(
         tensor([2.0000, 2.5000, 3.0000, 3.5000])
     """
     aabb = _check_march("march", origins, dirs, occupancy, aabb, step, jitter, near, far)
-    if use_reference():
+    if backend(origins) == "torch":
         return march_reference(origins, dirs, occupancy, aabb, step, jitter, near, far)
     jitter = None if jitter is None else jitter.detach()
     return _march_op(origins.detach(), dirs.detach(), occupancy, aabb, step, jitter, near, far)
@@ -120,7 +120,7 @@ def march_packed(
     check_capacity("march_packed", origins.shape[0], capacity)
     rays = origins.detach(), dirs.detach(), occupancy, aabb, step
     jitter = None if jitter is None else jitter.detach()
-    function = march_packed_reference if use_reference() else _march_packed_op
+    function = march_packed_reference if backend(origins) == "torch" else _march_packed_op
     return PackedSamples(*function(*rays, jitter, near, far, capacity=capacity))
 
 
@@ -235,7 +235,7 @@ def _march_packed_op(
     marching.count()
     packed = empty_packed(origins, marching.n_rays, capacity)
     marching.write(addresses(packed), capacity, wide=False)
-    return tuple(packed)
+    return packed[:]
 
 
 @_march_packed_op.register_fake

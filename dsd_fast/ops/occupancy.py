@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 
 
@@ -34,7 +34,7 @@ def occupancy_update(occs: Tensor, indices: Tensor, values: Tensor, decay: float
     check_tensor("occupancy_update", "values", values, torch.float32, indices.shape, occs.device)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"occupancy_update: decay must be in [0, 1], got {decay}")
-    if use_reference():
+    if backend(occs) == "torch":
         occupancy_update_reference(occs, indices, values, decay)
     else:
         _occupancy_update_op(occs, indices, values.detach(), decay)
@@ -59,7 +59,7 @@ def occupancy_threshold(occs: Tensor, max_threshold: float = 0.01) -> tuple[Tens
     check_tensor("occupancy_threshold", "occs", occs, torch.float32, ("C",))
     if occs.shape[0] == 0:
         raise ValueError("occupancy_threshold: occs must have at least one cell, got shape [0]")
-    if use_reference():
+    if backend(occs) == "torch":
         return occupancy_threshold_reference(occs, max_threshold)
     return _occupancy_threshold_op(occs.detach(), max_threshold)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, extension, target, use_reference
+from dsd_fast._backend import address, backend, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops._pack import (
     PackedSamples,
@@ -67,7 +67,7 @@ def prune(
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), device)
     check_capacity("prune", n_rays, capacity)
-    function = prune_reference if use_reference() else _prune_op
+    function = prune_reference if backend(sigmas) == "torch" else _prune_op
     samples = sigmas.detach(), t_starts.detach(), t_ends.detach(), offsets
     thresholds = alpha_threshold.detach(), transmittance_threshold
     return PackedSamples(*function(*samples, *thresholds, capacity=capacity))
@@ -103,7 +103,7 @@ def _prune_op(
         addresses(packed),
         *target(sigmas),
     )
-    return tuple(packed)
+    return packed[:]
 
 
 @_prune_op.register_fake
@@ -124,7 +124,7 @@ def prune_reference(
 ) -> PackedSamples:
     """`prune` in pure torch, any floating dtype and device; it waits for the device."""
     rays, n_rays = unpack(offsets), len(offsets) - 1
-    samples = [values[: len(rays)] for values in (sigmas, t_starts, t_ends)]
+    sigmas, t_starts, t_ends = (values[: len(rays)] for values in (sigmas, t_starts, t_ends))
     thresholds = alpha_threshold, transmittance_threshold
-    seen = visibility_reference(*samples, rays, n_rays, *thresholds)
-    return pack_reference(rays[seen], samples[1][seen], samples[2][seen], n_rays, capacity)
+    seen = visibility_reference(sigmas, t_starts, t_ends, rays, n_rays, *thresholds)
+    return pack_reference(rays[seen], t_starts[seen], t_ends[seen], n_rays, capacity)

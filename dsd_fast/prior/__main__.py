@@ -147,7 +147,15 @@ def main() -> None:
     """Run the command named by the first argument, with the rest as its flags."""
     import tyro
 
-    from dsd_fast.prior import evaluate, evaluate_views, objects, train, train_views, turntables
+    from dsd_fast.prior import (
+        evaluate,
+        evaluate_views,
+        objects,
+        sheet,
+        train,
+        train_views,
+        turntables,
+    )
 
     commands = {
         "pack": (PackConfig, pack),
@@ -160,7 +168,7 @@ def main() -> None:
         "export-views": (train_views.ViewExportConfig, train_views.export_views),
         "evaluate-views": (evaluate_views.ViewEvaluateConfig, evaluate_views.evaluate_views),
         "render-objects": (objects.ObjectsConfig, objects.render_objects),
-        "sheet": (evaluate.SampleConfig, evaluate.sample_sheet),
+        "sheet": (evaluate.SampleConfig, sheet.sample_sheet),
         "turntables": (turntables.TurntableConfig, turntables.write_turntables),
     }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:

@@ -1,46 +1,24 @@
-"""The catalogue of the embedded prior's 3D models: which file is which noun, and whom to credit.
+"""The catalogue of the embedded prior's 3D models: which file is which noun.
 
 The models are the Sweet Home 3D furniture libraries of Debian's package `sweethome3d-furniture`
 1.8-1: five `.sh3f` files, each a zip of OBJ models and a `PluginFurnitureCatalog.properties`.
-`nouns.tsv` beside this file adds what the properties do not say: the noun of each model, the
+The table of nouns (`judge.nouns`) adds what the properties do not say: the noun of each model, the
 azimuth of its front, its main colour and material, and why some models are left out.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 import tarfile
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from zipfile import ZipFile
 
+from dsd_fast.judge.nouns import Noun, noun_by_id
+
 PROPERTIES = "PluginFurnitureCatalog.properties"
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Noun:
-    """One row of `nouns.tsv`: what is known about a model without its files."""
-
-    id: str  # "Library#model", unique
-    noun: str  # fine noun: "armchair"
-    group: str  # coarser noun: "person" for "woman"
-    exclude: str  # reason to leave the model out, "" when it is used
-    front_az: float  # azimuth in degrees from which the source model is seen from its front
-    colour: str  # name of the main colour, "" when unknown
-    colour_share: float  # share of the visible pixels that have the main colour
-    material: str  # adjective of what it evidently is made of: "wooden"; "" when unsure
-    name: str  # name in the library
-    creator: str
-    license: str  # SPDX-like: CC-BY-3.0, CC-BY-3.0-US, CC0-1.0
-
-    @property
-    def library(self) -> str:
-        return self.id.partition("#")[0]
 
 
 @dataclass(frozen=True)
@@ -55,34 +33,6 @@ class Entry:
     @property
     def id(self) -> str:
         return self.noun.id
-
-
-@cache
-def nouns() -> tuple[Noun, ...]:
-    """All rows of the committed table, excluded ones too, in library order."""
-    with resources.files(__package__).joinpath("nouns.tsv").open(encoding="utf-8") as file:
-        return tuple(
-            Noun(
-                id=row["id"],
-                noun=row["noun"],
-                group=row["group"],
-                exclude=row["exclude"],
-                front_az=float(row["front_az"]),
-                colour=row["colour"],
-                colour_share=float(row["colour_share"] or 0.0),
-                material=row["material"],
-                name=row["name"],
-                creator=row["creator"],
-                license=row["license"],
-            )
-            for row in csv.DictReader(file, delimiter="\t")
-        )
-
-
-@cache
-def noun_by_id() -> dict[str, Noun]:
-    """The table as a dictionary from model id to row."""
-    return {row.id: row for row in nouns()}
 
 
 def unpack(source: Path, folder: Path) -> list[Path]:

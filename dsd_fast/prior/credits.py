@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsd_fast.prior.catalogue import Noun, nouns
+from dsd_fast.judge.nouns import Noun, nouns
 
 LICENSES = {
     "CC-BY-3.0": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dsd_fast.config import resolve_device
 from dsd_fast.diffusion import ViewModel, load_view_model
 from dsd_fast.diffusion.ddim import guided_latents
 from dsd_fast.diffusion.reference_picture import relative_pose
-from dsd_fast.evaluate.metrics import psnr, ssim
-from dsd_fast.prior.evaluate import SampleConfig, check_device
+from dsd_fast.files import write_json
+from dsd_fast.judge.similarity import psnr, ssim
+from dsd_fast.prior.evaluate import SampleConfig
 from dsd_fast.prior.orbits import Orbits
 from dsd_fast.ranges import Count, NonNegative
 
@@ -89,7 +90,7 @@ def evaluate_views(cfg: ViewEvaluateConfig) -> dict[str, object]:
     Raises:
         FileNotFoundError, ValueError: unusable views, model or device.
     """
-    device = check_device(cfg.device)
+    device = resolve_device(cfg.device)
     model = load_view_model(cfg.model, device, engine="eager")
     orbits = Orbits(cfg.views, device, held_out=True)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -110,8 +111,7 @@ def evaluate_views(cfg: ViewEvaluateConfig) -> dict[str, object]:
         "reference_held_for_target": _against(references, truths),
         "samples_turned_the_wrong_way": _against(torch.cat([s.turned for s in shown]), truths),
     }
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    (cfg.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(cfg.out / "report.json", report)
     lay_out(shown[:: max(len(shown) // (SHEET_ROWS * SHEET_COLUMNS), 1)]).save(
         cfg.out / "view-samples.jpg", quality=90
     )

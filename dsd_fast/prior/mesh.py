@@ -15,7 +15,7 @@ import json
 import lzma
 import multiprocessing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from zipfile import ZipFile
 
@@ -179,7 +179,7 @@ def load_model(entry: Entry) -> Model:
         textures=tuple(textures),
         main=MainPart(0, 0.0, 0.5),
     )
-    return Model(**(vars(model) | {"main": find_main_part(model)}))
+    return replace(model, main=find_main_part(model))
 
 
 def normalise(points: np.ndarray, used: np.ndarray) -> np.ndarray:

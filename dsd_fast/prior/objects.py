@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dsd_fast.evaluate.truth import TRUTH
-from dsd_fast.prior.catalogue import noun_by_id
+from dsd_fast.judge.nouns import noun_by_id
+from dsd_fast.judge.truth import Truth
 from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.orbits import is_held_out
 from dsd_fast.prior.render import Renderer
@@ -82,14 +82,14 @@ def render_objects(cfg: ObjectsConfig) -> None:
         folder = cfg.out / name
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images[0]).save(folder / f"{name}.png")
-        np.savez_compressed(
-            folder / TRUTH,
+        truth = Truth(
             rgba=images[1:],
             elevation=views.elevation[1:].astype(np.float32),
             azimuth=(views.azimuth[1:] - cfg.azimuth).astype(np.float32),
             distance=np.full(cfg.views, DISTANCE, np.float32),
             fovy=np.full(cfg.views, ORBIT_FOVY, np.float32),
         )
+        truth.save(folder)
         print(f"{folder}: {noun_by_id()[pack.ids[number]].noun}", flush=True)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.prior.dataset import open_views
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 # One model in so many is never trained on; which, its id decides.
 HELD_OUT_MODELS = 20
@@ -107,7 +110,7 @@ class Orbits:
         return on_white(torch.from_numpy(self._rgba[rows.numpy()]).to(self.device))
 
     @torch.no_grad()
-    def encode(self, vae: torch.nn.Module) -> None:
+    def encode(self, vae: AutoencoderKL) -> None:
         """Encode every view, as it is and mirrored, for `sample`: 32 KiB a view.
 
         Args:

@@ -14,12 +14,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dsd_fast.judge import captions
-from dsd_fast.prior.catalogue import noun_by_id
+from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
 from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views
 
@@ -151,10 +151,9 @@ def create_context(device_index: int = 0) -> moderngl.Context:
     causes = []
     # The second form names the run-time libraries, for machines without a linker's cache.
     for libraries in ({}, {"libgl": "libGL.so.1", "libegl": "libEGL.so.1"}):
+        settings: dict[str, Any] = {"backend": "egl", "device_index": device_index, **libraries}
         try:
-            return moderngl.create_context(
-                require=330, standalone=True, backend="egl", device_index=device_index, **libraries
-            )
+            return moderngl.create_context(require=330, standalone=True, **settings)
         except Exception as error:  # moderngl and glcontext raise bare Exceptions
             causes.append(str(error))
     raise RuntimeError(
@@ -215,7 +214,7 @@ class Renderer:
                     self.resolve["tile"] = tile
                     self.fullscreen.render(moderngl.TRIANGLES, vertices=3)
                 self.tiles.read_into(
-                    memoryview(out[chunk.start : chunk.stop]).cast("B"),
+                    out[chunk.start : chunk.stop].data.cast("B"),
                     viewport=(0, 0, self.size, self.size * len(chunk)),
                     components=4,
                     alignment=1,

@@ -32,6 +32,7 @@ from dsd_fast.ranges import Count, Decay, NonNegative, Positive, Share, check
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
 
 # Steps between two looks at the clock where several processes have to agree on it.
@@ -189,11 +190,11 @@ class Trainer:
         self.ema = {name: copy.deepcopy(m).requires_grad_(False) for name, m in modules.items()}
         self._average = flatten(self.ema.values())
         self._weights = torch.nn.Parameter(flatten(modules.values()))
-        self._weights.grad = torch.zeros_like(self._weights)
+        self._grad = self._weights.grad = torch.zeros_like(self._weights)
         start = self._weights.data_ptr()
         for p in (p for m in modules.values() for p in m.parameters()):
             offset = (p.data_ptr() - start) // p.element_size()
-            p.grad = self._weights.grad.as_strided(p.shape, p.stride(), offset)
+            p.grad = self._grad.as_strided(p.shape, p.stride(), offset)
         # On the device, where a captured step can read them.
         self._lr = torch.zeros((), device=world.device)
         self._ema_share = torch.zeros((), device=world.device)
@@ -222,7 +223,7 @@ class Trainer:
         values: dict[str, torch.Tensor] = {}
 
         def descend() -> None:
-            self._weights.grad.zero_()
+            self._grad.zero_()
             value, logged = loss()
             value.backward()
             values.update({name: v.detach() for name, v in logged.items()})
@@ -239,7 +240,7 @@ class Trainer:
                 moment.zero_()
         while self._tick():
             descend()
-            self.world.average(self._weights.grad)
+            self.world.average(self._grad)
             update()
             self.step_count += 1
             self._log(values)
@@ -385,7 +386,7 @@ def train_vae(cfg: VaeConfig) -> None:
 
 @torch.no_grad()
 def encode_views(
-    vae: torch.nn.Module, views: Views, encodings: int, batch: int = 256
+    vae: AutoencoderKL, views: Views, encodings: int, batch: int = 256
 ) -> torch.Tensor:
     """Latents of this process's views, each on a fresh background and mirrored by a coin.
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from dsd_fast.config import preset
-from dsd_fast.judge.captions import COLOURS
+from dsd_fast.judge.captions import COLOURS, COUNTED_NOUNS, noun_of
+from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior import views as training
-from dsd_fast.prior.catalogue import noun_by_id
 from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.render import Renderer
 from dsd_fast.prior.views import Views
@@ -86,9 +86,6 @@ def slug(prompt: str) -> str:
 
 
 def _models_of(prompt: str, pack: Pack, cfg: TurntableConfig) -> list[int]:
-    from dsd_fast.evaluate.eyes import noun_of
-    from dsd_fast.prior.evaluate import COUNTED_NOUNS
-
     noun = noun_of(prompt)
     nouns = noun_by_id()
     found = [

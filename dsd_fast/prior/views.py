@@ -161,7 +161,9 @@ def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generat
     )
 
 
-def _lights(position: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+def _lights(
+    position: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """key, fill, sky, ground and gloss of `Views`, as seen from cameras at `position` [n, 3]."""
     n = len(position)
     # 0: flat, the colours as they are; 1: strongly directional.

@@ -19,7 +19,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from dsd_fast import ops, ranges
-from dsd_fast._backend import use_reference
+from dsd_fast._backend import backend
 from dsd_fast.ops.field import FieldShape, can_fuse
 from dsd_fast.ranges import ConfigError, check
 from dsd_fast.scene.encoding import HashGrid
@@ -235,7 +235,7 @@ class Field(nn.Module):
         return device.type == "cuda" and self._fuses_on(device)
 
     def _fuses_on(self, device: torch.device) -> bool:
-        return self._can_fuse and device.type in ("cpu", "cuda") and not use_reference()
+        return self._can_fuse and device.type in ("cpu", "cuda") and backend(device) != "torch"
 
     def _check_rows(self, points: Tensor, n_valid: Tensor | None) -> None:
         if n_valid is None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import has_triton, use_reference
+from dsd_fast._backend import backend
 from dsd_fast.ranges import Color, CountOrNone, Share
 
 ShadingMode = Literal["albedo", "textureless", "diffuse"]
@@ -102,7 +102,7 @@ def shade(
     Rows from `n_valid` (0-dim int64 there) on may be left with any numbers in them.
     """
     if isinstance(shading, Tensor):
-        if n_valid is not None and points.is_cuda and has_triton() and not use_reference():
+        if n_valid is not None and backend(points) == "triton":
             return _FusedShade.apply(features, points, normals, light_positions, shading, n_valid)
         return _shade_by_numbers(features, points, normals, light_positions, shading)
     albedo = albedo_color(features)

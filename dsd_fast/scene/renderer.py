@@ -13,7 +13,7 @@ from pydantic import AllowInfNan
 from torch import Tensor, nn
 
 from dsd_fast import ops
-from dsd_fast._backend import has_triton, use_reference
+from dsd_fast._backend import backend
 from dsd_fast.ops import PackedSamples
 from dsd_fast.ranges import ConfigError, Count, NonNegative, Positive, check
 from dsd_fast.scene.background import Background
@@ -117,7 +117,7 @@ class _Samples:
 
     def points(self, skips: bool = False) -> Tensor:
         """Midpoints of the intervals, [C,3]; with `skips` any numbers from `n_valid` on."""
-        if skips and has_triton() and not use_reference():
+        if skips and backend(self.rays_o) == "triton":
             from dsd_fast.kernels import ray_samples
 
             where = (self.ray_indices, self.t_starts, self.t_ends)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsd_fast._backend import has_triton
+from dsd_fast._backend import backend
 from dsd_fast.diffusion.condition import Condition, beside
 from dsd_fast.diffusion.engines.base import GraphEngine
 from dsd_fast.diffusion.networks.fused_unet import FusedUNet, unsupported
@@ -63,6 +63,7 @@ def cannot_fuse(unet: nn.Module) -> str | None:
         return reason
     if unet.dtype not in (torch.float16, torch.bfloat16):
         return f"its weights are {unet.dtype}, not half precision"
-    if not has_triton():
-        return "Triton is not installed"
-    return None
+    found = backend(unet.device)
+    if found == "torch":
+        return "DSD_BACKEND=torch asks for the pure-torch reference"
+    return None if found == "triton" else "Triton is not installed, or not for its device"

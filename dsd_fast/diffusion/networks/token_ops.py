@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import has_triton
+from dsd_fast._backend import backend
 
 # From how many rows on the product and its GEGLU are one kernel. With fewer, the library's product
 # is faster by more than the trip of its result through memory costs.
@@ -19,7 +19,7 @@ FUSED_GEGLU_ROWS = 16384
 
 
 def _on_kernels(x: Tensor) -> bool:
-    return x.is_cuda and has_triton()
+    return backend(x) == "triton"
 
 
 def group_norm(

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsd_fast._backend import backend
+
 # Those of `kernels.vae`, which only a machine with Triton can import.
 SHARE_SCALE = 256.0
 GRADIENT_SCALE = 16.0
 
 
 def on_kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64
+    return backend(x) == "triton"
 
 
 def _wide(x: Tensor) -> Tensor:
