@@ -114,6 +114,12 @@ def prose(page: Path) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
+def code_spans(text: str) -> list[str]:
+    """What stands between backticks, which may go on in the next line of a paragraph."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return [span for paragraph in paragraphs for span in re.findall(r"`([^`]+)`", paragraph)]
+
+
 def slugs(page: Path) -> list[str]:
     """The anchors of a page's headings, as GitHub and mkdocs both make them of plain letters."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
@@ -210,6 +216,15 @@ def test_pages_that_the_code_names_exist() -> None:
             assert (ROOT / path).is_file(), f"{file} names {path}"
 
 
+def test_environment_variables_are_listed() -> None:
+    page = (DOCS / "reference" / "environment.md").read_text(encoding="utf-8")
+    read = re.compile(r'(?:environ\[|environ\.(?:get|setdefault)\(|getenv\()"(\w+)"')
+    for file, text in code().items():
+        if not file.startswith(("tests", "benchmarks")):
+            for variable in read.findall(text):
+                assert f"`{variable}`" in page, f"{file} reads {variable}"
+
+
 # ---- flags --------------------------------------------------------------------------------------
 
 
@@ -232,7 +247,7 @@ def known_flags() -> frozenset[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_flags_that_the_text_names_exist(page: Path) -> None:
-    for span in re.findall(r"`([^`\n]+)`", prose(page)):
+    for span in code_spans(prose(page)):
         for flag in re.findall(r"(?:(?<=\s)|^)--[a-z][\w.-]*", span):
             assert flag in known_flags(), f"{relative(page)}: there is no flag {flag}"
 
