@@ -1,6 +1,6 @@
 """Builds dsd_fast/_C through CMakeLists.txt; everything else about the package is pyproject.toml.
 
-The environment variables that it reads are in docs/environment.md.
+The environment variables that it reads are in docs/reference/environment.md.
 """
 
 import os

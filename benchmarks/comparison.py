@@ -1,4 +1,4 @@
-"""The tables of docs/comparison.md, each from one command: train, evaluate, write.
+"""The tables of docs/results/comparison.md, each from one command: train, evaluate, write.
 
 python -m benchmarks.comparison text --out runs/text --real real --judge judge.safetensors
 python -m benchmarks.comparison image --out runs/image --real real --judge judge.safetensors

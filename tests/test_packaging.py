@@ -327,20 +327,6 @@ def test_a_build_without_cuda_says_why(wanted, reason, setup_py, monkeypatch) ->
     assert dict(info.report())["CUDA kernels"].startswith(f"not built: {reason}. ")
 
 
-def test_every_environment_variable_is_documented() -> None:
-    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "dsd_fast").glob("*.py")]
-    read = {
-        name
-        for path in sources
-        for name in re.findall(r'env(?:iron)?(?:\.get|\.setdefault)?[(\[]"(\w+)"', path.read_text())
-    }
-    assert {"DSD_BACKEND", "DSD_CPU_ISA", "DSD_CUDA_ARCHS", "CUDA_HOME"} <= read
-    # Handed on to the linker, not asked for.
-    for name in read - {"LIBRARY_PATH"}:
-        assert f"`{name}`" in page, name
-
-
 def test_module_of_other_bindings_is_refused(monkeypatch, tmp_path) -> None:
     built = _backend.extension().build_info()
     assert not _backend._is_stale(built)

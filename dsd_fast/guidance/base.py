@@ -43,14 +43,14 @@ class GuidanceConfig:
     but for `trajectory`, of which the official one is "exact"."""
 
     # The formulation. Any but "dsd" brings its paper's scale, noise levels and weight along, which
-    # flags change as ever (docs/usage.md has the table); "recon" is MVDream's own loss.
+    # flags change as ever (docs/guides/formulations.md); "recon" is MVDream's own loss.
     method: Annotated[str, _METHOD.check, _METHOD.flag] = "dsd"
     # Classifier-free guidance scale: of the target prediction and, unless trajectory_scale says
     # otherwise, of the trajectory.
     guidance_scale: NonNegative = 7.5
     # Guidance scale of the trajectory, which the seed chooses its object by; None (official) takes
     # guidance_scale. Guidance narrows what a model draws, so that samples of a lower scale are more
-    # diverse; of objects that has hardly been seen (docs/comparison.md).
+    # diverse; of objects that has hardly been seen (docs/results/comparison.md).
     trajectory_scale: NonNegative | None = None
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
     use_perp_neg: bool = True
