@@ -106,7 +106,7 @@ class Registered:
 
         self.check = AfterValidator(known)
         self.flag = tyro.conf.arg(
-            constructor_factory=lambda: Literal[tuple(names())],
+            constructor_factory=lambda: typing.cast(type, Literal[tuple(names())]),
             # tyro takes the default of such a type for a list of words.
             help_behavior_hint=lambda default: f"(default: {default.strip(chr(39) + '[]')})",
         )
@@ -117,9 +117,11 @@ def check(config: Any, flags: bool = False, where: str = "") -> None:
 
     With `flags` the message names the command line's flag; `where` is the path of `config`.
     """
-    for name in field_types(type(config)):
+    for name, kind in field_types(type(config)).items():
         value, path = getattr(config, name), f"{where}{name}"
-        if dataclasses.is_dataclass(value):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{path}: expected a {kind.__name__}, got {value!r}")
             check(value, flags, f"{path}.")
             continue
         try:
@@ -187,12 +189,12 @@ _VALUES = {
 def _in_words(error: ValidationError, value: Any) -> str:
     # A value of the right type for one of several ways to write it is told what that one wants.
     errors = [e for e in error.errors() if e["type"] not in _TYPES] or error.errors()
-    expected = {}
+    expected, words = {}, _TYPES | _VALUES
     for item in errors:
         kind, context = item["type"], item.get("ctx", {})
         if kind == "value_error":
             return str(context["error"])
-        length = item["loc"][-1] + 1 if kind == "missing" else 0
-        words = (_TYPES | _VALUES).get(kind, item["msg"])
-        expected[kind] = words.format(**context, length=length)
+        if kind == "missing":
+            context = {"length": int(item["loc"][-1]) + 1}
+        expected[kind] = words[kind].format(**context) if kind in words else item["msg"]
     return f"expected {' or '.join(expected.values())}, got {value!r}"

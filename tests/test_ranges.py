@@ -229,6 +229,7 @@ class House:
 )
 def test_words(changes, message):
     check(House(Fan(far=INF, blades=2, span=[0, 1])))
+    assert verdict(check, House("blue")) == "fan: expected a Fan, got 'blue'"
     assert message in verdict(check, House(replace(Fan(), **changes)))
 
 

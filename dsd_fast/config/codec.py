@@ -36,7 +36,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         if name not in types_of:
             raise ConfigError(f"{path}: there is no such setting{nearest(name, types_of)}")
         kind = types_of[name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             arguments[name] = from_dict(kind, value, f"{path}.")
         else:
             arguments[name] = convert(cls, name, value, path)

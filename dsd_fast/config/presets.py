@@ -207,11 +207,14 @@ def _single_view(start: Start) -> TrainConfig:
     "dsd" and "dsd-low-res" as they are, on "embedded" with the small model's camera and size."""
     small = start.preset == "embedded"
     default = (VIEW_STEPS_CPU if start.on_cpu else VIEW_STEPS_GPU) if small else ZERO123_STEPS
-    start = dataclasses.replace(start, max_steps=start.max_steps or default)
-    cfg = _embedded(start) if small else TrainConfig(model=ZERO123, max_steps=start.max_steps)
+    steps = start.max_steps or default
+    if small:
+        cfg = _embedded(dataclasses.replace(start, max_steps=steps))
+    else:
+        cfg = TrainConfig(model=ZERO123, max_steps=steps)
     small_dsd = small and start.method == "dsd"
-    cfg.guidance = _single_view_guidance(start, small_dsd)
-    cfg.cameras = _single_view_cameras(start, cfg.cameras, small_dsd)
+    cfg.guidance = _single_view_guidance(start, steps, small_dsd)
+    cfg.cameras = _single_view_cameras(start, steps, cfg.cameras, small_dsd)
     cfg.loss.lambda_dsd = (0.2 if start.on_cpu else 0.15) if small_dsd else 0.1
     cfg.loss.lambda_orient = 1.0
     cfg.loss.lambda_sparsity = cfg.loss.lambda_opaque = 0.1
@@ -224,7 +227,7 @@ def _single_view(start: Start) -> TrainConfig:
     return cfg
 
 
-def _single_view_guidance(start: Start, small_dsd: bool) -> GuidanceConfig:
+def _single_view_guidance(start: Start, steps: int, small_dsd: bool) -> GuidanceConfig:
     guidance = GuidanceConfig(
         method=start.method,
         guidance_scale=3.0,
@@ -241,15 +244,17 @@ def _single_view_guidance(start: Start, small_dsd: bool) -> GuidanceConfig:
         # A CPU's run has no time for finer trajectories.
         guidance.n_ddim_steps = 20 if start.on_cpu else 40
     if start.method == "sds":
-        third = _at(1 / 3, start.max_steps)
+        third = _at(1 / 3, steps)
         guidance.t_anneal = False
         guidance.min_step_percent = (0, 0.4, 0.2, third)
         guidance.max_step_percent = (0, 0.85, 0.5, third)
     return guidance
 
 
-def _single_view_cameras(start: Start, of_preset: CameraConfig, small_dsd: bool) -> CameraConfig:
-    small, steps = start.preset == "embedded", start.max_steps
+def _single_view_cameras(
+    start: Start, steps: int, of_preset: CameraConfig, small_dsd: bool
+) -> CameraConfig:
+    small = start.preset == "embedded"
     distance, fovy = VIEW_CAMERA if small else ZERO123_CAMERA
     # Rendered size and views a step.
     stages = ((48, 1), (64, 1)) if start.on_cpu else ((64, 4), (128, 4))
