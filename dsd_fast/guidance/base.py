@@ -177,11 +177,13 @@ class Guidance(ABC):
     needs_poor: ClassVar[bool] = False
     # Whether it learns along with one run, so that runs side by side cannot share it.
     one_run: ClassVar[bool] = False
+    # Fields of GuidanceConfig that it brings along: its paper's.
+    defaults: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def settings(cls, max_steps: int) -> dict[str, Any]:
-        """Fields of GuidanceConfig that the formulation brings along: its paper's."""
-        return {}
+        """`defaults` for a run of so many steps."""
+        return cls.defaults
 
     def __init__(
         self,
@@ -208,6 +210,11 @@ class Guidance(ABC):
                 f"--guidance.method {self.name} trains adapters for one run: drop --num-seeds"
             )
         self.load_state_dict({"noise": noise})
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what the formulation needs once, of what `Guidance` has by now."""
+        return
 
     def __call__(
         self,

@@ -9,18 +9,15 @@ paper that it is from, and that paper's scale and noise levels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.condition import Condition
-from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
-from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import passes
-from dsd_fast.guidance.base import Asked, Guidance, GuidanceConfig
-from dsd_fast.guidance.conditions.base import Conditions
+from dsd_fast.guidance.base import Asked, Guidance
 from dsd_fast.guidance.passes import Batch, Gradient, Guide
 from dsd_fast.guidance.plan import Noise, Plan, PlanKind
 from dsd_fast.guidance.registry import formulation
@@ -61,7 +58,9 @@ class Baseline(Guidance):
     draws: ClassVar[tuple[str, ...]] = ("eps",)
 
     def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noise eps [B,C,h,w], fresh every step."""
+        """Noise eps [B,C,h,w], fresh every step, where the formulation draws it."""
+        if "eps" not in self.draws:
+            return {}
         size = self.model.latent_size
         shape = (n_items, self.model.latent_channels, size, size)
         return {"eps": torch.randn(shape, generator=generator)}
@@ -132,10 +131,7 @@ class SDS(Baseline):
     """w (e^s(x_t) - eps) with fresh eps: DreamFusion (Poole et al. 2022, Eq. 3), s = 100."""
 
     name, works_with = "sds", ("text", "views", "pose")
-
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        return ANY_LEVEL | {"guidance_scale": 100.0}
+    defaults = ANY_LEVEL | {"guidance_scale": 100.0}
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         eps = plan.tensors["eps"]
@@ -148,10 +144,7 @@ class CSD(Baseline):
     """w p(x_t), the classifier's part of SDS alone (Yu et al. 2023); s multiplies it."""
 
     name = "csd"
-
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        return ANY_LEVEL | {"guidance_scale": 1.0}
+    defaults = ANY_LEVEL | {"guidance_scale": 1.0}
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         parts, noisy = self._at_noise(x, plan.tensors["eps"], plan)
@@ -165,25 +158,14 @@ class NFSD(Baseline):
     poor (`poor` of the embeddings)."""
 
     name, needs_poor = "nfsd", True
+    defaults = ANY_LEVEL
     FREE_OF_NOISE = 200
 
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        return ANY_LEVEL
-
-    def __init__(
-        self,
-        cfg: GuidanceConfig,
-        model: DiffusionModel,
-        conditions: Conditions | PromptEmbeddings,
-        noise: Tensor,
-        max_steps: int,
-    ):
-        super().__init__(cfg, model, conditions, noise, max_steps)
+    def _prepare(self) -> None:
         poor = self.conditions.prompts.poor
         if poor is None:
             raise ValueError("guidance: nfsd needs the embedding of a poor prompt, `poor`")
-        self._poor = poor.to(model.device, model.dtype)
+        self._poor = poor.to(self.model.device, self.model.dtype)
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         t = plan.tensors["t"]
@@ -205,10 +187,7 @@ class ASD(Baseline):
     Distillation (ScaleDreamer, Ma et al. 2024)."""
 
     name = "asd"
-
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        return ANY_LEVEL
+    defaults = ANY_LEVEL
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         tensors = plan.tensors
@@ -231,16 +210,8 @@ class FSD(Baseline):
     """
 
     name = "fsd"
-
+    defaults = ANY_LEVEL | {"t_anneal": True}
     draws = ()
-
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        return ANY_LEVEL | {"t_anneal": True}
-
-    def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Nothing: the seed noise is all."""
-        return {}
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         eps = self.noise_of_views(plan.tensors["elevation"], plan.tensors["azimuth"])
@@ -270,18 +241,10 @@ class ISM(Baseline):
     """
 
     name = "ism"
-
+    defaults = ANY_LEVEL | {"weighting": "ddim"}
     noise = "inverted"
     draws = ()
     STRIDE, INTERVAL = 200, 50
-
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        return ANY_LEVEL | {"weighting": "ddim"}
-
-    def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Nothing: the inversion has no chance in it."""
-        return {}
 
     def _other_level(
         self, t: Tensor, t_delta: Tensor | int, chance: Mapping[str, Tensor]
@@ -322,22 +285,16 @@ class SDI(Baseline):
     """
 
     name = "sdi"
-
+    defaults = ANY_LEVEL | {
+        "weighting": "ddim",
+        "t_anneal": True,
+        "sqrt_anneal": False,
+        "min_step_percent": 0.25,
+    }
     noise = "inverted"
     draws = ("eps", "above")
     N_STEPS, SCALE, ETA = 10, -7.5, 0.3
     STRIDE = NUM_TRAIN_TIMESTEPS // N_STEPS
-
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        return {
-            "guidance_scale": 7.5,
-            "weighting": "ddim",
-            "t_anneal": True,
-            "sqrt_anneal": False,
-            "min_step_percent": 0.25,
-            "max_step_percent": 0.98,
-        }
 
     def draw_noise(self, n_items: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise of every stride [B,N_STEPS,C,h,w], and how far above t the inversion ends [B]."""
@@ -397,11 +354,7 @@ class Reconstruction(SDS):
     """
 
     name, works_with = "recon", ("views",)
-
-    @classmethod
-    def settings(cls, max_steps: int) -> dict[str, Any]:
-        """Those of its preset."""
-        return {}
+    defaults: ClassVar = {}  # its preset has them
 
     def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
         t = plan.tensors["t"]

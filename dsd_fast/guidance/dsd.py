@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.condition import Condition
-from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS, WEIGHTINGS, NoisePath
-from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import passes
-from dsd_fast.guidance.base import Asked, Guidance, GuidanceConfig, levels_of
-from dsd_fast.guidance.conditions.base import Conditions, Rows
+from dsd_fast.guidance.base import Asked, Guidance, levels_of
+from dsd_fast.guidance.conditions.base import Rows
 from dsd_fast.guidance.conditions.text import wrapped
 from dsd_fast.guidance.levels import ode_grid
 from dsd_fast.guidance.passes import Batch, Gradient, Guide
@@ -117,20 +115,13 @@ class DSDGuidance(Guidance):
     name = "dsd"
     works_with = ("text", "views", "pose")
 
-    def __init__(
-        self,
-        cfg: GuidanceConfig,
-        model: DiffusionModel,
-        conditions: Conditions | PromptEmbeddings,
-        noise: Tensor,
-        max_steps: int,
-    ):
+    def _prepare(self) -> None:
+        cfg = self.cfg
         self._grid = ode_grid(cfg.n_ddim_steps)
         self._share = Schedule.parse(cfg.trajectory_share)
         own = cfg.trajectory_scale
         self._trajectory_scale = cfg.guidance_scale if own is None else own
-        self._done = torch.zeros((), dtype=torch.int32, device=model.device)
-        super().__init__(cfg, model, conditions, noise, max_steps)
+        self._done = torch.zeros((), dtype=torch.int32, device=self.model.device)
 
     def _plan(self, asked: Asked) -> Plan:
         t, t_delta = asked.t, asked.t_delta

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.diffusion.ddim import ddim_levels
-from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance.base import Asked, Guidance, GuidanceConfig
-from dsd_fast.guidance.conditions.base import Conditions
+from dsd_fast.guidance.base import Asked, Guidance
 from dsd_fast.guidance.passes import Gradient
 from dsd_fast.guidance.plan import Plan, PlanKind
 from dsd_fast.guidance.rows import combine, expand_rows
@@ -47,16 +44,8 @@ class ExactForm(Guidance):
 
     name = "exact"
 
-    def __init__(
-        self,
-        cfg: GuidanceConfig,
-        model: DiffusionModel,
-        conditions: Conditions | PromptEmbeddings,
-        noise: Tensor,
-        max_steps: int,
-    ):
-        self.schedule = ddim_levels(model, max_steps)
-        super().__init__(cfg, model, conditions, noise, max_steps)
+    def _prepare(self) -> None:
+        self.schedule = ddim_levels(self.model, self.max_steps)
         self.link = torch.zeros_like(self.noise)
 
     def _levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.model import DiffusionModel
-from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance.base import GuidanceConfig
 from dsd_fast.guidance.baselines import ANY_LEVEL, Baseline
-from dsd_fast.guidance.conditions.base import Conditions
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.registry import formulation
 
@@ -42,6 +38,7 @@ class VSD(Baseline):
     """
 
     name, one_run = "vsd", True
+    defaults = ANY_LEVEL
     draws = ("eps", "own_eps", "own_level", "told")
 
     @classmethod
@@ -49,18 +46,10 @@ class VSD(Baseline):
         """The highest level falls after a fifth of the run: 5,000 of 25,000 steps in the authors'
         code."""
         later = max(max_steps // 5, 1)
-        return ANY_LEVEL | {"max_step_percent": (later, 0.98, 0.5, later + 1)}
+        return cls.defaults | {"max_step_percent": (later, 0.98, 0.5, later + 1)}
 
-    def __init__(
-        self,
-        cfg: GuidanceConfig,
-        model: DiffusionModel,
-        conditions: Conditions | PromptEmbeddings,
-        noise: Tensor,
-        max_steps: int,
-    ):
-        super().__init__(cfg, model, conditions, noise, max_steps)
-        self._lora = _with_adapters(model.unet)
+    def _prepare(self) -> None:
+        self._lora = _with_adapters(self.model.unet)
         self._learned = {name: p for name, p in self._lora.named_parameters() if p.requires_grad}
         # A CUDA graph can hold a step of it: the count of steps is on the device, gradients stay
         # where they are, and the device itself leaves a step out.
@@ -68,7 +57,7 @@ class VSD(Baseline):
             self._learned.values(),
             lr=LEARNING_RATE,
             fused=True,
-            capturable=model.device.type == "cuda",
+            capturable=self.model.device.type == "cuda",
         )
         for p in self._learned.values():
             p.grad = torch.zeros_like(p)
