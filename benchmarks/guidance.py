@@ -14,7 +14,7 @@ from benchmarks.case import Call, Workload, by_reference
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance import passes as package
 from dsd_fast.guidance.conditions.text import text_mix
-from dsd_fast.guidance.passes import Guide
+from dsd_fast.guidance.passes import Form, Guide
 
 _CHANNELS = 4
 _TEXT = (77, 1024)
@@ -45,6 +45,7 @@ class _Step:
         self.t = torch.randint(320, 900, (n_items,), generator=generator).to(device)
         self.t_delta = self.t + 20
         self.path = NoisePath.of_scheduler(_SCHEDULE).to(device)
+        self.form = Form(self.path, self.dtype, perp_neg=True)
         self.done = torch.zeros((), dtype=torch.int32, device=device)
         self.bank = randn(8, *_TEXT)
         azimuth = 360 * torch.rand(n_items, generator=generator)
@@ -55,18 +56,17 @@ class _Step:
         return (package.combine(self.first, self.guide, _SCALE),)
 
     def step(self) -> tuple[Tensor, ...]:
-        return package.step(
-            self.first, self.guide, _SCALE, self.x, self.t_delta, self.t, self.path, self.dtype
-        )
+        levels = (self.t_delta, self.t, self.form)
+        return package.step(self.first, self.guide, _SCALE, self.x, *levels)
 
     def link(self) -> tuple[Tensor, ...]:
-        levels = (self.t, self.t_delta, self.path, self.dtype)
+        levels = (self.t, self.t_delta, self.form)
         return package.link(self.first, self.guide, _SCALE, self.x, *levels)
 
     def link_table(self) -> tuple[Tensor, ...]:
-        levels = (self.t, self.t_delta, self.path, self.dtype)
+        levels = (self.t, self.t_delta, self.form)
         slots = (self.slot, self.slot + 1, self.mix)
-        return package.link_table(self.table, *slots, self.x, *levels, perp_neg=True)
+        return package.link_table(self.table, *slots, self.x, *levels)
 
     def text(self) -> tuple[Tensor]:
         return (package.text(self.bank, *self.text_rows, self.dtype),)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.conditions.text import text_mix
-from dsd_fast.guidance.passes import Guide
+from dsd_fast.guidance.passes import Form, Guide
 from dsd_fast.guidance.rows import expand_rows, mixed_rows
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -22,6 +22,12 @@ PATH = NoisePath.of_scheduler(
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ).to(DEVICE)
 EXACT = PATH.to(DEVICE, torch.float64)
+
+
+def form(dtype: torch.dtype, guide: Guide) -> Form:
+    return Form(PATH, dtype, guide.rows == 4)
+
+
 CASES = pytest.mark.parametrize(
     ("n_items", "shape", "dtype"),
     [
@@ -153,8 +159,8 @@ def test_step(n_items, shape, dtype, kind, walk) -> None:
     eps, z = randn(guide.rows * n_items, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, t_next = spread(899, n_items), spread(799, n_items)
     t_next[-1] = t[-1]
-    got = passes.step(eps, guide, 7.5, z, t, t_next, PATH, dtype)
-    twin = passes.step_reference(eps, guide, 7.5, z, t, t_next, PATH, dtype)
+    got = passes.step(eps, guide, 7.5, z, t, t_next, form(dtype, guide))
+    twin = passes.step_reference(eps, guide, 7.5, z, t, t_next, form(dtype, guide))
     exact = passes.step_reference(
         eps.double(),
         doubled(guide),
@@ -162,8 +168,7 @@ def test_step(n_items, shape, dtype, kind, walk) -> None:
         z.double(),
         t,
         t_next,
-        EXACT,
-        dtype,
+        Form(EXACT, dtype, guide.rows == 4),
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
     assert torch.equal(got.value[-1], z[-1])
@@ -179,15 +184,13 @@ def test_state(n_items, shape, dtype, perp_neg) -> None:
     t, t_next = spread(899, n_items), spread(812, n_items)
     t_next[-1] = t[-1]
     arguments = (slot, slot + 2, t, t_next)
-    got = passes.state(states, predictions, *arguments, PATH, dtype, perp_neg)
-    twin = passes.state_reference(states, predictions, *arguments, PATH, dtype, perp_neg)
+    got = passes.state(states, predictions, *arguments, Form(PATH, dtype, perp_neg))
+    twin = passes.state_reference(states, predictions, *arguments, Form(PATH, dtype, perp_neg))
     exact = passes.state_reference(
         states.double(),
         predictions.double(),
         *arguments,
-        EXACT,
-        dtype,
-        perp_neg,
+        Form(EXACT, dtype, perp_neg),
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
     assert torch.equal(got.value[-1], states[slot[-1]])
@@ -202,9 +205,8 @@ def test_link(n_items, shape, dtype, kind, walk) -> None:
     eps, x = randn(guide.rows * n_items, *shape).to(dtype), randn(n_items, *shape, seed=1)
     t, t_delta = spread(700, n_items), spread(757, n_items)
     mirrored = None if dtype == torch.float16 else (levels(1, 0, 1) > 0)[:n_items]
-    got = passes.link(eps, guide, 7.5, x, t, t_delta, PATH, dtype, mirrored)
-    twin = passes.link_reference(eps, guide, 7.5, x, t, t_delta, PATH, dtype, mirrored)
-    double = torch.float64
+    got = passes.link(eps, guide, 7.5, x, t, t_delta, form(dtype, guide), mirrored)
+    twin = passes.link_reference(eps, guide, 7.5, x, t, t_delta, form(dtype, guide), mirrored)
     exact = passes.link_reference(
         eps.double(),
         doubled(guide),
@@ -212,8 +214,7 @@ def test_link(n_items, shape, dtype, kind, walk) -> None:
         x.double(),
         t,
         t_delta,
-        EXACT,
-        double,
+        Form(EXACT, torch.float64, guide.rows == 4),
         mirrored,
     )
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
@@ -231,14 +232,14 @@ def test_link_table(n_items, shape, dtype, perp_neg, pair, mirror) -> None:
     mix = torch.linspace(0, 0.7, n_items, device=DEVICE)
     t, t_delta = spread(700, n_items), spread(757, n_items)
     mirrored = (levels(1, 0, 1) > 0)[:n_items] if mirror else None
-    flags = (perp_neg, mirrored, pair)
+    flags = (mirrored, pair)
     got, twin = (
-        link(table, slot, slot_next, mix, x, t, t_delta, PATH, dtype, *flags)
+        link(table, slot, slot_next, mix, x, t, t_delta, Form(PATH, dtype, perp_neg), *flags)
         for link in (passes.link_table, passes.link_table_reference)
     )
     exact = passes.link_table_reference(
-        table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta, EXACT,
-        torch.float64, *flags,
+        table.double(), slot, slot_next, mix.double(), x.double(), t, t_delta,
+        Form(EXACT, torch.float64, perp_neg), *flags,
     )  # fmt: skip
     assert_as_good(got.value, twin.value, exact.value, 1e-6)
     assert_linked(got, twin, exact)
@@ -251,7 +252,7 @@ def test_link_of_one_level(mirror, walk) -> None:
     guide, x = guide_of("perp_neg", 2), randn(2, 3, 5, 7, seed=1)
     eps, t = randn(8, 3, 5, 7), levels(700, 420)
     mirrored = levels(0, 1) > 0 if mirror else None
-    arguments = (eps, guide, 7.5, x, t, t, PATH, torch.float16, mirrored)
+    arguments = (eps, guide, 7.5, x, t, t, form(torch.float16, guide), mirrored)
     both, one = (passes.link(*arguments, pair=pair) for pair in (True, False))
     assert torch.equal(one.rows, both.rows.chunk(2)[1])
     assert torch.equal(one.levels, both.levels.chunk(2)[1])
@@ -362,13 +363,13 @@ def test_wrong_arguments_are_errors() -> None:
     with pytest.raises(ValueError, match=r"weights \[1,2\]"):
         passes.combine(eps[:4], guide, 7.5)
     with pytest.raises(ValueError, match="step: z: expected float32"):
-        passes.step(eps, guide, 7.5, x.half(), t, t, PATH, torch.float16)
+        passes.step(eps, guide, 7.5, x.half(), t, t, form(torch.float16, guide))
     with pytest.raises(ValueError, match=r"int64 \[2\]"):
-        passes.step(eps, guide, 7.5, x, t[:1], t, PATH, torch.float16)
+        passes.step(eps, guide, 7.5, x, t[:1], t, form(torch.float16, guide))
     with pytest.raises(ValueError, match="a noise path of float32"):
         passes.gradient(eps, guide, (1.0, 7.5), x, t, EXACT)
     with pytest.raises(ValueError, match=r"mirrored bool \[2\]"):
-        passes.link(eps, guide, 7.5, x, t, t, PATH, torch.float16, mirrored=t)
+        passes.link(eps, guide, 7.5, x, t, t, form(torch.float16, guide), mirrored=t)
     with pytest.raises(ValueError, match="weighting: expected one of"):
         passes.gradient(eps, guide, (1.0, 7.5), x, t, PATH, "other")
 
@@ -414,13 +415,13 @@ def test_a_cached_step_is_few_launches(kind, monkeypatch) -> None:
     bank, rows, share = randn(8, 5, 7), levels(0, 1), torch.ones(2, device=DEVICE)
     with Computed() as computed:
         passes.text(bank, rows, rows, share, half)
-        passes.link_table(table, slot, slot, mix, x, t, t_delta, PATH, half, guide.rows == 4)
+        passes.link_table(table, slot, slot, mix, x, t, t_delta, Form(PATH, half, guide.rows == 4))
         passes.gradient(eps, guide, (1.0, 7.5), x, t, PATH, done=done)
         assert launched == ["text", "link_table", "gradient"]
         launched.clear()
         passes.text(bank, rows, rows, share, half)
-        passes.state(table, table, slot, slot, t, t_delta, PATH, half, guide.rows == 4)
-        passes.link(first, guide, 7.5, x, t, t_delta, PATH, half)
+        passes.state(table, table, slot, slot, t, t_delta, Form(PATH, half, guide.rows == 4))
+        passes.link(first, guide, 7.5, x, t, t_delta, form(half, guide))
         passes.gradient(eps, guide, (1.0, 7.5), x, t, PATH, done=done)
     assert launched == ["text", "state", "link", "gradient"]
     assert computed.names == []
@@ -434,8 +435,10 @@ def test_a_cached_step_in_a_graph_follows_its_inputs() -> None:
     done = torch.zeros((), dtype=torch.int32, device=DEVICE)
 
     def run() -> passes.Gradient:
-        z = passes.state(table, predictions, slot, slot, t_node, t_delta, PATH, torch.float16, True)
-        pair = passes.link(z.rows, guide, 7.5, x, t, t_delta, PATH, torch.float16)
+        z = passes.state(
+            table, predictions, slot, slot, t_node, t_delta, Form(PATH, torch.float16, True)
+        )
+        pair = passes.link(z.rows, guide, 7.5, x, t, t_delta, form(torch.float16, guide))
         return passes.gradient(pair.rows, guide, (1.0, 7.5), x, t, PATH, done=done)
 
     run()

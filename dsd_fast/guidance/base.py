@@ -26,7 +26,7 @@ from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance.conditions.base import Conditions
 from dsd_fast.guidance.conditions.text import TextConditions
 from dsd_fast.guidance.levels import random_timesteps, shifted_level, timestep
-from dsd_fast.guidance.passes import Batch, Gradient
+from dsd_fast.guidance.passes import Batch, Form, Gradient
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.registry import FORMULATIONS
 from dsd_fast.ranges import Bins, ConfigError, NonNegative, Registered, ShareOverRun, check
@@ -204,6 +204,7 @@ class Guidance(ABC):
         self.min_percent = Schedule.parse(cfg.min_step_percent)
         self.max_percent = Schedule.parse(cfg.max_step_percent)
         self._path = model.noise_path
+        self._form = Form(model.noise_path, model.dtype, cfg.use_perp_neg)
         self._n_seeds = max(len(noise) // self.n_views, 1)
         if self.one_run and self._n_seeds != 1:
             raise ValueError(

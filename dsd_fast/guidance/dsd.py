@@ -191,25 +191,23 @@ class DSDGuidance(Guidance):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a seed noise; trajectories cached for another one are dropped."""
         super().load_state_dict(state)
-        cfg, model = self.cfg, self.model
+        cfg = self.cfg
         if cfg.trajectory == "cached":
             percents = [knot[1] for knot in (*self.min_percent.knots, *self.max_percent.knots)]
             lowest = int(NUM_TRAIN_TIMESTEPS * min(percents))
             self._tables = TrajectoryTables(
                 self.noise,
-                self._path,
+                self._form,
                 cfg.n_ddim_steps,
                 len(self.conditions.bins),
                 cfg.noise_table_step,
                 min(max(lowest, 0), NUM_TRAIN_TIMESTEPS - 1),
-                model.dtype,
-                cfg.use_perp_neg,
             )
 
     def _link(self, x: Tensor, plan: Plan, guide: Guide, condition: Condition) -> Batch:
         """The trajectories' noise, and the UNet's batch of renderings put on them."""
         tensors, cfg, kind = plan.tensors, self.cfg, plan.kind
-        levels = (tensors["t"], tensors["t_delta"], self._path, self.model.dtype)
+        levels = (tensors["t"], tensors["t_delta"], self._form)
         mirrored = tensors["mirrored"] if cfg.mirror_trajectory else None
         pair = not kind.shared
         if kind.noise == "tabulated":
@@ -220,7 +218,6 @@ class DSDGuidance(Guidance):
                 tensors["mix"],
                 x,
                 *levels,
-                cfg.use_perp_neg,
                 mirrored,
                 pair,
             )
@@ -234,9 +231,7 @@ class DSDGuidance(Guidance):
                 tensors["prediction"],
                 tensors["level"],
                 tensors["t_delta"],
-                self._path,
-                self.model.dtype,
-                cfg.use_perp_neg,
+                self._form,
             )
             own = self._guide(tensors["bin_weights"] if cfg.use_perp_neg else None)
         else:
@@ -261,8 +256,7 @@ class DSDGuidance(Guidance):
                 at_z.value,
                 upload(t, x.device),
                 upload(t_next, x.device),
-                self._path,
-                self.model.dtype,
+                self._form,
             )
         return at_z
 

@@ -48,6 +48,24 @@ class Guide:
         return 2 if self.weights is None else 4
 
 
+class Form(NamedTuple):
+    """What a UNet's batch is made by, the same throughout a run."""
+
+    path: NoisePath  # float32, on the device
+    dtype: torch.dtype  # of the rows
+    perp_neg: bool  # R = 4 rows an item, or 2
+
+    @property
+    def rows(self) -> int:
+        """Rows of the UNet's batch an item."""
+        return 4 if self.perp_neg else 2
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, as kernels take them."""
+        return self.path.alpha, self.path.sigma
+
+
 class Batch(NamedTuple):
     """A pass's own result and the UNet's next batch."""
 
@@ -87,14 +105,7 @@ def combine(eps: Tensor, guide: Guide, scale: float) -> Tensor:
 
 
 def step(
-    eps: Tensor,
-    guide: Guide,
-    scale: float,
-    z: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
+    eps: Tensor, guide: Guide, scale: float, z: Tensor, t: Tensor, t_next: Tensor, form: Form
 ) -> Batch:
     """Combine, then DDIM with eta = 0 (Song et al. 2021) from t to t_next.
 
@@ -104,20 +115,19 @@ def step(
         eps: the UNet's stack for z, [R*B,C,h,w].
         z: [B,C,h,w] float32 at levels t.
         t, t_next: int64 [B], on the device of z.
-        path: of the model, float32, there too.
-        dtype: of the UNet's rows.
+        form: of the UNet's next batch.
     Raises:
         TypeError, ValueError: tensors that do not fit together.
     """
     if not _on_kernels(eps):
-        return step_reference(eps, guide, scale, z, t, t_next, path, dtype)
+        return step_reference(eps, guide, scale, z, t, t_next, form)
     eps, weights, n_items = _stack("step", eps, guide)
     z = _item("step: z", z, eps, n_items)
-    _check_levels("step", z, path, t, t_next)
+    _check_levels("step", z, form.path, t, t_next)
     mode = _mode(guide, scale)
     return Batch(
         *_kernels().step_fwd(
-            eps, weights, scale, mode, guide.rows, z, t, t_next, path.alpha, path.sigma, dtype
+            eps, weights, scale, mode, guide.rows, z, t, t_next, *form.tables, form.dtype
         )
     )
 
@@ -129,9 +139,7 @@ def state(
     slot_eps: Tensor,
     t: Tensor,
     t_next: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
-    perp_neg: bool,
+    form: Form,
 ) -> Batch:
     """The DDIM step of `step` from tables of trajectory states and of guided predictions.
 
@@ -141,15 +149,13 @@ def state(
         t: level of those slots, int64 [B]; where it equals t_next, the state itself is the result.
     """
     if not _on_kernels(states):
-        return state_reference(
-            states, predictions, slot, slot_eps, t, t_next, path, dtype, perp_neg
-        )
+        return state_reference(states, predictions, slot, slot_eps, t, t_next, form)
     if states.ndim != 4 or predictions.shape[1:] != states.shape[1:] or slot.shape != t.shape:
         raise ValueError(
             "state: expected states and predictions [S,C,h,w] and slot [B], got "
             f"{list(states.shape)}, {list(predictions.shape)} and {list(slot.shape)}"
         )
-    _check_levels("state", states, path, slot, slot_eps, t, t_next, n_items=len(t))
+    _check_levels("state", states, form.path, slot, slot_eps, t, t_next, n_items=len(t))
     return Batch(
         *_kernels().state_fwd(
             states.contiguous(),
@@ -158,10 +164,9 @@ def state(
             slot_eps,
             t,
             t_next,
-            path.alpha,
-            path.sigma,
-            4 if perp_neg else 2,
-            dtype,
+            *form.tables,
+            form.rows,
+            form.dtype,
         )
     )
 
@@ -173,8 +178,7 @@ def link(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
+    form: Form,
     mirrored: Tensor | None = None,
     pair: bool = True,
 ) -> Batch:
@@ -191,28 +195,16 @@ def link(
             t = t_delta for every item (Q8).
     """
     if not _on_kernels(eps):
-        return link_reference(eps, guide, scale, x, t, t_delta, path, dtype, mirrored, pair)
+        return link_reference(eps, guide, scale, x, t, t_delta, form, mirrored, pair)
     eps, weights, n_items = _stack("link", eps, guide)
     x = _item("link: x", x, eps, n_items)
-    _check_levels("link", x, path, t, t_delta)
+    _check_levels("link", x, form.path, t, t_delta)
     _check_mirrored("link", mirrored, n_items)
     mode = _mode(guide, scale)
     rows = guide.rows
     return Batch(
         *_kernels().link_fwd(
-            eps,
-            weights,
-            scale,
-            mode,
-            rows,
-            x,
-            t,
-            t_delta,
-            path.alpha,
-            path.sigma,
-            mirrored,
-            dtype,
-            pair,
+            eps, weights, scale, mode, rows, x, t, t_delta, *form.tables, mirrored, form.dtype, pair
         )
     )
 
@@ -225,9 +217,7 @@ def link_table(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
-    perp_neg: bool,
+    form: Form,
     mirrored: Tensor | None = None,
     pair: bool = True,
 ) -> Batch:
@@ -238,25 +228,12 @@ def link_table(
         slot, slot_next: int64 [B], 0 to P-1 (not checked on the device).
         mix: float32 [B], 0 to 1.
     """
-    rows = 4 if perp_neg else 2
     if not _on_kernels(predictions):
-        return link_table_reference(
-            predictions,
-            slot,
-            slot_next,
-            mix,
-            x,
-            t,
-            t_delta,
-            path,
-            dtype,
-            perp_neg,
-            mirrored,
-            pair,
-        )
+        where = (predictions, slot, slot_next, mix)
+        return link_table_reference(*where, x, t, t_delta, form, mirrored, pair)
     n_items = len(t)
     x = _item("link_table: x", x, predictions, n_items)
-    _check_levels("link_table", x, path, t, t_delta, slot, slot_next)
+    _check_levels("link_table", x, form.path, t, t_delta, slot, slot_next)
     _check_mirrored("link_table", mirrored, n_items)
     _check_number("link_table: mix", mix, x, n_items)
     return Batch(
@@ -265,14 +242,13 @@ def link_table(
             slot,
             slot_next,
             mix,
-            rows,
+            form.rows,
             x,
             t,
             t_delta,
-            path.alpha,
-            path.sigma,
+            *form.tables,
             mirrored,
-            dtype,
+            form.dtype,
             pair,
         )
     )
@@ -355,17 +331,10 @@ def gradient(
 
 
 def step_reference(
-    eps: Tensor,
-    guide: Guide,
-    scale: float,
-    z: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
+    eps: Tensor, guide: Guide, scale: float, z: Tensor, t: Tensor, t_next: Tensor, form: Form
 ) -> Batch:
     """`step` in torch, any device; float64 is kept, as in all references."""
-    return _moved(z, _combine(eps, guide, scale), t, t_next, path, dtype, guide.rows == 4)
+    return _moved(z, _combine(eps, guide, scale), t, t_next, form)
 
 
 def state_reference(
@@ -375,13 +344,11 @@ def state_reference(
     slot_eps: Tensor,
     t: Tensor,
     t_next: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
-    perp_neg: bool,
+    form: Form,
 ) -> Batch:
     """`state` in torch, any device."""
     z, eps = _at_least_float(states[slot]), _at_least_float(predictions[slot_eps])
-    return _moved(z, eps, t, t_next, path, dtype, perp_neg)
+    return _moved(z, eps, t, t_next, form)
 
 
 def link_reference(
@@ -391,14 +358,13 @@ def link_reference(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
+    form: Form,
     mirrored: Tensor | None = None,
     pair: bool = True,
 ) -> Batch:
     """`link` in torch, any device."""
     eps_o = _combine(eps, guide, scale)
-    return _linked(eps_o, x, t, t_delta, path, dtype, guide.rows == 4, mirrored, pair)
+    return _linked(eps_o, x, t, t_delta, form, mirrored, pair)
 
 
 def link_table_reference(
@@ -409,16 +375,14 @@ def link_table_reference(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
-    perp_neg: bool,
+    form: Form,
     mirrored: Tensor | None = None,
     pair: bool = True,
 ) -> Batch:
     """`link_table` in torch, any device."""
     eps = _at_least_float(predictions[slot])
     eps_o = eps + mix.view(-1, 1, 1, 1) * (predictions[slot_next] - eps)
-    return _linked(eps_o, x, t, t_delta, path, dtype, perp_neg, mirrored, pair)
+    return _linked(eps_o, x, t, t_delta, form, mirrored, pair)
 
 
 def gradient_reference(
@@ -453,17 +417,10 @@ def _combine(eps: Tensor, guide: Guide, scale: float) -> Tensor:
     )
 
 
-def _moved(
-    z: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    t_next: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
-    perp_neg: bool,
-) -> Batch:
-    z = path.step(z, eps, t, t_next)
-    return Batch(z, expand_rows(z, perp_neg).to(dtype), expand_rows(t_next, perp_neg))
+def _moved(z: Tensor, eps: Tensor, t: Tensor, t_next: Tensor, form: Form) -> Batch:
+    z = form.path.step(z, eps, t, t_next)
+    rows = expand_rows(z, form.perp_neg).to(form.dtype)
+    return Batch(z, rows, expand_rows(t_next, form.perp_neg))
 
 
 def _linked(
@@ -471,20 +428,19 @@ def _linked(
     x: Tensor,
     t: Tensor,
     t_delta: Tensor,
-    path: NoisePath,
-    dtype: torch.dtype,
-    perp_neg: bool,
+    form: Form,
     mirrored: Tensor | None,
     pair: bool,
 ) -> Batch:
     if mirrored is not None:
         eps_o = torch.where(mirrored.view(-1, 1, 1, 1), eps_o.flip(-1), eps_o)
+    path, perp_neg = form.path, form.perp_neg
     rows = expand_rows(path.noisy(x, eps_o, t), perp_neg)
     levels = expand_rows(t, perp_neg)
     if pair:
         rows = torch.cat([expand_rows(path.noisy(x, eps_o, t_delta), perp_neg), rows])
         levels = torch.cat([expand_rows(t_delta, perp_neg), levels])
-    return Batch(eps_o, rows.to(dtype), levels)
+    return Batch(eps_o, rows.to(form.dtype), levels)
 
 
 def _at_least_float(tensor: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.levels import n_nodes, ode_grid
-from dsd_fast.guidance.passes import Batch
+from dsd_fast.guidance.passes import Batch, Form
 from dsd_fast.upload import upload
 
 
@@ -47,26 +46,23 @@ class TrajectoryTables:
 
     Args:
         noise: seed noises [S,C,h,w] float32, on the device of the tables.
-        path: of the model, there too.
+        form: of the UNet's batches, there too.
         n_bins: trajectories of a seed.
         table_step: levels between the entries of `predictions`; 0 for those of the grid alone.
         lowest: the lowest level that room is made for now. Levels below it enlarge the tables:
             they move, and a CUDA graph that reads them must be captured again.
-        dtype, perp_neg: of the UNet's rows.
     """
 
     def __init__(
         self,
         noise: Tensor,
-        path: NoisePath,
+        form: Form,
         n_ddim_steps: int,
         n_bins: int,
         table_step: int,
         lowest: int,
-        dtype: torch.dtype,
-        perp_neg: bool,
     ):
-        self.path = path
+        self.form = form
         self.n_bins = n_bins
         self.n_tracks = n_bins * noise.shape[0]
         self.grid = ode_grid(n_ddim_steps)
@@ -74,8 +70,6 @@ class TrajectoryTables:
         # Of the entries of `predictions`, falling.
         self.levels = _table_levels(self.grid, table_step)
         self._negative_levels = [-level for level in self.levels]  # rising, for bisection
-        self.dtype = dtype
-        self.perp_neg = perp_neg
         self.states = noise.repeat_interleave(n_bins, dim=0)
         self.predictions = noise.new_empty((0, *noise.shape[1:]))
         self._filled: set[int] = set()
@@ -133,12 +127,7 @@ class TrajectoryTables:
         state, prediction = node * self.n_tracks + track, entry * self.n_tracks + track
         numbers = torch.tensor([[state], [prediction], [self.grid[node]], [level]])
         return passes.state(
-            self.states,
-            self.predictions,
-            *upload(numbers, self.states.device).unbind(),
-            self.path,
-            self.dtype,
-            self.perp_neg,
+            self.states, self.predictions, *upload(numbers, self.states.device).unbind(), self.form
         )
 
     def _node_above(self, level: int) -> int:
