@@ -171,8 +171,8 @@ class Guidance(ABC):
 
     # The formulation's name: a value of `--guidance.method`.
     name: ClassVar[str]
-    # Kinds of `Conditions` that it works with.
-    works_with: ClassVar[tuple[str, ...]] = ("text",)
+    # Kinds of `Conditions` that it works with; None for any.
+    works_with: ClassVar[tuple[str, ...] | None] = ("text",)
     # Whether it wants the embedding of what a picture should not be (`PromptEmbeddings.poor`).
     needs_poor: ClassVar[bool] = False
     # Whether it learns along with one run, so that runs side by side cannot share it.
@@ -196,7 +196,7 @@ class Guidance(ABC):
         check(cfg)
         if isinstance(conditions, PromptEmbeddings):
             conditions = TextConditions(conditions, model, cfg)
-        if conditions.kind not in self.works_with:
+        if not conditions.suit(type(self)):
             raise ValueError(f"guidance: {self.name} does not work with {conditions.title}")
         self.cfg, self.model, self.conditions = cfg, model, conditions
         self.n_views = conditions.n_views

@@ -130,7 +130,7 @@ class Baseline(Guidance):
 class SDS(Baseline):
     """w (e^s(x_t) - eps) with fresh eps: DreamFusion (Poole et al. 2022, Eq. 3), s = 100."""
 
-    name, works_with = "sds", ("text", "views", "pose")
+    name, works_with = "sds", None
     defaults = ANY_LEVEL | {"guidance_scale": 100.0}
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -112,8 +112,7 @@ class DSDGuidance(Guidance):
     that plan's, not the output's. An exact trajectory takes as many UNet calls as t_delta asks for.
     """
 
-    name = "dsd"
-    works_with = ("text", "views", "pose")
+    name, works_with = "dsd", None
 
     def _prepare(self) -> None:
         cfg = self.cfg

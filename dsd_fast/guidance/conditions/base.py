@@ -13,7 +13,7 @@ from dsd_fast.guidance.conditions.bins import CameraBins
 from dsd_fast.guidance.registry import FORMULATIONS
 
 if TYPE_CHECKING:
-    from dsd_fast.guidance.base import GuidanceConfig
+    from dsd_fast.guidance.base import Guidance, GuidanceConfig
 
 
 class Rows(NamedTuple):
@@ -54,9 +54,14 @@ class Conditions(ABC):
         self.check(cfg)
 
     @classmethod
+    def suit(cls, formulation: type[Guidance]) -> bool:
+        """Whether a formulation works with these conditions."""
+        return formulation.works_with is None or cls.kind in formulation.works_with
+
+    @classmethod
     def check(cls, cfg: GuidanceConfig) -> None:
         """ValueError for a formulation or a setting that does not fit; asks for no model."""
-        fitting = [name for name, f in FORMULATIONS.items() if cls.kind in f.works_with]
+        fitting = [name for name, f in FORMULATIONS.items() if cls.suit(f)]
         if cfg.method not in fitting:
             raise ValueError(
                 f"guidance.method: expected one of {', '.join(fitting)} with {cls.title}, got "
