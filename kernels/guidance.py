@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# How the rows of an item become one prediction (DSD_SPEC 3.4).
+# How the rows of an item become one prediction (mathematics.md 3.4).
 POSITIVE, PLAIN, STANDARD, PERP_NEG = range(4)
 # What a combined prediction is weighted by in the gradient.
 SDS, DDIM = range(2)

@@ -1,4 +1,4 @@
-"""Noise levels of a step: the tables of DSD_SPEC 3.1, 3.2, 3.3, 3.6."""
+"""Noise levels of a step: the tables of mathematics.md 3.1, 3.2, 3.3, 3.6."""
 
 from __future__ import annotations
 

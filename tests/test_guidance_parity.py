@@ -1,4 +1,4 @@
-"""Guidance against numbers computed by the official code (DSD_SPEC 2 and 3)."""
+"""Guidance against numbers computed by the official code (mathematics.md 2 and 3)."""
 
 from __future__ import annotations
 

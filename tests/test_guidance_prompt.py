@@ -1,4 +1,4 @@
-"""Text rows and their combination: the tables and laws of DSD_SPEC 2.1, 2.3, 2.4, 3.4."""
+"""Text rows and their combination: the tables and laws of mathematics.md 2.1, 2.3, 2.4, 3.4."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_plain_conventions() -> None:
     positive, uncond = eps = torch.randn(2, 4, 3, 3, generator=generator)
     official = combine(eps, None, 7.5)[0]
     torch.testing.assert_close(official, positive + 7.5 * (positive - uncond))
-    # One unit of scale apart (Q1).
+    # One unit of scale apart (deviations.md Q1).
     torch.testing.assert_close(combine(eps, None, 8.5, standard_cfg=True)[0], official)
     assert torch.equal(combine(eps, None, 1.0, pure_conditional=True)[0], positive)
 

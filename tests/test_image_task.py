@@ -296,7 +296,7 @@ def test_seeds_side_by_side_are_the_runs_of_each(tmp_path, tiny_model, flags):
 
 
 def test_where_an_image_starts(tmp_path, tiny_model):
-    """DSD_SPEC 11.1: noise, or the clean image seen in the seed noise at the last level."""
+    """mathematics.md 11.1: noise, or the clean image seen in the seed noise at the last level."""
     still = ["--image.lr", "1e-12", "--image.eps", "1"]
     latent, rgb, seen, seen_rgb = (Runner(tmp_path / str(i), tiny_model) for i in range(4))
     assert latent(*still, "--image.start", "noise", steps=1) == 0

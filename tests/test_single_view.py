@@ -583,7 +583,7 @@ def test_a_picture_or_a_prompt_is_asked_for(small_folder, picture, tmp_path, cap
 
 
 def test_the_presets_are_zero123s():
-    """DSD_SPEC 11.2."""
+    """mathematics.md 11.2."""
     cfg = preset("dsd", None, False, "single-view")
     assert cfg.cameras.batch_size == (12, 4, 2) and cfg.cameras.width == (64, 128, 256)
     assert cfg.cameras.resolution_milestones == (200, 300) and cfg.max_steps == 600

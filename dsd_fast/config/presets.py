@@ -138,7 +138,7 @@ def _dsd_low_res(start: Start) -> TrainConfig:
 
 
 def _mvdream(start: Start) -> TrainConfig:
-    """Settings of MVDream in threestudio (DSD_SPEC 11.3); with "dsd" scale and levels are DSD's.
+    """MVDream in threestudio (mathematics.md 11.3); with "dsd" scale and levels are DSD's.
 
     The original's "no-material" is the albedo alone; its AdamW decays weights by 0.01 of each step,
     which is left out.
@@ -203,7 +203,7 @@ def _image(start: Start) -> TrainConfig:
 
 
 def _single_view(start: Start) -> TrainConfig:
-    """Settings for one picture: those of Zero-1-to-3 in threestudio (DSD_SPEC 11.2), on the presets
+    """Settings for one picture: Zero-1-to-3's in threestudio (mathematics.md 11.2), on the presets
     "dsd" and "dsd-low-res" as they are, on "embedded" with the small model's camera and size."""
     small = start.preset == "embedded"
     default = (VIEW_STEPS_CPU if start.on_cpu else VIEW_STEPS_GPU) if small else ZERO123_STEPS

@@ -117,8 +117,8 @@ class DiffusionModel:
     ) -> Tensor:
         """VAE latents of images, with gradient to the images.
 
-        An AutoencoderKL posterior is sampled (DSD_SPEC 3.3: mean + std * noise, fresh noise each
-        call); AutoencoderTiny has no posterior and draws nothing.
+        An AutoencoderKL posterior is sampled (mathematics.md 3.3: mean + std * noise, fresh noise
+        each call); AutoencoderTiny has no posterior and draws nothing.
 
         Args:
             rgb: [B,3,H,W] float32 in [0,1] on the model's device, H and W multiples of the VAE

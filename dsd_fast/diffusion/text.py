@@ -1,4 +1,4 @@
-"""Prompts: the four views of one prompt, and their embeddings (DSD_SPEC 2.1)."""
+"""Prompts: the four views of one prompt, and their embeddings (mathematics.md 2.1)."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class Guidance(ABC):
             stand for `TextConditions`.
         noise: seed noise [V,C,h,w] of `seed_noise`, the size of the model's latents; or [S*V,C,h,w]
             for as many seeds at once, item i of a batch of S then belonging to seed i.
-        max_steps: horizon of the annealing, the length of the run (Q25).
+        max_steps: horizon of the annealing, the length of the run (deviations.md Q25).
     Raises:
         ValueError: settings, conditions or noise that do not fit.
     """
@@ -399,7 +399,7 @@ class Guidance(ABC):
         return True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The seed noise [S*V,C,h,w], on the CPU (Q12)."""
+        """The seed noise [S*V,C,h,w], on the CPU (deviations.md Q12)."""
         return {"noise": self._unfold(self.noise).cpu()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -526,7 +526,7 @@ def levels_of(name: str, value: Tensor | int, n_items: int) -> Tensor:
 
 
 def resized(image: Tensor, size: int) -> Tensor:
-    """Bilinear to size x size, without antialiasing, as the original does (Q28)."""
+    """Bilinear to size x size, without antialiasing, as the original does (deviations.md Q28)."""
     if image.shape[-2:] == (size, size):
         return image
     return F.interpolate(image, (size, size), mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""The formulations that DSD is compared with, on the same engine (DSD_SPEC 12).
+"""The formulations that DSD is compared with, on the same engine (mathematics.md 12).
 
 x_t = alpha_t x + sigma_t eps, w = sigma_t^2 (or sigma_t / alpha_t, `weighting`), e_y and e_0 the
 predictions with and without the prompt, p = e_y - e_0, in Perp-Neg with its weighted negatives

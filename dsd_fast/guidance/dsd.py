@@ -1,6 +1,6 @@
 """Diverse Score Distillation: the gradient, and the guidance that a training loop calls.
 
-One step (DSD_SPEC 3.3), for a rendering x in latent space at level t:
+One step (mathematics.md 3.3), for a rendering x in latent space at level t:
 1. simulate the seed's own trajectory from 999 down to t_delta >= t, and take its noise
    prediction eps_o there;
 2. put the rendering on that trajectory: x_delta = alpha x + sigma eps_o at t_delta, x_t at t;

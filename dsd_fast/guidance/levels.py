@@ -1,4 +1,4 @@
-"""Which noise levels a step uses: t, t_delta and the ODE grid (DSD_SPEC 3.1 to 3.3)."""
+"""Which noise levels a step uses: t, t_delta and the ODE grid (mathematics.md 3.1 to 3.3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def timestep(
     """The annealed level t = int(1000 ((max - min)(1 - rho) + min)), rho = sqrt(step/max_steps).
 
     Args:
-        step: optimizer steps completed; beyond max_steps the last level is kept (Q25).
+        step: optimizer steps completed; beyond max_steps the last level stays (deviations.md Q25).
         sqrt: anneal by the square root, fast at first; otherwise linearly.
     """
     if max_steps <= 0 or step < 0:
@@ -61,7 +61,7 @@ def shifted_level(t: Tensor, u: Tensor, min_percent: float, delta_min: int = 1) 
 
 
 def ode_grid(n_steps: int) -> tuple[int, ...]:
-    """Levels of the full ODE path from 999 to 0, descending: n_steps + 1 of them (Q5)."""
+    """n_steps + 1 levels of the full ODE path from 999 to 0, descending (deviations.md Q5)."""
     if n_steps < 1:
         raise ValueError(f"n_ddim_steps must be at least 1, got {n_steps}")
     return tuple(LAST_LEVEL * (n_steps - i) // n_steps for i in range(n_steps + 1))

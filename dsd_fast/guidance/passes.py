@@ -35,7 +35,7 @@ from dsd_fast.guidance.rows import expand_rows, mixed_rows
 
 @dataclass(frozen=True)
 class Guide:
-    """How rows become one prediction (DSD_SPEC 3.4); `guidance.combine` explains the fields."""
+    """How rows become one prediction (mathematics.md 3.4), by the fields of `guidance.combine`."""
 
     # [B,2] float32 on the predictions' device with perp-neg, None without.
     weights: Tensor | None
@@ -184,7 +184,7 @@ def link(
 ) -> Batch:
     """Combine to the trajectory's noise eps_o, and put renderings on it at two levels.
 
-    x_delta = alpha_delta x + sigma_delta eps_o and x_t = alpha_t x + sigma_t eps_o (DSD_SPEC 3.3).
+    x_delta = alpha_delta x + sigma_delta eps_o and x_t = alpha_t x + sigma_t eps_o: mathematics.md 3.3.
 
     Args:
         eps: the UNet's stack for the trajectory at t_delta, [R*B,C,h,w].
@@ -192,7 +192,7 @@ def link(
         t, t_delta: int64 [B], on the device of x.
         mirrored: bool [B], items that take eps_o flipped left to right, or None.
         pair: rows of x at both levels; else of x_t alone, where nothing is asked about t_delta or
-            t = t_delta for every item (Q8).
+            t = t_delta for every item (deviations.md Q8).
     """
     if not _on_kernels(eps):
         return link_reference(eps, guide, scale, x, t, t_delta, form, mirrored, pair)
@@ -282,14 +282,14 @@ def gradient(
     eps_o: Tensor | None = None,
     share: Tensor | None = None,
 ) -> Gradient:
-    """Combine both levels, and their weighted difference with its loss and norm (DSD_SPEC 3.3).
+    """Combine both levels; their weighted difference with loss and norm (mathematics.md 3.3).
 
     grad = w (eps_t - (1 - share) eps_delta - share eps_o) with w = 1 - abar_t ("sds") or
     sigma_t / alpha_t ("ddim").
 
     Args:
         eps: stack of `link`'s rows [2*R*B,C,h,w], or of one level [R*B,C,h,w] where one stack
-            serves both: t = t_delta for every item (Q8), or the share of eps_delta is zero.
+            serves both: t = t_delta for every item (deviations.md Q8), or eps_delta has no share.
         scales: of eps_delta and of eps_t, 1 and the guidance scale.
         x: renderings [B,C,h,w] float32.
         done: int32 zero, 0-dim, on the device; one for each stream that calls this, kept from call

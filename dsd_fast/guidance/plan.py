@@ -22,7 +22,8 @@ class PlanKind(NamedTuple):
     n_items: int
     noise: Noise
     # Whether one batch, that of t, is all the UNet is asked for beside the trajectory: t = t_delta
-    # for every item (Q8), or the trajectory's own noise has the place of the prediction at t_delta.
+    # for every item (deviations.md Q8), or the trajectory's own noise has the place of the
+    # prediction at t_delta.
     shared: bool
     # UNet calls of an inversion.
     strides: int = 0

@@ -1,4 +1,4 @@
-"""Rows of the UNet's batch, and the predictions of those rows combined (DSD_SPEC 2.4, 3.4).
+"""Rows of the UNet's batch, and the predictions of those rows combined (mathematics.md 2.4, 3.4).
 
 Two layouts of B items, the items innermost:
 - perp-neg (Armandpour et al. 2023): [B positive | B unconditional | 2B negative], the two
@@ -38,13 +38,13 @@ def combine(
     """Guided noise prediction from the stacked predictions of one batch, in float32 (float64 kept).
 
     perp-neg: e_0 + s (p + sum_i w_i perp(e_i - e_0, p)) with p = e_y - e_0;
-    plain: e_y + s (e_y - e_0), the original's convention, one unit above the usual scale (Q1).
+    plain: e_y + s (e_y - e_0), the original's convention, a scale higher (deviations.md Q1).
 
     Args:
         eps: [4B,C,h,w] with weights, [2B,C,h,w] without, rows as in this module.
         weights: [B,2] or None.
         standard_cfg: plain mode by the usual convention e_0 + s (e_y - e_0).
-        pure_conditional: at scale 1 return e_y alone, without negatives or extrapolation (Q2).
+        pure_conditional: at scale 1 return e_y alone, without negatives (deviations.md Q2).
     Returns:
         [B,C,h,w] float32.
     """

@@ -1,4 +1,4 @@
-"""The noise trajectory of a seed: deterministic DDIM from t = 999 down to t_delta (DSD_SPEC 3.3).
+"""The noise trajectory of a seed: DDIM from t = 999 down to t_delta (mathematics.md 3.3).
 
 A trajectory never sees the rendering. It depends on the seed noise, the prompt and the camera's
 text rows only, and its state at a grid level does not depend on t_delta, which is what

@@ -25,7 +25,7 @@ class TrainState(Generic[S]):
 
     scene: S
     optimizer: Adam
-    # The seed noise [1,C,h,w] on the CPU (Q12).
+    # The seed noise [1,C,h,w] on the CPU (deviations.md Q12).
     noise: Tensor
     rng: RngStreams
     # Unchanged; a checkpoint tells which one it was.

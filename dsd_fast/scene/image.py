@@ -100,7 +100,7 @@ class Image(nn.Module):
 
     Args:
         latent_shape, image_size: of the model: (C, h, w), and both sides in pixels.
-        generator: CPU generator of the noise that it starts as (DSD_SPEC 11.1).
+        generator: CPU generator of the noise that it starts as (mathematics.md 11.1).
     """
 
     fixed = "its --image.parameter, size and model"
