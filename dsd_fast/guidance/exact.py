@@ -3,7 +3,8 @@
 DDIM from level tau to t < tau moves its clean image by -sigma_t / alpha_t (eps_t - eps_tau), with
 eps_t = eps(alpha_t x + sigma_t eps_tau, t): the project page's DSD*, mathematics.md 3.9. The
 practical form puts the rendering's own prediction in the place of eps_tau, and another weight in
-that of sigma_t / alpha_t. With one step a level, of unit length, x - grad, the optimisation is the sampler.
+that of sigma_t / alpha_t. With one step a level, of unit length, x - grad, the optimisation is the
+sampler.
 """
 
 from __future__ import annotations

@@ -182,9 +182,9 @@ def link(
     mirrored: Tensor | None = None,
     pair: bool = True,
 ) -> Batch:
-    """Combine to the trajectory's noise eps_o, and put renderings on it at two levels.
+    """Combine to the trajectory's noise eps_o, and put renderings on it (mathematics.md 3.3).
 
-    x_delta = alpha_delta x + sigma_delta eps_o and x_t = alpha_t x + sigma_t eps_o: mathematics.md 3.3.
+    x_delta = alpha_delta x + sigma_delta eps_o and x_t = alpha_t x + sigma_t eps_o.
 
     Args:
         eps: the UNet's stack for the trajectory at t_delta, [R*B,C,h,w].

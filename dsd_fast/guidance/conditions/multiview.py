@@ -1,4 +1,4 @@
-"""Conditions of a model that predicts an object's four views at once (MVDream, mathematics.md 11.3).
+"""Conditions of a model that predicts four views at once (MVDream, mathematics.md 11.3).
 
 An item of guidance is then an object: its four views' latents stand side by side as 4C channels,
 with one level and one trajectory, so that trajectories, tables and passes are those of single

@@ -29,7 +29,7 @@ _HALF_FRONT_DEG = 45.0
 _HALF_BACK_DEG = 45.0
 
 # Decay f(A, b, C; r) = A exp(-b r) + C of a negative's weight over the interpolation weight r.
-# The offsets are rounded in the original, so weights meant to be zero are -1e-4 (deviations.md Q32).
+# The original rounds the offsets, so weights meant to be zero are about -1e-4 (deviations.md Q32).
 _DECAY = 0.5
 _FRONT_HALF = (4.0, -2.426)
 _BACK_HALF_SIDE = (1.0, -0.606)
