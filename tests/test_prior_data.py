@@ -449,9 +449,9 @@ def test_render_views_writes_a_consistent_set(renderer, archive, tmp_path):
     ids = ["Kator Legaz#futon-couch", "Blend Swap CC-0#horse2"]
     model = catalogue.Entry(table[ids[0]], archive, "m/box/box.obj", catalogue.IDENTITY)
     mesh.write_pack([model, replace(model, noun=table[ids[1]])], tmp_path / "models.pack")
-    pack = mesh.Pack(tmp_path / "models.pack")
     n = 18  # more than one read-back
-    out = render.render_views(pack, tmp_path / "views", n, workers=1, seed=5)
+    out = tmp_path / "views"
+    render.render_views(render.RenderConfig(tmp_path / "models.pack", out, n, workers=1, seed=5))
     rgba = np.load(out / "rgba.npy", mmap_mode="r")
     meta = np.load(out / "meta.npz")
     index = json.loads((out / "index.json").read_text())
