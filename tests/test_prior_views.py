@@ -1,7 +1,9 @@
 """The pose-conditioned prior: orbits, networks, training, export, scores; objects and truth."""
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -13,7 +15,7 @@ from dsd_fast.diffusion import load_view_model
 from dsd_fast.diffusion.reference_picture import CameraProjection, latent_feature_width
 from dsd_fast.judge import captions, similarity
 from dsd_fast.judge.truth import read_truth
-from dsd_fast.prior import evaluate_views, models, objects, orbits, render, train_views
+from dsd_fast.prior import evaluate_views, models, objects, orbits, render, train, train_views
 from dsd_fast.prior.train import load_part
 from dsd_fast.prior.views import ORBIT_ELEVATION, STRETCH, sample_orbits
 
@@ -195,7 +197,10 @@ def test_the_network_ships_in_fifteen_megabytes():
     assert 2 * count < 14.95e6
 
 
-def test_training_exports_a_model_that_guidance_loads(folder, tmp_path):
+def test_training_exports_a_model_that_guidance_loads(folder, tmp_path, monkeypatch):
+    # A clock that looks move by half a second: as many steps on every machine.
+    half_seconds = itertools.count(0.0, 0.5)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(half_seconds)))
     state = tmp_path / "state"
     cfg = train_views.ViewTrainConfig(
         views=folder, out=state, minutes=0.05, batch_size=2, compile=False

@@ -14,7 +14,7 @@ MIN_FRECHET = 16
 OUTLINE = 96
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
     """Rows [..., D] of length 1; rows of zeros stay zero."""
     x = np.asarray(x, np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -47,7 +47,7 @@ def pairwise_cosine(features: np.ndarray) -> float:
         features: [S,V,D], S >= 2.
     """
     # Half the squared distance of unit vectors; of zeros a cosine would be NaN.
-    return _between_seeds(_unit(_same_views(features)), "sqeuclidean") / 2
+    return _between_seeds(unit(_same_views(features)), "sqeuclidean") / 2
 
 
 def pairwise_euclidean(features: np.ndarray) -> float:
@@ -125,7 +125,7 @@ def vendi(features: np.ndarray) -> float:
     Args:
         features: [S,V,D], S >= 2, no row of zeros.
     """
-    return float(np.mean([vendi_score(x @ x.T) for x in _unit(_same_views(features))]))
+    return float(np.mean([vendi_score(x @ x.T) for x in unit(_same_views(features))]))
 
 
 def covariance(features: np.ndarray, shrink: bool) -> np.ndarray:
@@ -218,9 +218,9 @@ def nearest_models(features: np.ndarray, reference: np.ndarray, names: np.ndarra
     models, model_of_row = np.unique(np.asarray(names), return_inverse=True)
     order = np.argsort(model_of_row, kind="stable")
     starts = np.searchsorted(model_of_row[order], np.arange(len(models)))
-    rows = _unit(reference)[order].T
+    rows = unit(reference)[order].T
     nearest = []
-    for x in _unit(features):  # an asset at a time: M may be a hundred thousand
+    for x in unit(features):  # an asset at a time: M may be a hundred thousand
         best = np.maximum.reduceat(x @ rows, starts, axis=1)
         nearest.append(str(models[best.mean(0).argmax()]))
     return nearest
@@ -257,4 +257,4 @@ def clip_score(images: np.ndarray, text: np.ndarray) -> float:
     Args:
         images: [V,D] CLIP embeddings of the views; text: [D] that of the prompt.
     """
-    return float(100 * np.maximum(_unit(images) @ _unit(text), 0).mean())
+    return float(100 * np.maximum(unit(images) @ unit(text), 0).mean())
