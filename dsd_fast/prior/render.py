@@ -14,6 +14,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,104 +64,11 @@ class RenderConfig:
             )
 
 
-# What both shaders of a model know of the view.
-VIEW_BLOCK = """
-#version 330
-layout(std140) uniform View {
-    mat4 view_projection;
-    vec4 camera;    // position
-    vec4 key;       // direction to the light, strength
-    vec4 fill;      // direction to the light, strength
-    vec4 sky;       // ambient from above
-    vec4 ground;    // ambient from below
-    vec4 paint;     // colour, 1 when the main part is painted
-    vec4 material;  // specular strength, exponent, median luma of the main part
-    vec4 stretch;   // of the model's axes
-};
-"""
-
-VERTEX_SHADER = """
-in vec3 in_position;
-in vec3 in_normal;
-in vec2 in_uv;
-in vec4 in_colour;
-in vec2 in_part;  // texture layer or -1, 1 on the main part
-out vec3 position;
-out vec3 normal;
-out vec2 uv;
-flat out vec4 colour;
-flat out vec2 part;
-void main() {
-    position = in_position * stretch.xyz;
-    normal = in_normal / stretch.xyz;
-    uv = in_uv;
-    colour = in_colour;
-    part = in_part;
-    gl_Position = view_projection * vec4(position, 1.0);
-}
-"""
-
-FRAGMENT_SHADER = """
-uniform sampler2DArray textures;
-uniform float alpha_test;  // opaque pass: discard below, then alpha is 1; 0 in the blended pass
-in vec3 position;
-in vec3 normal;
-in vec2 uv;
-flat in vec4 colour;
-flat in vec2 part;
-out vec4 premultiplied;
-void main() {
-    vec4 base = colour;
-    if (part.x >= 0.0) {
-        vec4 texel = texture(textures, vec3(uv, part.x));
-        base = vec4(texel.rgb, texel.a * colour.a);
-    }
-    if (base.a < alpha_test) discard;
-    if (alpha_test > 0.0) base.a = 1.0;
-    if (part.y > 0.5 && paint.a > 0.5) {
-        float luma = dot(base.rgb, vec3(0.299, 0.587, 0.114));
-        float relief = part.x >= 0.0 ? clamp(luma / max(material.z, 0.05), 0.3, 1.6) : 1.0;
-        base.rgb = min(paint.rgb * relief, 1.0);
-    }
-    vec3 to_camera = normalize(camera.xyz - position);
-    vec3 n = normalize(normal);
-    if (dot(n, to_camera) < 0.0) n = -n;  // winding is inconsistent: shade both sides
-    vec3 light = mix(ground.rgb, sky.rgb, 0.5 + 0.5 * n.z)
-        + key.w * max(dot(n, key.xyz), 0.0) + fill.w * max(dot(n, fill.xyz), 0.0);
-    float highlight = material.x * key.w
-        * pow(max(dot(n, normalize(key.xyz + to_camera)), 0.0), material.y);
-    vec3 shaded = min(base.rgb * light + highlight, 1.0);
-    premultiplied = vec4(shaded * base.a, base.a);
-}
-"""
-
-# Box filter of the supersampled image, straight alpha, first row on top.
-RESOLVE_VERTEX_SHADER = """
-#version 330
-void main() {
-    vec2 corner = vec2((gl_VertexID << 1) & 2, gl_VertexID & 2);
-    gl_Position = vec4(corner * 2.0 - 1.0, 0.0, 1.0);
-}
-"""
-
-RESOLVE_FRAGMENT_SHADER = """
-#version 330
-uniform sampler2D image;
-uniform int size;
-uniform int factor;
-uniform int tile;
-out vec4 straight;
-void main() {
-    ivec2 pixel = ivec2(gl_FragCoord.xy) - ivec2(0, tile * size);
-    pixel.y = size - 1 - pixel.y;
-    vec4 sum = vec4(0.0);
-    for (int y = 0; y < factor; ++y)
-        for (int x = 0; x < factor; ++x)
-            sum += texelFetch(image, pixel * factor + ivec2(x, y), 0);
-    sum /= float(factor * factor);
-    straight = vec4(sum.a > 0.0 ? sum.rgb / sum.a : vec3(0.0), sum.a);
-}
-"""
+def _shader(*names: str) -> str:
+    """The files of a shader, one after the other."""
+    folder = resources.files("dsd_fast.prior")
+    files = (folder.joinpath(f"{name}.glsl") for name in names)
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def create_context(device_index: int = 0) -> moderngl.Context:
@@ -200,9 +108,9 @@ class Renderer:
         self.target = self.context.framebuffer([self.image], self.context.depth_renderbuffer(large))
         self.tiles = self.context.framebuffer([self.context.texture((size, size * TILES), 4)])
         self.program = self.context.program(
-            VIEW_BLOCK + VERTEX_SHADER, VIEW_BLOCK + FRAGMENT_SHADER
+            _shader("view", "model.vert"), _shader("view", "model.frag")
         )
-        self.resolve = self.context.program(RESOLVE_VERTEX_SHADER, RESOLVE_FRAGMENT_SHADER)
+        self.resolve = self.context.program(_shader("resolve.vert"), _shader("resolve.frag"))
         self.resolve["size"] = size
         self.resolve["factor"] = supersampling
         self.fullscreen = self.context.vertex_array(self.resolve, [])
