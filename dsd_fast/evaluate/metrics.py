@@ -6,6 +6,8 @@ features. The views of all assets are taken from the same azimuths in the same o
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 # Fewer images say nothing about a covariance, shrunk or not.
@@ -29,7 +31,7 @@ def _same_views(features: np.ndarray) -> np.ndarray:
     return features.swapaxes(0, 1)
 
 
-def _between_seeds(x: np.ndarray, metric: str) -> float:
+def _between_seeds(x: np.ndarray, metric: Literal["euclidean", "jaccard", "sqeuclidean"]) -> float:
     """Mean distance of pairs of seeds, by a name of `scipy.spatial.distance`; x is [V,S,D]."""
     from scipy.spatial.distance import pdist
 

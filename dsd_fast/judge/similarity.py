@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 # Side of the structural similarity's window of sigma 1.5, in pixels.
@@ -35,17 +37,16 @@ def ssim(image: np.ndarray, truth: np.ndarray) -> float:
         raise ValueError(
             f"expected images of at least {_SSIM_WINDOW} pixels a side, got {list(image.shape)}"
         )
-    return float(
-        structural_similarity(
-            image,
-            truth,
-            data_range=1.0,
-            channel_axis=2,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
+    mean: Any = structural_similarity(
+        image,
+        truth,
+        data_range=1.0,
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
     )
+    return float(mean)
 
 
 def _same_shape(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

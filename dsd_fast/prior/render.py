@@ -189,6 +189,9 @@ VERTEX = np.dtype(
 )
 
 
+VERTEX_INPUTS = ("in_position", "in_normal", "in_uv", "in_colour", "in_part")
+
+
 class _Scene:
     """A model's buffers: one draw for all opaque parts, one for each transparent part."""
 
@@ -219,7 +222,7 @@ class _Scene:
         self.indices = context.buffer(indices.astype("<u4"))
         self.array = context.vertex_array(
             self.program,
-            [(self.vertices, "3f 3f 2f 4f1 2f", *(f"in_{name}" for name in VERTEX.fields))],
+            [(self.vertices, "3f 3f 2f 4f1 2f", *VERTEX_INPUTS)],
             index_buffer=self.indices,
         )
         self.textures = _texture_array(context, model.textures)
