@@ -203,7 +203,12 @@ setup(
     packages=sorted({*find_packages(include=["dsd_fast", "dsd_fast.*"]), "dsd_fast.kernels"}),
     package_dir={"dsd_fast.kernels": "kernels"},
     include_package_data=False,
-    package_data={"dsd_fast": ["assets/**/*", "py.typed"], "dsd_fast.judge": ["*.tsv"]},
+    package_data={
+        "dsd_fast": ["assets/**/*", "py.typed"],
+        "dsd_fast.evaluate": ["*.css"],
+        "dsd_fast.judge": ["*.tsv"],
+        "dsd_fast.prior": ["*.glsl"],
+    },
     ext_modules=[Extension("dsd_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=build_requirements,

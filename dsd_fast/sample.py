@@ -86,6 +86,9 @@ class Request:
     negative: str
     seed: int
 
+    def folder(self, command: SampleCommand) -> RunFolder:
+        return RunFolder.named(command.output, command.name, self.prompt, self.seed)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 wrong input."""
@@ -101,10 +104,7 @@ def write_samples(command: SampleCommand) -> list[Path]:
         ConfigError, OutputError: wrong input, before any work.
     """
     model_name, requests = _requests(command)
-    folders = [
-        RunFolder.named(command.output, command.name, request.prompt, request.seed)
-        for request in requests
-    ]
+    folders = [request.folder(command) for request in requests]
     for folder in folders:
         if (folder.path / IMAGE).exists() and not command.overwrite:
             raise OutputError(
@@ -119,8 +119,7 @@ def write_samples(command: SampleCommand) -> list[Path]:
         # The graphs and compilations of other engines pay for long runs.
         model = load_model(model_name, device, dtype, engine="eager")
         for negative in dict.fromkeys(request.negative for request in requests):
-            chosen = [i for i, r in enumerate(requests) if r.negative == negative]
-            _sample(command, model, [requests[i] for i in chosen], [folders[i] for i in chosen])
+            _sample(command, model, [r for r in requests if r.negative == negative])
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the GPU is too small for these samples at once: {error}") from error
     except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
@@ -128,12 +127,7 @@ def write_samples(command: SampleCommand) -> list[Path]:
     return [folder.path for folder in folders]
 
 
-def _sample(
-    command: SampleCommand,
-    model: DiffusionModel,
-    requests: Sequence[Request],
-    folders: Sequence[RunFolder],
-) -> None:
+def _sample(command: SampleCommand, model: DiffusionModel, requests: Sequence[Request]) -> None:
     """Sample and write requests of one negative prompt."""
     shape = (1, model.latent_channels, model.latent_size, model.latent_size)
     noise = torch.cat([seed_noise(RngStreams(r.seed).noise, shape) for r in requests])
@@ -148,8 +142,9 @@ def _sample(
     )
     images = images.cpu()  # waits for the device
     seconds = (time.monotonic() - begun) / len(requests)
-    for request, image, folder in zip(requests, images, folders):
-        pictures.write_png(pictures.to_uint8(image.permute(1, 2, 0)), folder.path / IMAGE)
+    for request, image in zip(requests, images):
+        folder = request.folder(command).path
+        pictures.write_png(pictures.to_uint8(image.permute(1, 2, 0)), folder / IMAGE)
         about = {
             "prompt": request.prompt,
             "seed": request.seed,
@@ -162,8 +157,8 @@ def _sample(
             "negative": request.negative,
             "model_sha256": model.model_hash,
         }
-        write_json(folder.path / ABOUT, about)
-        log.info("wrote %s", folder.path / IMAGE)
+        write_json(folder / ABOUT, about)
+        log.info("wrote %s", folder / IMAGE)
 
 
 def _requests(command: SampleCommand) -> tuple[str, list[Request]]:

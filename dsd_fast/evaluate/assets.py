@@ -3,12 +3,14 @@ prompt and seed."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +65,10 @@ class Source:
     # Of the sidecar: azimuths, elevation, seconds, memory_mib.
     about: dict = field(default_factory=dict)
 
+    def cost(self) -> tuple[float | None, float | None]:
+        """seconds and memory_mib, as the sidecar tells them."""
+        return self.about.get("seconds"), self.about.get("memory_mib")
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -100,10 +106,6 @@ def _is_run(path: Path) -> bool:
     return bool(checkpoint.list_steps(RunFolder(path).checkpoints))
 
 
-def _meshes_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in meshes.SUFFIXES)
-
-
 def _assets_below(path: Path, depth: int = 0) -> list[Path]:
     """Run folders, folders of views and meshes at or below ``path``.
 
@@ -123,7 +125,7 @@ def _assets_below(path: Path, depth: int = 0) -> list[Path]:
         return below
     if numbered_images(path):
         return [path]
-    return below + _meshes_in(path)
+    return below + sorted(p for p in path.iterdir() if p.suffix.lower() in meshes.SUFFIXES)
 
 
 def find_assets(path: Path) -> list[Path]:
@@ -336,7 +338,7 @@ def _render(
     source: Source, views: int, size: int, device: torch.device, own_background: bool
 ) -> Asset:
     run = open_run(source.path, device, None if own_background else (GREY, GREY, GREY))
-    azimuths = np.arange(views) * (360 / views)
+    azimuths = _around(views)
     images, masks = [], []
     with torch.no_grad():
         for azimuth in azimuths.tolist():
@@ -354,21 +356,23 @@ def _render_mesh(source: Source, views: int, size: int) -> Asset:
     cfg = CameraConfig()
     if "elevation" in source.about:
         cfg.eval_elevation_deg = float(source.about["elevation"])
-    azimuths = np.arange(views) * (360 / views)
+    azimuths = _around(views)
     try:
         images, masks = meshes.render_views(source.path, azimuths, size, GREY, cfg)
     except (ValueError, ImportError) as error:
         raise EvaluateError(f"{source.path}: {error}") from error
-    about = source.about
-    cost = about.get("seconds"), about.get("memory_mib")
     elevation = float(cfg.eval_elevation_deg)
-    return Asset(source, images, azimuths, elevation, *cost, masks=masks)
+    return Asset(source, images, azimuths, elevation, *source.cost(), masks=masks)
+
+
+def _around(views: int) -> np.ndarray:
+    """Azimuths [views] evenly around, from the front on."""
+    return np.arange(views) * (360 / views)
 
 
 def _picture(source: Source) -> Asset:
     """The image of a 2D run, as of its newest checkpoint, or the one that a folder holds."""
-    seconds, memory_mib = source.about.get("seconds"), source.about.get("memory_mib")
-    unfinished = None
+    told, unfinished = source.cost(), None
     if source.is_run:
         try:
             path, folder = cli.find_checkpoint(source.path)
@@ -377,8 +381,7 @@ def _picture(source: Source) -> Asset:
         except (CheckpointError, KeyError) as error:
             raise EvaluateError(f"{source.path}: {error}") from error
         unfinished = (step, last) if step < last else None
-        seconds, memory_mib = cost(folder.metrics)
-        images = [folder.image]
+        told, images = cost(folder.metrics), [folder.image]
         if step != folder.last_step() or not folder.image.is_file():
             raise EvaluateError(
                 f"{source.path}: a 2D run shows the image.png of its newest checkpoint, and there "
@@ -392,7 +395,7 @@ def _picture(source: Source) -> Asset:
                 f"{len(images)} images"
             )
     image = read_image(images[0])
-    return Asset(source, image[None], np.zeros(1), 0.0, seconds, memory_mib, unfinished)
+    return Asset(source, image[None], np.zeros(1), 0.0, *told, unfinished)
 
 
 def views_of(sources: Sequence[Source], wanted: int | None) -> int:
@@ -424,20 +427,17 @@ def cost(metrics: Path) -> tuple[float | None, float | None]:
         lines = metrics.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None, None
-    total, last, peak = 0.0, None, None
+    records = []
     for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # a line that a crash cut short
-            continue
-        seconds, memory = record.get("seconds"), record.get("memory_mib")
-        if seconds is not None:
-            if last is not None and seconds < last:
-                total += last
-            last = seconds
-        if memory is not None:
-            peak = memory if peak is None else max(peak, memory)
-    return (None if last is None else total + last), peak
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a crash cut short
+            records.append(json.loads(line))
+    seconds, memory = (
+        [record[key] for record in records if record.get(key) is not None]
+        for key in ("seconds", "memory_mib")
+    )
+    before = sum(last for last, following in pairwise(seconds) if following < last)
+    total = before + seconds[-1] if seconds else None
+    return total, max(memory, default=None)
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -469,16 +469,13 @@ def over_grey(rgba: np.ndarray) -> np.ndarray:
 
 def _chosen(azimuths: np.ndarray, views: int) -> np.ndarray:
     """Rows [views] of the azimuths [N] that are nearest to evenly spaced ones from 0 on."""
-    wanted = np.arange(views) * (360 / views)
-    apart = np.abs((azimuths[None] - wanted[:, None] + 180) % 360 - 180)
+    apart = np.abs((azimuths[None] - _around(views)[:, None] + 180) % 360 - 180)
     return apart.argmin(1)
 
 
 def _read(source: Source, views: int) -> Asset:
     paths = numbered_images(source.path)
-    azimuths = np.asarray(
-        source.about.get("azimuths", np.arange(len(paths)) * (360 / len(paths))), np.float64
-    )
+    azimuths = np.asarray(source.about.get("azimuths", _around(len(paths))), np.float64)
     if azimuths.shape != (len(paths),):
         raise EvaluateError(
             f"{source.path / SIDECAR}: {azimuths.size} azimuths for {len(paths)} images"
@@ -494,16 +491,10 @@ def _read(source: Source, views: int) -> Asset:
     if any(image.shape != shape for image in images):
         images = [_resized(image, shape[:2]) for image in images]
     rgba = np.stack(images)
-    about = source.about
-    return Asset(
-        source,
-        over_grey(rgba),
-        azimuths[rows],
-        float(about.get("elevation", 0.0)),
-        about.get("seconds"),
-        about.get("memory_mib"),
-        masks=rgba[..., 3] > 127 if (rgba[..., 3] < 255).any() else None,
-    )
+    masks = rgba[..., 3] > 127 if (rgba[..., 3] < 255).any() else None
+    elevation = float(source.about.get("elevation", 0.0))
+    looks = over_grey(rgba), azimuths[rows], elevation
+    return Asset(source, *looks, *source.cost(), masks=masks)
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

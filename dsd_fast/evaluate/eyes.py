@@ -25,9 +25,6 @@ from dsd_fast.judge.judge import Judge, load_judge
 # between sets of images. The rest (pooled taps of earlier layers) is for the judges.
 HEAD_WIDTH = 1280
 FRONT = VIEWS.index("front")
-# Of OpenAI's CLIP, for a folder without preprocessor_config.json.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Images [V,H,W,3] uint8 -> features [V,D] float32, D >= HEAD_WIDTH or what a test takes.
 Encoder = Callable[[np.ndarray], np.ndarray]
 
@@ -97,6 +94,7 @@ class Clip:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPTokenizer
+        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         if not (folder / "config.json").is_file():
             raise EvaluateError(f"--clip {folder}: no config.json of a transformers CLIP model")
@@ -109,9 +107,10 @@ class Clip:
         self.device = device
         path = folder / "preprocessor_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        mean, std = config.get("image_mean", CLIP_MEAN), config.get("image_std", CLIP_STD)
-        self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(std, device=device).view(1, 3, 1, 1)
+        self.mean, self.std = (
+            torch.tensor(config.get(name, usual), device=device).view(1, 3, 1, 1)
+            for name, usual in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD))
+        )
 
     @torch.no_grad()
     def embed(self, images: np.ndarray, prompt: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,8 @@ features. The views of all assets are taken from the same azimuths in the same o
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 # Fewer images say nothing about a covariance, shrunk or not.
@@ -14,7 +16,7 @@ MIN_FRECHET = 16
 OUTLINE = 96
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
     """Rows [..., D] of length 1; rows of zeros stay zero."""
     x = np.asarray(x, np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
@@ -29,6 +31,13 @@ def _same_views(features: np.ndarray) -> np.ndarray:
     return features.swapaxes(0, 1)
 
 
+def _between_seeds(x: np.ndarray, metric: Literal["euclidean", "jaccard", "sqeuclidean"]) -> float:
+    """Mean distance of pairs of seeds, by a name of `scipy.spatial.distance`; x is [V,S,D]."""
+    from scipy.spatial.distance import pdist
+
+    return float(np.mean([pdist(view, metric) for view in x]))
+
+
 def pairwise_cosine(features: np.ndarray) -> float:
     """Mean cosine distance between seeds seen from the same side.
 
@@ -39,10 +48,8 @@ def pairwise_cosine(features: np.ndarray) -> float:
     Args:
         features: [S,V,D], S >= 2.
     """
-    x = _unit(_same_views(features))
-    seeds = x.shape[1]
-    first, second = np.triu_indices(seeds, 1)
-    return float(np.mean(1 - np.einsum("vpd,vpd->vp", x[:, first], x[:, second])))
+    # Half the squared distance of unit vectors; of zeros a cosine would be NaN.
+    return _between_seeds(unit(_same_views(features)), "sqeuclidean") / 2
 
 
 def pairwise_euclidean(features: np.ndarray) -> float:
@@ -53,9 +60,7 @@ def pairwise_euclidean(features: np.ndarray) -> float:
     Args:
         features: [S,V,D], S >= 2.
     """
-    x = _same_views(features)
-    first, second = np.triu_indices(x.shape[1], 1)
-    return float(np.mean(np.linalg.norm(x[:, first] - x[:, second], axis=-1)))
+    return _between_seeds(_same_views(features), "euclidean")
 
 
 def silhouettes_apart(masks: np.ndarray) -> float:
@@ -71,11 +76,8 @@ def silhouettes_apart(masks: np.ndarray) -> float:
     masks = np.asarray(masks, bool)
     if masks.ndim != 4 or masks.shape[0] < 2:
         raise ValueError(f"expected masks [S,V,H,W] of at least 2 seeds, got {list(masks.shape)}")
-    cropped = np.stack([[_outline(view) for view in seed] for seed in masks])
-    first, second = np.triu_indices(len(masks), 1)
-    both = (cropped[first] & cropped[second]).sum((-1, -2))
-    either = (cropped[first] | cropped[second]).sum((-1, -2))
-    return float(np.mean(np.where(either > 0, 1 - both / np.maximum(either, 1), 0.0)))
+    outlines = [[_outline(mask).ravel() for mask in view] for view in masks.swapaxes(0, 1)]
+    return _between_seeds(np.array(outlines), "jaccard")
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
@@ -106,14 +108,15 @@ def vendi_score(kernel: np.ndarray) -> float:
     Raises:
         ValueError: the kernel is not square or its diagonal is not one.
     """
+    from scipy.special import entr
+
     kernel = np.asarray(kernel, np.float64)
     if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1] or len(kernel) == 0:
         raise ValueError(f"expected a square kernel, got {list(kernel.shape)}")
     if not np.allclose(np.diag(kernel), 1, atol=1e-6):
         raise ValueError("expected a kernel with ones on its diagonal")
-    eigenvalues = np.linalg.eigvalsh(kernel / len(kernel))
-    eigenvalues = eigenvalues[eigenvalues > 1e-12]
-    return float(np.exp(-np.sum(eigenvalues * np.log(eigenvalues))))
+    eigenvalues = np.linalg.eigvalsh(kernel / len(kernel)).clip(min=0)
+    return float(np.exp(entr(eigenvalues).sum()))
 
 
 def vendi(features: np.ndarray) -> float:
@@ -124,7 +127,7 @@ def vendi(features: np.ndarray) -> float:
     Args:
         features: [S,V,D], S >= 2, no row of zeros.
     """
-    return float(np.mean([vendi_score(x @ x.T) for x in _unit(_same_views(features))]))
+    return float(np.mean([vendi_score(x @ x.T) for x in unit(_same_views(features))]))
 
 
 def covariance(features: np.ndarray, shrink: bool) -> np.ndarray:
@@ -217,9 +220,9 @@ def nearest_models(features: np.ndarray, reference: np.ndarray, names: np.ndarra
     models, model_of_row = np.unique(np.asarray(names), return_inverse=True)
     order = np.argsort(model_of_row, kind="stable")
     starts = np.searchsorted(model_of_row[order], np.arange(len(models)))
-    rows = _unit(reference)[order].T
+    rows = unit(reference)[order].T
     nearest = []
-    for x in _unit(features):  # an asset at a time: M may be a hundred thousand
+    for x in unit(features):  # an asset at a time: M may be a hundred thousand
         best = np.maximum.reduceat(x @ rows, starts, axis=1)
         nearest.append(str(models[best.mean(0).argmax()]))
     return nearest
@@ -256,4 +259,4 @@ def clip_score(images: np.ndarray, text: np.ndarray) -> float:
     Args:
         images: [V,D] CLIP embeddings of the views; text: [D] that of the prompt.
     """
-    return float(100 * np.maximum(_unit(images) @ _unit(text), 0).mean())
+    return float(100 * np.maximum(unit(images) @ unit(text), 0).mean())

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 
 import numpy as np
 
@@ -15,37 +16,6 @@ from dsd_fast.evaluate.report import COLUMNS, Column
 # Side of a thumbnail, and the quality of its jpeg: about 2 KB a view.
 THUMBNAIL = 128
 QUALITY = 82
-
-# Colours are the reader's choice; nothing is fetched and nothing is run.
-STYLE = """
-:root { color-scheme: light dark; --line: #d5d5d5; --soft: #666; --mark: #e3f0e3; }
-@media (prefers-color-scheme: dark) { :root { --line: #444; --soft: #aaa; --mark: #24402a; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 90rem; padding: 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-h3 { font-size: 1rem; margin: 0 0 .3rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: right; }
-th { font-weight: 600; vertical-align: bottom; }
-th:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-td.best { background: var(--mark); font-weight: 600; }
-.prompt { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
-.method { flex: 1 1 22rem; min-width: 0; }
-.row { align-items: center; display: grid; gap: 2px; margin-bottom: 3px;
-  grid-template-columns: 1.8rem repeat(var(--views), minmax(0, 1fr)); }
-.row span { color: var(--soft); font-size: .8rem; padding-right: .3rem; text-align: right; }
-.row img { display: block; height: auto; width: 100%; }
-@media (max-width: 40rem) { /* a phone: the views of a seed in lines of four */
-  .row { grid-template-columns: 1.8rem repeat(4, minmax(0, 1fr)); margin-bottom: .6rem; }
-  .row span { grid-row: 1 / span var(--lines); } }
-.seeds { display: grid; gap: 4px; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); }
-.seeds figure { margin: 0; } .seeds img { display: block; height: auto; width: 100%; }
-.seeds figcaption { color: var(--soft); font-size: .8rem; text-align: center; }
-.figures, .notes, footer, dd { color: var(--soft); font-size: .88rem; }
-.figures { margin: .2rem 0 .4rem; }
-dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0; }
-"""
 
 
 def thumbnail(image: np.ndarray, size: int = THUMBNAIL) -> np.ndarray:
@@ -178,10 +148,12 @@ def page(report: dict, assets: Sequence[Asset], title: str = "Comparison of meth
     single = report["views"] == 1
     views = "one image" if single else f"{report['views']} views"
     layout = "Rows are seeds; columns are views from the front around the object."
+    style = resources.files("dsd_fast.evaluate").joinpath("page.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<title>{escape(title)}</title><style>
+{style}</style></head><body>
 <h1>{escape(title)}</h1>
 <p class="notes">{len(methods)} methods, {len(prompts)} prompts, {len(assets)} assets,
 {views} of each. Of a method: the mean over its prompts. Arrows point to the better

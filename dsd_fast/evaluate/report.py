@@ -232,18 +232,14 @@ def _look(assets: Sequence[Asset], eyes: Eyes, features: Sequence[np.ndarray]) -
     if eyes.nearest is not None:
         reference = head(eyes.nearest.features), eyes.nearest.names
         nearest = metrics.nearest_models(head(np.stack(features)), *reference)
-    return [
-        Look(
-            asset,
-            x,
-            judge_asset(eyes.judge, asset, x) if eyes.judge else None,
-            metrics.clip_score(*eyes.clip.embed(asset.images, asset.source.prompt))
-            if eyes.clip
-            else None,
-            model,
-        )
-        for asset, x, model in zip(assets, features, nearest, strict=True)
-    ]
+    looks = []
+    for asset, x, model in zip(assets, features, nearest, strict=True):
+        verdict = judge_asset(eyes.judge, asset, x) if eyes.judge else None
+        clip = None
+        if eyes.clip:
+            clip = metrics.clip_score(*eyes.clip.embed(asset.images, asset.source.prompt))
+        looks.append(Look(asset, x, verdict, clip, model))
+    return looks
 
 
 def _figures(looks: list[Look]) -> dict[str, float]:

@@ -20,7 +20,7 @@ import tyro
 
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
-from dsd_fast.evaluate import assets
+from dsd_fast.evaluate import assets, metrics
 from dsd_fast.evaluate.assets import EvaluateError, Run
 from dsd_fast.files import write_json
 from dsd_fast.judge.similarity import psnr, ssim
@@ -84,12 +84,10 @@ def score(
     }
     if encoder is not None:
         seen, true = (
-            encoder((side * 255).round().astype(np.uint8)).astype(np.float64)
+            metrics.unit(encoder((side * 255).round().astype(np.uint8)))
             for side in (images, truths)
         )
-        dot = (seen * true).sum(1)
-        norms = np.linalg.norm(seen, axis=1) * np.linalg.norm(true, axis=1)
-        figures["feature_distance"] = (1 - dot / np.maximum(norms, 1e-12)).tolist()
+        figures["feature_distance"] = (1 - (seen * true).sum(1)).tolist()
     return figures
 
 
@@ -159,8 +157,8 @@ def _compare_run(
     log.info("%s, %s, seed %d: %s", cfg.prompt, entry["method"], cfg.seed, _shown(entry))
     if command.sheets is not None:
         command.sheets.mkdir(parents=True, exist_ok=True)
-        rows = [np.concatenate(list(side), axis=1) for side in (truths, images)]
-        sheet = to_uint8(torch.from_numpy(np.concatenate(rows)))
+        rows = [np.hstack(list(side)) for side in (truths, images)]
+        sheet = to_uint8(torch.from_numpy(np.vstack(rows)))
         name = f"{cfg.prompt}-{entry['method'].replace(' ', '-')}-seed{cfg.seed}.png"
         write_png(sheet, command.sheets / name)
     return entry

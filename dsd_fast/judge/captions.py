@@ -197,14 +197,3 @@ def noun_of(prompt: str) -> int | None:
 def has_front(noun: str) -> bool:
     """Whether things of that noun have a front that a viewer can tell."""
     return noun not in NO_FRONT
-
-
-def words() -> list[str]:
-    """Every word that captions can hold, sorted, lower case: the vocabulary of a tokenizer."""
-    phrases = [row.noun for row in nouns() if not row.exclude]
-    phrases += [row.group for row in nouns() if not row.exclude]
-    phrases += [row.colour for row in nouns() if not row.exclude]
-    phrases += [row.material for row in nouns() if not row.exclude]
-    phrases += [synonym for several in SYNONYMS.values() for synonym in several]
-    phrases += [*COLOURS, *PREFIXES, *VIEWS, "a", "an", "view"]
-    return sorted({word.lower() for phrase in phrases for word in phrase.split()} | {","})

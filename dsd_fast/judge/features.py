@@ -85,10 +85,9 @@ class EfficientNetLite0(nn.Module):
                 inputs = channels
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = SameConv(inputs, 1280, 1, bias=False), norm(1280)
-        self._fc = nn.Linear(1280, 1000)
+        self._fc = nn.Linear(1280, 1000)  # of the head: ImageNet's classes, which nothing asks
 
-    def _trunk(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Pooled head [B,1280] and the pooled taps, each [B,channels * cells]."""
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.interpolate(images, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True)
         x = (x * 255 - 127) / 128
         x = F.relu6(self._bn0(self._conv_stem(x)))
@@ -96,15 +95,8 @@ class EfficientNetLite0(nn.Module):
         for i, block in enumerate(self._blocks):
             x = block(x)
             taps += [F.adaptive_avg_pool2d(x, grid).flatten(1) for grid in TAPS.get(i, ())]
-        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)), taps
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        head, taps = self._trunk(images)
+        head = F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
         return torch.cat([*taps, head], 1)
-
-    def classify(self, images: torch.Tensor) -> torch.Tensor:
-        """ImageNet logits [B,1000]."""
-        return self._fc(self._trunk(images)[0])
 
 
 def load_features(device: torch.device | str = "cpu") -> EfficientNetLite0:

@@ -25,6 +25,7 @@ The pose-conditioned prior beside it, for the reconstruction of one picture:
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -48,26 +49,6 @@ class PackConfig:
 
 
 @dataclass
-class RenderConfig:
-    """From packed models to views."""
-
-    # Packed models.
-    pack: Path
-    # Folder to write: 256 KiB a view.
-    out: Path
-    # Views of each model.
-    views_per_model: int = 144
-    # Views that share light and paint, for pairs of one object (train-views); 0: each its own.
-    views_per_orbit: int = 0
-    # Processes, each with an EGL context.
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    # EGL device.
-    device_index: int = 0
-    # Seed of cameras, lights and paints.
-    seed: int = 0
-
-
-@dataclass
 class ExportConfig:
     """From trained states to the folder that ships."""
 
@@ -83,22 +64,6 @@ def pack(cfg: PackConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         entries = catalogue.load(catalogue.unpack(cfg.source, Path(folder)))
         mesh.write_pack(entries, cfg.out, cfg.workers, report("packed"))
-
-
-def render(cfg: RenderConfig) -> None:
-    """Render the views."""
-    from dsd_fast.prior.render import render_views
-
-    render_views(
-        mesh.Pack(cfg.pack),
-        cfg.out,
-        cfg.views_per_model,
-        cfg.workers,
-        cfg.seed,
-        cfg.device_index,
-        report("rendered"),
-        cfg.views_per_orbit,
-    )
 
 
 def report(verb: str) -> Callable[..., None]:
@@ -151,6 +116,7 @@ def main() -> None:
         evaluate,
         evaluate_views,
         objects,
+        render,
         sheet,
         train,
         train_views,
@@ -159,7 +125,10 @@ def main() -> None:
 
     commands = {
         "pack": (PackConfig, pack),
-        "render": (RenderConfig, render),
+        "render": (
+            render.RenderConfig,
+            functools.partial(render.render_views, progress=report("rendered")),
+        ),
         "train-vae": (train.VaeConfig, train.train_vae),
         "train-unet": (train.UnetConfig, train.train_unet),
         "export": (ExportConfig, export),

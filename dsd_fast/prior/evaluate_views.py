@@ -12,7 +12,6 @@ import torch
 from dsd_fast.config import resolve_device
 from dsd_fast.diffusion import ViewModel, load_view_model
 from dsd_fast.diffusion.ddim import guided_latents
-from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.files import write_json
 from dsd_fast.judge.similarity import psnr, ssim
 from dsd_fast.prior.evaluate import SampleConfig
@@ -135,21 +134,10 @@ def _sample(
     picture = orbits.images(rows[reference][None])
     model.condition(picture)
 
-    azimuth = orbits.azimuth[orbit, targets] - orbits.azimuth[orbit, reference]
-
-    def poses(sign: float) -> torch.Tensor:
-        return relative_pose(
-            orbits.elevation[orbit, targets],
-            sign * azimuth,
-            orbits.distance[orbit, targets],
-            orbits.elevation[orbit, reference],
-            0.0,
-            orbits.distance[orbit, reference],
-        )
-
+    poses = torch.cat([orbits.pose(orbit, targets, reference, mirror) for mirror in (0, 1)])
     shape = (2 * len(targets), model.latent_channels, model.latent_size, model.latent_size)
     noise = torch.randn(shape, generator=generator).to(model.device)
-    both = sample_view(model, torch.cat([poses(1.0), poses(-1.0)]), noise, cfg.steps, cfg.scale)
+    both = sample_view(model, poses, noise, cfg.steps, cfg.scale)
     samples, turned = both.cpu().chunk(2)
     truths = orbits.images(rows[targets]).cpu()
     return Sampled(orbits.models[orbit], picture[0].cpu(), truths, samples, turned)
@@ -161,10 +149,8 @@ def _through(model: ViewModel, images: torch.Tensor, generator: torch.Generator)
 
 def _against(images: torch.Tensor, truths: torch.Tensor) -> dict[str, float]:
     """Means over pictures [N,3,H,W] in [0,1]."""
-    pairs = [
-        (a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy())
-        for a, b in zip(images, truths, strict=True)
-    ]
+    sides = (side.permute(0, 2, 3, 1).numpy() for side in (images, truths))
+    pairs = list(zip(*sides, strict=True))
     return {
         "psnr_db": float(np.mean([psnr(a, b) for a, b in pairs])),
         "ssim": float(np.mean([ssim(a, b) for a, b in pairs])),

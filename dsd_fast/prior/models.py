@@ -249,6 +249,7 @@ def export_pipeline(
         OSError: `out` cannot be written.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from tokenizers import Tokenizer
 
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
     pipeline = StableDiffusionPipeline(
@@ -264,8 +265,4 @@ def export_pipeline(
     # tokenizer.json: where the latter was written, ship the former too.
     tables = out / "tokenizer" / "tokenizer.json"
     if tables.is_file():
-        bpe = json.loads(tables.read_text(encoding="utf-8"))["model"]
-        (out / "tokenizer" / "vocab.json").write_text(json.dumps(bpe["vocab"]), encoding="utf-8")
-        merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
-        lines = ["#version: 0.2", *merges]
-        (out / "tokenizer" / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        Tokenizer.from_file(str(tables)).model.save(str(tables.parent))

@@ -109,6 +109,25 @@ class Orbits:
         """Views of rows [B] on white: [B,3,256,256] float32 in [0,1] on the device."""
         return on_white(torch.from_numpy(self._rgba[rows.numpy()]).to(self.device))
 
+    def pose(
+        self,
+        orbit: torch.Tensor | int,
+        target: torch.Tensor,
+        reference: torch.Tensor | int,
+        mirror: torch.Tensor | int,
+    ) -> torch.Tensor:
+        """[B,4] float32, `relative_pose` of views `target` [B] of orbits; where `mirror` is 1, that
+        of their mirror images."""
+        azimuth = self.azimuth[orbit, target] - self.azimuth[orbit, reference]
+        return relative_pose(
+            self.elevation[orbit, target],
+            azimuth * (1 - 2 * mirror),
+            self.distance[orbit, target],
+            self.elevation[orbit, reference],
+            0.0,
+            self.distance[orbit, reference],
+        )
+
     @torch.no_grad()
     def encode(self, vae: AutoencoderKL) -> None:
         """Encode every view, as it is and mirrored, for `sample`: 32 KiB a view.
@@ -144,15 +163,7 @@ class Orbits:
 
         orbit, target, mirror = integers(n), integers(views), integers(2)
         reference = self.references[orbit, integers(views)]
-        azimuth = self.azimuth[orbit, target] - self.azimuth[orbit, reference]
-        pose = relative_pose(
-            self.elevation[orbit, target],
-            azimuth * (1 - 2 * mirror),
-            self.distance[orbit, target],
-            self.elevation[orbit, reference],
-            0.0,
-            self.distance[orbit, reference],
-        )
+        pose = self.pose(orbit, target, reference, mirror)
         mean = self._mean[mirror, orbit, target].float()
         std = self._std[mirror, orbit, target].float()
         drawn = mean + std * torch.randn_like(mean)

@@ -8,11 +8,13 @@ Works with a GPU's EGL and with Mesa's software rasteriser. Where a GPU driver's
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,122 +24,51 @@ from dsd_fast.judge import captions
 from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
 from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views
+from dsd_fast.ranges import ConfigError, Count, CountOrNone, check
 
 if TYPE_CHECKING:
     import moderngl
 
+IMAGES = "rgba.npy"
 SIZE = 256
 SUPERSAMPLING = 2
 TILES = 16  # views that are read back together
 CAPTION_VARIANTS = 8
 ALPHA_TEST = 0.5
 
-VERTEX_SHADER = """
-#version 330
-layout(std140) uniform View {
-    mat4 view_projection;
-    vec4 camera;    // position
-    vec4 key;       // direction to the light, strength
-    vec4 fill;      // direction to the light, strength
-    vec4 sky;       // ambient from above
-    vec4 ground;    // ambient from below
-    vec4 paint;     // colour, 1 when the main part is painted
-    vec4 material;  // specular strength, exponent, median luma of the main part
-    vec4 stretch;   // of the model's axes
-};
-in vec3 in_position;
-in vec3 in_normal;
-in vec2 in_uv;
-in vec4 in_colour;
-in vec2 in_part;  // texture layer or -1, 1 on the main part
-out vec3 position;
-out vec3 normal;
-out vec2 uv;
-flat out vec4 colour;
-flat out vec2 part;
-void main() {
-    position = in_position * stretch.xyz;
-    normal = in_normal / stretch.xyz;
-    uv = in_uv;
-    colour = in_colour;
-    part = in_part;
-    gl_Position = view_projection * vec4(position, 1.0);
-}
-"""
 
-FRAGMENT_SHADER = """
-#version 330
-layout(std140) uniform View {
-    mat4 view_projection;
-    vec4 camera;
-    vec4 key;
-    vec4 fill;
-    vec4 sky;
-    vec4 ground;
-    vec4 paint;
-    vec4 material;
-    vec4 stretch;
-};
-uniform sampler2DArray textures;
-uniform float alpha_test;  // opaque pass: discard below, then alpha is 1; 0 in the blended pass
-in vec3 position;
-in vec3 normal;
-in vec2 uv;
-flat in vec4 colour;
-flat in vec2 part;
-out vec4 premultiplied;
-void main() {
-    vec4 base = colour;
-    if (part.x >= 0.0) {
-        vec4 texel = texture(textures, vec3(uv, part.x));
-        base = vec4(texel.rgb, texel.a * colour.a);
-    }
-    if (base.a < alpha_test) discard;
-    if (alpha_test > 0.0) base.a = 1.0;
-    if (part.y > 0.5 && paint.a > 0.5) {
-        float luma = dot(base.rgb, vec3(0.299, 0.587, 0.114));
-        float relief = part.x >= 0.0 ? clamp(luma / max(material.z, 0.05), 0.3, 1.6) : 1.0;
-        base.rgb = min(paint.rgb * relief, 1.0);
-    }
-    vec3 to_camera = normalize(camera.xyz - position);
-    vec3 n = normalize(normal);
-    if (dot(n, to_camera) < 0.0) n = -n;  // winding is inconsistent: shade both sides
-    vec3 light = mix(ground.rgb, sky.rgb, 0.5 + 0.5 * n.z)
-        + key.w * max(dot(n, key.xyz), 0.0) + fill.w * max(dot(n, fill.xyz), 0.0);
-    float highlight = material.x * key.w
-        * pow(max(dot(n, normalize(key.xyz + to_camera)), 0.0), material.y);
-    vec3 shaded = min(base.rgb * light + highlight, 1.0);
-    premultiplied = vec4(shaded * base.a, base.a);
-}
-"""
+@dataclass
+class RenderConfig:
+    """From packed models to views."""
 
-# Box filter of the supersampled image, straight alpha, first row on top.
-RESOLVE_VERTEX_SHADER = """
-#version 330
-void main() {
-    vec2 corner = vec2((gl_VertexID << 1) & 2, gl_VertexID & 2);
-    gl_Position = vec4(corner * 2.0 - 1.0, 0.0, 1.0);
-}
-"""
+    # Packed models.
+    pack: Path
+    # Folder to write: 256 KiB a view.
+    out: Path
+    # Views of each model.
+    views_per_model: Count = 144
+    # Views that share light and paint, for pairs of one object (train-views); 0: each its own.
+    views_per_orbit: CountOrNone = 0
+    # Processes, each with an EGL context.
+    workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
+    # EGL device.
+    device_index: int = 0
+    # Seed of cameras, lights and paints.
+    seed: int = 0
 
-RESOLVE_FRAGMENT_SHADER = """
-#version 330
-uniform sampler2D image;
-uniform int size;
-uniform int factor;
-uniform int tile;
-out vec4 straight;
-void main() {
-    ivec2 pixel = ivec2(gl_FragCoord.xy) - ivec2(0, tile * size);
-    pixel.y = size - 1 - pixel.y;
-    vec4 sum = vec4(0.0);
-    for (int y = 0; y < factor; ++y)
-        for (int x = 0; x < factor; ++x)
-            sum += texelFetch(image, pixel * factor + ivec2(x, y), 0);
-    sum /= float(factor * factor);
-    straight = vec4(sum.a > 0.0 ? sum.rgb / sum.a : vec3(0.0), sum.a);
-}
-"""
+    def validate(self) -> None:
+        if self.views_per_orbit and self.views_per_model % self.views_per_orbit:
+            raise ConfigError(
+                f"views_per_orbit: expected 0 or a divisor of the {self.views_per_model} views "
+                f"per model, got {self.views_per_orbit}"
+            )
+
+
+def _shader(*names: str) -> str:
+    """The files of a shader, one after the other."""
+    folder = resources.files("dsd_fast.prior")
+    files = (folder.joinpath(f"{name}.glsl") for name in names)
+    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def create_context(device_index: int = 0) -> moderngl.Context:
@@ -176,8 +107,10 @@ class Renderer:
         self.image = self.context.texture(large, 4)
         self.target = self.context.framebuffer([self.image], self.context.depth_renderbuffer(large))
         self.tiles = self.context.framebuffer([self.context.texture((size, size * TILES), 4)])
-        self.program = self.context.program(VERTEX_SHADER, FRAGMENT_SHADER)
-        self.resolve = self.context.program(RESOLVE_VERTEX_SHADER, RESOLVE_FRAGMENT_SHADER)
+        self.program = self.context.program(
+            _shader("view", "model.vert"), _shader("view", "model.frag")
+        )
+        self.resolve = self.context.program(_shader("resolve.vert"), _shader("resolve.frag"))
         self.resolve["size"] = size
         self.resolve["factor"] = supersampling
         self.fullscreen = self.context.vertex_array(self.resolve, [])
@@ -256,6 +189,9 @@ VERTEX = np.dtype(
 )
 
 
+VERTEX_INPUTS = ("in_position", "in_normal", "in_uv", "in_colour", "in_part")
+
+
 class _Scene:
     """A model's buffers: one draw for all opaque parts, one for each transparent part."""
 
@@ -286,17 +222,7 @@ class _Scene:
         self.indices = context.buffer(indices.astype("<u4"))
         self.array = context.vertex_array(
             self.program,
-            [
-                (
-                    self.vertices,
-                    "3f 3f 2f 4f1 2f",
-                    "in_position",
-                    "in_normal",
-                    "in_uv",
-                    "in_colour",
-                    "in_part",
-                )
-            ],
+            [(self.vertices, "3f 3f 2f 4f1 2f", *VERTEX_INPUTS)],
             index_buffer=self.indices,
         )
         self.textures = _texture_array(context, model.textures)
@@ -341,16 +267,12 @@ def _texture_array(
     import moderngl
     from PIL import Image
 
-    height = max((image.shape[0] for image in textures), default=1)
-    width = max((image.shape[1] for image in textures), default=1)
-    layers = (
-        [np.full((height, width, 4), 255, np.uint8)]
-        if not textures
-        else [
-            np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-            for image in textures
-        ]
-    )
+    textures = textures or (np.full((1, 1, 4), 255, np.uint8),)
+    height, width = np.max([image.shape[:2] for image in textures], axis=0).tolist()
+    layers = [
+        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        for image in textures
+    ]
     data = np.stack(layers)[:, ::-1]  # OpenGL's first row is the bottom one
     array = context.texture_array((width, height, len(layers)), 4, data.tobytes(), alignment=1)
     array.build_mipmaps()
@@ -359,64 +281,35 @@ def _texture_array(
     return array
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What every worker needs to know; model i fills rows i·n .. (i+1)·n of the image file."""
-
-    pack: Pack
-    images: Path
-    views_per_model: int
-    views_per_orbit: int
-    seed: int
-    device_index: int
+# What a child of the pool keeps between its tasks.
+_renderer_on, _pack_of = functools.cache(Renderer), functools.cache(Pack)
 
 
-_job: _Job | None = None
-_renderer: Renderer | None = None
-
-
-def _start_worker(job: _Job) -> None:
-    global _job  # set once in each child of the pool
-    _job = job
-
-
-def _model_views(pack: Pack, number: int, n: int, orbit: int, seed: int) -> Views:
-    """The views of one model, `orbit` to an orbit or (0) each for itself; the same in the worker
-    that renders and in the index."""
+def _model_views(cfg: RenderConfig, pack: Pack, number: int) -> Views:
+    """The views of one model; the same in the worker that renders and in the index."""
     group = noun_by_id()[pack.ids[number]].group
     recolourable = is_recolourable(group, pack.parts(number), pack.main(number))
-    rng = np.random.default_rng([seed, number])
-    return (
-        sample_orbits(n // orbit, orbit, recolourable, rng)
-        if orbit
-        else sample_views(n, recolourable, rng)
-    )
+    rng = np.random.default_rng([cfg.seed, number])
+    n, orbit = cfg.views_per_model, cfg.views_per_orbit
+    if orbit:
+        return sample_orbits(n // orbit, orbit, recolourable, rng)
+    return sample_views(n, recolourable, rng)
 
 
-def _render_model(number: int) -> str:
-    """Render one model in a child of the pool; returns the name of its GL renderer."""
-    global _renderer  # a child keeps its context between tasks
-    assert _job is not None, "the pool was started without _start_worker"
-    # Made here rather than at the child's start, where an error would make the pool start another.
-    _renderer = _renderer or Renderer(_job.device_index)
-    n = _job.views_per_model
-    images = np.lib.format.open_memmap(_job.images, mode="r+")
-    views = _model_views(_job.pack, number, n, _job.views_per_orbit, _job.seed)
-    _renderer.render(_job.pack.load(number), views, images[number * n : (number + 1) * n])
-    return _renderer.name
+def _render_model(cfg: RenderConfig, number: int) -> str:
+    """Fill the model's rows of the image file, in a child; returns the name of its GL renderer."""
+    renderer, pack = _renderer_on(cfg.device_index), _pack_of(cfg.pack)
+    n = cfg.views_per_model
+    images = np.lib.format.open_memmap(cfg.out / IMAGES, mode="r+")
+    views = _model_views(cfg, pack, number)
+    renderer.render(pack.load(number), views, images[number * n : (number + 1) * n])
+    return renderer.name
 
 
 def render_views(
-    pack: Pack,
-    out_dir: Path | str,
-    views_per_model: int,
-    workers: int,
-    seed: int = 0,
-    device_index: int = 0,
-    progress: Callable[[int, int, str], None] | None = None,
-    views_per_orbit: int = 0,
-) -> Path:
-    """Render `views_per_model` random views of every model; returns `out_dir`.
+    cfg: RenderConfig, progress: Callable[[int, int, str], None] | None = None
+) -> None:
+    """Render `views_per_model` random views of every model.
 
     Row r belongs to model r // views_per_model and, with `views_per_orbit`, to orbit
     r // views_per_orbit, whose views share stretch, light and paint (`sample_orbits`). Files:
@@ -428,68 +321,57 @@ def render_views(
 
     Deterministic from `seed` but for the rasteriser's rounding, whatever the workers.
     `progress` is called with (models done, models, GL renderer name).
-    """
-    if views_per_model < 1 or workers < 1:
-        raise ValueError(
-            f"views_per_model and workers: expected at least 1, got {views_per_model} and {workers}"
-        )
-    if views_per_orbit < 0 or (views_per_orbit and views_per_model % views_per_orbit):
-        raise ValueError(
-            f"views_per_orbit: expected 0 or a divisor of the {views_per_model} views "
-            f"per model, got {views_per_orbit}"
-        )
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    total = len(pack) * views_per_model
-    images = out_dir / "rgba.npy"
-    np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(total, SIZE, SIZE, 4))
-    _write_index(pack, out_dir, views_per_model, views_per_orbit, seed)
 
-    job = _Job(pack, images, views_per_model, views_per_orbit, seed, device_index)
+    Raises:
+        ConfigError: a setting out of its range.
+        ValueError: `pack` is no pack.
+        RuntimeError: no EGL context.
+    """
+    check(cfg)
+    pack = Pack(cfg.pack)
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    shape = (len(pack) * cfg.views_per_model, SIZE, SIZE, 4)
+    np.lib.format.open_memmap(cfg.out / IMAGES, mode="w+", dtype=np.uint8, shape=shape)
+    _write_index(cfg, pack)
+
     heavy_first = sorted(range(len(pack)), key=pack.n_triangles, reverse=True)
-    pool = multiprocessing.get_context("spawn").Pool(workers, _start_worker, (job,))
-    with pool:
-        for done, name in enumerate(pool.imap_unordered(_render_model, heavy_first), 1):
+    work = functools.partial(_render_model, cfg)
+    with multiprocessing.get_context("spawn").Pool(cfg.workers) as pool:
+        for done, name in enumerate(pool.imap_unordered(work, heavy_first), 1):
             if progress:
                 progress(done, len(pack), name)
-    return out_dir
 
 
-def _write_index(
-    pack: Pack, out_dir: Path, views_per_model: int, views_per_orbit: int, seed: int
-) -> None:
+def _write_index(cfg: RenderConfig, pack: Pack) -> None:
     """meta.npz and index.json of the rendered set."""
     table = noun_by_id()
     nouns = captions.noun_list()
-    every = [
-        _model_views(pack, number, views_per_model, views_per_orbit, seed)
-        for number in range(len(pack))
-    ]
+    every = [_model_views(cfg, pack, number) for number in range(len(pack))]
     azimuth = np.concatenate([views.azimuth for views in every])
     elevation = np.concatenate([views.elevation for views in every])
     colour = np.concatenate([views.colour for views in every])
     view = captions.view_index(azimuth, elevation)
-    model = np.repeat(np.arange(len(pack)), views_per_model)
+    distance = np.concatenate([np.linalg.norm(views.position, axis=1) for views in every])
+    model = np.repeat(np.arange(len(pack)), cfg.views_per_model)
+    orbit = np.full(len(model), -1)
+    if cfg.views_per_orbit:
+        orbit = np.arange(len(model)) // cfg.views_per_orbit
     rows = [table[id_] for id_ in pack.ids]
     texts, caption = captions.caption_set(
         ((rows[m], v, c) for m, v, c in zip(model, view, colour, strict=True)),
         CAPTION_VARIANTS,
-        np.random.default_rng([seed, len(pack)]),
+        np.random.default_rng([cfg.seed, len(pack)]),
     )
     np.savez(
-        out_dir / "meta.npz",
+        cfg.out / "meta.npz",
         model=model,
         noun=np.array([nouns.index(row.noun) for row in rows])[model],
         view=view,
         colour=colour,
-        orbit=np.arange(len(model)) // views_per_orbit
-        if views_per_orbit
-        else np.full(len(model), -1),
+        orbit=orbit,
         azimuth=azimuth.astype(np.float32),
         elevation=elevation.astype(np.float32),
-        distance=np.concatenate([np.linalg.norm(v.position, axis=1) for v in every]).astype(
-            np.float32
-        ),
+        distance=distance.astype(np.float32),
         fovy=np.degrees(np.concatenate([views.fovy for views in every])).astype(np.float32),
         caption=caption,
     )
@@ -500,4 +382,4 @@ def _write_index(
         "colours": captions.COLOURS,
         "captions": texts,
     }
-    (out_dir / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    (cfg.out / "index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -111,10 +111,14 @@ class UnetConfig(TrainConfig):
 class World:
     """The processes of this run, as torchrun describes them in the environment; one without it.
 
+    All draw the same initial weights from `seed`; a Trainer's making tells their draws apart.
+
     Attributes: `rank`, `size`, and `device`, this process's CUDA device, or the CPU without CUDA.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -207,11 +211,16 @@ class Trainer:
             capturable=world.device.type == "cuda",
         )
         self.step_count = 0
-        self.start = self._saved_at = time.monotonic()
+        self._start = self._saved_at = time.monotonic()
         self.progress = 0.0
+        torch.manual_seed(cfg.seed + 1000 + world.rank)
+
+    def seconds(self) -> float:
+        """Since the trainer was made."""
+        return time.monotonic() - self._start
 
     def run(self, loss: Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]]) -> None:
-        """Train until the budget is spent, then save.
+        """Train until the budget is spent, then save; the processes part.
 
         Args:
             loss: draws a batch and gives its 0-dim loss with 0-dim values to be logged. On CUDA it
@@ -245,6 +254,7 @@ class Trainer:
             self.step_count += 1
             self._log(values)
         self.save()
+        self.world.close()
 
     def _tick(self) -> bool:
         """Set the rates of the next step; False when the budget is spent."""
@@ -252,7 +262,7 @@ class Trainer:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()  # replays queue up: the clock is to count done work
             now = time.monotonic()
-            elapsed = (now - self.start) / (60 * self.cfg.minutes)
+            elapsed = (now - self._start) / (60 * self.cfg.minutes)
             self.progress = self.world.agree(min(elapsed, 1.0))
             if now - self._saved_at > 60 * self.cfg.save_minutes:
                 self._saved_at = now
@@ -274,12 +284,9 @@ class Trainer:
     def _log(self, values: dict[str, torch.Tensor]) -> None:
         """Print `values` now and then, on one process; reading them waits for the device."""
         if self.step_count % LOG_STEPS == 0 and self.world.rank == 0:
-            elapsed = time.monotonic() - self.start
-            shown = "  ".join(f"{name} {float(value):.4f}" for name, value in values.items())
-            print(
-                f"step {self.step_count}  {elapsed:6.1f} s  {self.progress:.3f}  {shown}",
-                flush=True,
-            )
+            head = f"step {self.step_count}  {self.seconds():6.1f} s  {self.progress:.3f}"
+            shown = (f"{name} {float(value):.4f}" for name, value in values.items())
+            print(head, *shown, sep="  ", flush=True)
 
     def save(self) -> None:
         """Write `<module>.safetensors` into the output folder: the averaged weights in float16."""
@@ -347,12 +354,9 @@ def train_vae(cfg: VaeConfig) -> None:
             step.
         OSError: the output folder cannot be written.
     """
-    world = World()
-    torch.manual_seed(cfg.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    world = World(cfg.seed)
     vae = models.build_vae().to(world.device, memory_format=torch.channels_last)
     trainer = Trainer(cfg, world, {"vae": vae})
-    torch.manual_seed(cfg.seed + 1000 + world.rank)
     views = Views(cfg.views, world.device, world.rank, world.size)
 
     def reconstruct(images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -381,7 +385,6 @@ def train_vae(cfg: VaeConfig) -> None:
         return total, {"psnr": 10 * torch.log10(4 / mse), "kl": kl}
 
     trainer.run(loss)
-    world.close()
 
 
 @torch.no_grad()
@@ -459,9 +462,7 @@ def train_unet(cfg: UnetConfig) -> None:
             step.
         OSError: the output folder cannot be written.
     """
-    world = World()
-    torch.manual_seed(cfg.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    world = World(cfg.seed)
     device = world.device
     # Before anything that takes time: a missing piece shows at once.
     tokenizer, scale = (None, None) if cfg.resume is None else _inherited(cfg.resume)
@@ -471,7 +472,6 @@ def train_unet(cfg: UnetConfig) -> None:
     unet = models.build_unet().to(device, memory_format=torch.channels_last)
     text_encoder = models.build_text_encoder(table.tokenizer).to(device)
     trainer = Trainer(cfg, world, {"unet": unet, "text_encoder": text_encoder})
-    torch.manual_seed(cfg.seed + 1000 + world.rank)
 
     views = Views(cfg.views, device, world.rank, world.size)
     latents = encode_views(vae, views, cfg.encodings)
@@ -482,8 +482,6 @@ def train_unet(cfg: UnetConfig) -> None:
     if world.rank == 0:
         count, each = latents.shape[:2]
         print(f"{count} x {each} latents a process, scaling factor {scale:.5f}", flush=True)
-
-    if world.rank == 0:
         save_part(vae, cfg.out, "vae")
         (cfg.out / "scaling_factor").write_text(f"{scale:.6f}\n", encoding="ascii")
         table.tokenizer.save_pretrained(cfg.out / "tokenizer")
@@ -509,4 +507,3 @@ def train_unet(cfg: UnetConfig) -> None:
         return total, {"loss": total}
 
     trainer.run(loss)
-    world.close()

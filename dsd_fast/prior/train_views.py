@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ from dsd_fast.diffusion.reference_picture import (
     latent_feature_width,
     latent_features,
 )
+from dsd_fast.files import write_json
 from dsd_fast.prior import models
 from dsd_fast.prior.orbits import Orbits
 from dsd_fast.prior.train import (
@@ -88,9 +88,7 @@ def train_views(cfg: ViewTrainConfig) -> None:
         FileNotFoundError, ValueError: unusable views or model to start from, or no time for a step.
         OSError: the output folder cannot be written.
     """
-    world = World()
-    torch.manual_seed(cfg.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    world = World(cfg.seed)
     device = world.device
     text_model = resolve(cfg.text_model)
     vae, scale = _autoencoder(text_model)
@@ -103,15 +101,13 @@ def train_views(cfg: ViewTrainConfig) -> None:
     torch.nn.init.normal_(projection.proj.weight[:, -POSE_WIDTH:], std=POSE_STD)
     projection = projection.to(device)
     trainer = Trainer(cfg, world, {"unet": unet, "camera_projection": projection})
-    torch.manual_seed(cfg.seed + 1000 + world.rank)
 
     orbits = Orbits(cfg.views, device, world.rank, world.size)
     orbits.encode(vae)
     del vae
     if world.rank == 0:
-        seconds = time.monotonic() - trainer.start
-        views = orbits.rows.shape[1]
-        print(f"{len(orbits)} orbits of {views} views a process, {seconds:.1f} s", flush=True)
+        size = f"{len(orbits)} orbits of {orbits.rows.shape[1]} views"
+        print(f"{size} a process, {trainer.seconds():.1f} s", flush=True)
 
     path = NoisePath.of_scheduler(models.SCHEDULER).to(device)
     forward = torch.compile(unet, dynamic=False) if cfg.compile else unet
@@ -134,7 +130,6 @@ def train_views(cfg: ViewTrainConfig) -> None:
         return total, {"loss": total}
 
     trainer.run(loss)
-    world.close()
 
 
 def export_views(cfg: ViewExportConfig) -> None:
@@ -167,7 +162,7 @@ def export_views(cfg: ViewExportConfig) -> None:
     folder = cfg.out / "camera_projection"
     folder.mkdir(parents=True, exist_ok=True)
     save_part(projection, folder, "diffusion_pytorch_model")
-    index: dict[str, object] = {
+    index = {
         "_class_name": "Zero1to3Pipeline",
         "camera_projection": ["dsd_fast.diffusion.reference_picture", "CameraProjection"],
         "scheduler": ["diffusers", "DDIMScheduler"],
@@ -179,8 +174,7 @@ def export_views(cfg: ViewExportConfig) -> None:
         shutil.rmtree(cfg.out / "vae", ignore_errors=True)
     else:
         vae.to(torch.float16).save_pretrained(cfg.out / "vae", safe_serialization=True)
-    text = json.dumps(index, indent=2) + "\n"
-    (cfg.out / "model_index.json").write_text(text, encoding="utf-8")
+    write_json(cfg.out / "model_index.json", index)
 
 
 def _projection() -> CameraProjection:

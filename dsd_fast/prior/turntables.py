@@ -6,14 +6,13 @@ from each other is what the diversity of trained ones is held against.
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dsd_fast.config import preset
+from dsd_fast.files import write_json
 from dsd_fast.judge.captions import COLOURS, COUNTED_NOUNS, noun_of
 from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior import views as training
@@ -21,6 +20,7 @@ from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.render import Renderer
 from dsd_fast.prior.views import Views
 from dsd_fast.ranges import Count, Pixels, check
+from dsd_fast.run.outputs import slugify
 
 
 @dataclass(kw_only=True)
@@ -67,7 +67,7 @@ def write_turntables(cfg: TurntableConfig) -> None:
     for prompt, numbers in chosen.items():
         for seed, number in enumerate(numbers):
             images = renderer.render(pack.load(number), _views(prompt, pack, number, cfg.views))
-            folder = cfg.out / f"{slug(prompt)}-seed{seed}"
+            folder = cfg.out / f"{slugify(prompt)}-seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(images):
                 Image.fromarray(image).save(folder / f"{i:03d}.png")
@@ -77,22 +77,13 @@ def write_turntables(cfg: TurntableConfig) -> None:
                 "seed": seed,
                 "elevation": preset("embedded").cameras.eval_elevation_deg,
             }
-            (folder / "asset.json").write_text(json.dumps(about), encoding="utf-8")
-
-
-def slug(prompt: str) -> str:
-    """A prompt in the name of its models' folders."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower())
+            write_json(folder / "asset.json", about)
 
 
 def _models_of(prompt: str, pack: Pack, cfg: TurntableConfig) -> list[int]:
-    noun = noun_of(prompt)
-    nouns = noun_by_id()
-    found = [
-        i
-        for i, name in enumerate(pack.ids)
-        if noun is not None and nouns[name].noun == COUNTED_NOUNS[noun]
-    ]
+    index = noun_of(prompt)
+    noun = None if index is None else COUNTED_NOUNS[index]
+    found = [i for i, name in enumerate(pack.ids) if noun_by_id()[name].noun == noun]
     if not found:
         raise ValueError(
             f"prompts: {prompt!r} names none of the nouns that are counted: "
@@ -111,10 +102,8 @@ def _views(prompt: str, pack: Pack, number: int, n: int) -> Views:
     group = noun_by_id()[pack.ids[number]].group
     if not training.is_recolourable(group, pack.parts(number), pack.main(number)):
         colour = -1
-    paint = np.zeros((n, 3))
-    if colour >= 0:
-        # the middle of the ranges that the word means
-        paint[:] = training.mean_paint(colour)
+    # The middle of the ranges that the word means; of an unpainted model nothing looks at it.
+    paint = np.tile(training.mean_paint(colour), (n, 1))
     return Views(
         azimuth=azimuth,
         elevation=elevation,

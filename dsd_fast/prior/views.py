@@ -109,9 +109,7 @@ def sample_views(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
     """
     azimuth = rng.permutation((np.arange(n) + rng.random(n)) * (360.0 / max(n, 1))) - 180.0
     u = rng.random(n)
-    low, high = np.sin(np.radians([-10.0, 45.0]))
-    by_area = np.degrees(np.arcsin(low + (high - low) * u))
-    elevation = np.where(rng.random(n) < 0.5, -10.0 + 55.0 * u, by_area)
+    elevation = _elevations(u, (-10.0, 45.0), rng)
     overhead = rng.random(n) < OVERHEAD_SHARE
     elevation = np.where(overhead, 60.0 + 25.0 * u, elevation)
     distance = rng.uniform(1.5, 2.0, n)
@@ -140,11 +138,7 @@ def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generat
     total = n * views
     azimuth = rng.permuted((np.arange(views) + rng.random((n, views))) * (360.0 / views), axis=1)
     azimuth = azimuth.reshape(total) - 180.0
-    u = rng.random(total)
-    low, high = np.sin(np.radians(ORBIT_ELEVATION))
-    by_area = np.degrees(np.arcsin(low + (high - low) * u))
-    by_degree = ORBIT_ELEVATION[0] + (ORBIT_ELEVATION[1] - ORBIT_ELEVATION[0]) * u
-    elevation = np.where(rng.random(total) < 0.5, by_degree, by_area)
+    elevation = _elevations(rng.random(total), ORBIT_ELEVATION, rng)
     position = rng.uniform(1.5, 2.0, total)[:, None] * direction(azimuth, elevation)
     lights = _lights(position[::views], rng)
     paints = _paints(n, recolourable, rng)
@@ -159,6 +153,14 @@ def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generat
         np.full(total, np.radians(ORBIT_FOVY)),
         *shared,
     )
+
+
+def _elevations(u: np.ndarray, limits: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """Degrees [n] between limits at shares u [n]: half of them of the angle, half of the area."""
+    by_degree = limits[0] + (limits[1] - limits[0]) * u
+    low, high = np.sin(np.radians(limits))
+    by_area = np.degrees(np.arcsin(low + (high - low) * u))
+    return np.where(rng.random(len(u)) < 0.5, by_degree, by_area)
 
 
 def _lights(
