@@ -21,6 +21,8 @@ from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.base import Asked, Guidance, GuidanceConfig
 from dsd_fast.guidance.conditions.base import Conditions
+from dsd_fast.guidance.conditions.multiview import MultiViewConditions
+from dsd_fast.guidance.conditions.text import TextConditions
 from dsd_fast.guidance.passes import Batch, Gradient, Guide
 from dsd_fast.guidance.plan import Noise, Plan, PlanKind
 from dsd_fast.guidance.registry import formulation
@@ -56,7 +58,7 @@ class Baseline(Guidance):
     t, as MVDream's.
     """
 
-    noise: ClassVar[Noise] = "drawn"
+    noise_kind: ClassVar[Noise] = "drawn"
     # Names of what `draw_noise` draws.
     draws: ClassVar[tuple[str, ...]] = ("eps",)
 
@@ -87,7 +89,7 @@ class Baseline(Guidance):
         strides = self._strides(t, t_delta)
         if strides:
             tensors["path"] = torch.stack([torch.stack(stride) for stride in strides])
-        kind = PlanKind(n_items, self.noise, False, len(strides))
+        kind = PlanKind(n_items, self.noise_kind, False, len(strides))
         return Plan(kind, t, t_delta, tensors, self.model.device)
 
     def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
@@ -166,6 +168,7 @@ class NFSD(Baseline):
 
     name, needs_poor = "nfsd", True
     FREE_OF_NOISE = 200
+    conditions: TextConditions
 
     @classmethod
     def settings(cls, max_steps: int) -> dict[str, Any]:
@@ -271,7 +274,7 @@ class ISM(Baseline):
 
     name = "ism"
 
-    noise = "inverted"
+    noise_kind = "inverted"
     draws = ()
     STRIDE, INTERVAL = 200, 50
 
@@ -323,7 +326,7 @@ class SDI(Baseline):
 
     name = "sdi"
 
-    noise = "inverted"
+    noise_kind = "inverted"
     draws = ("eps", "above")
     N_STEPS, SCALE, ETA = 10, -7.5, 0.3
     STRIDE = NUM_TRAIN_TIMESTEPS // N_STEPS
@@ -397,6 +400,7 @@ class Reconstruction(SDS):
     """
 
     name, works_with = "recon", ("views",)
+    conditions: MultiViewConditions
 
     @classmethod
     def settings(cls, max_steps: int) -> dict[str, Any]:

@@ -132,10 +132,14 @@ class TrajectoryTables:
         """z of a track at `level`, one step from the state and prediction of a node."""
         state, prediction = node * self.n_tracks + track, entry * self.n_tracks + track
         numbers = torch.tensor([[state], [prediction], [self.grid[node]], [level]])
+        numbers = upload(numbers, self.states.device)
         return passes.state(
             self.states,
             self.predictions,
-            *upload(numbers, self.states.device).unbind(),
+            numbers[0],
+            numbers[1],
+            numbers[2],
+            numbers[3],
             self.path,
             self.dtype,
             self.perp_neg,
