@@ -210,13 +210,14 @@ class Field(nn.Module):
 
     def half_table(self) -> Tensor:
         """The float16 copy of the table, [spec.n_params]; made anew when the table has changed."""
-        table = self.grid.table
+        table, half = self.grid.table, self._half_table
+        if half is None or half.device != table.device:
+            half = self._half_table = torch.empty_like(table, dtype=torch.float16)
+            self._half_of = None
         if self._half_of != (table.data_ptr(), table._version):
-            if self._half_table is None or self._half_table.device != table.device:
-                self._half_table = torch.empty_like(table, dtype=torch.float16)
-            self._half_table.copy_(table.detach())
+            half.copy_(table.detach())
             self._half_of = (table.data_ptr(), table._version)
-        return self._half_table
+        return half
 
     @contextmanager
     def changing_table(self) -> Iterator[Tensor | None]:
@@ -252,9 +253,9 @@ class Field(nn.Module):
 
     def _fused(
         self, points: Tensor, n_valid: Tensor | None, *, features: bool, normals: bool
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         cfg = self.cfg
-        networks = (self.density_network, self.feature_network)
+        (w1d, w2d), (w1f, w2f) = self.density_network.weights, self.feature_network.weights
         shape = FieldShape(
             self.grid.spec,
             cfg.radius,
@@ -266,7 +267,10 @@ class Field(nn.Module):
         return ops.fused_field(
             points.contiguous(),
             self.grid.table,
-            *(network.layers[i].weight for network in networks for i in (0, 2)),
+            w1d,
+            w2d,
+            w1f,
+            w2f,
             shape,
             self.grid.n_active_levels,
             features=features,
@@ -280,6 +284,7 @@ class Field(nn.Module):
         density, features, normal = self._fused(
             points, n_valid, features=True, normals=normals and analytic
         )
+        assert features is not None
         if normals and not analytic:
             normal = self._difference_normal(points, density)
         return FieldOutput(density, features, normal)
@@ -317,7 +322,7 @@ class Field(nn.Module):
         ∇raw = Jᵀg. The mask has no derivative, so that one ordinary backward pass through these
         expressions gives the exact gradients to W1, W2 and the table, of density and normal both.
         """
-        first, second = (layer.weight for layer in self.density_network.layers[::2])
+        first, second = self.density_network.weights
         with torch.no_grad():
             mask = F.linear(encoded, first).gt_(0)
         to_encoding = mask @ (second.t() * first)
@@ -352,7 +357,8 @@ class Field(nn.Module):
             slope = -cfg.density_blob_scale / cfg.density_blob_std
             return slope * F.normalize(points, dim=-1, eps=1e-12)
         if cfg.density_bias == "blob_dreamfusion":
-            return density_bias(points, cfg)[:, None] * points / -(cfg.density_blob_std**2)
+            blob = torch.as_tensor(density_bias(points, cfg))
+            return blob[:, None] * points / -(cfg.density_blob_std**2)
         return 0.0
 
     def _activate(self, raw: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -345,10 +345,11 @@ class Renderer(nn.Module):
         if skips or torch.is_grad_enabled():
             # In one piece, also if it is empty: the parameters shall get zero gradients, not none.
             return evaluate(samples)
-        return _concatenate(evaluate, samples, self.cfg.eval_chunk_size)
+        density, colors, normal = _concatenate(evaluate, samples, self.cfg.eval_chunk_size)
+        return density, colors, normal
 
 
-def _march_all(origins: Tensor, dirs: Tensor, *args: object) -> tuple[Tensor, ...]:
+def _march_all(origins: Tensor, dirs: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(ray_indices, t_starts, t_ends, offsets) of all samples; waits for the device."""
     ray_indices, t_starts, t_ends = ops.march(origins, dirs, *args)
     rays = torch.arange(len(origins) + 1, device=origins.device)
