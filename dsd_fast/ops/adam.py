@@ -1,6 +1,7 @@
 """One step of Adam over a flat parameter, in one pass over its memory."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,38 +85,12 @@ torch.library.define(
 
 
 @torch.library.impl("dsd_fast::adam_step", "default")
-def _adam_step_op(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    half_copy: Tensor | None,
-    zero_grad: bool,
-) -> None:
-    extension().adam_step(
-        address(param),
-        address(grad),
-        address(exp_avg),
-        address(exp_avg_sq),
-        address(half_copy),
-        address(step),
-        address(grad_scale),
-        address(found_inf),
-        param.shape[0],
-        lr,
-        beta1,
-        beta2,
-        eps,
-        zero_grad,
-        *target(param),
-    )
+def _adam_step_op(*args: Any) -> None:
+    param, grad, exp_avg, exp_avg_sq, step, *numbers = args[:9]
+    grad_scale, found_inf, half_copy, zero_grad = args[9:]
+    tensors = (param, grad, exp_avg, exp_avg_sq, half_copy, step, grad_scale, found_inf)
+    addresses = (address(tensor) for tensor in tensors)
+    extension().adam_step(*addresses, param.shape[0], *numbers, zero_grad, *target(param))
     # Detached tensors count their changes with the originals, for autograd to see.
     for tensor in (param, exp_avg, exp_avg_sq, step, half_copy, grad if zero_grad else None):
         if tensor is not None:
@@ -123,21 +98,7 @@ def _adam_step_op(
 
 
 @torch.library.register_fake("dsd_fast::adam_step")
-def _(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    step,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    grad_scale,
-    found_inf,
-    half_copy,
-    zero_grad,
-):
+def _(*args: Any) -> None:
     return None
 
 

@@ -260,16 +260,7 @@ def _visibility_op(
 
 
 @_visibility_op.register_fake
-def _(
-    sigmas,
-    t_starts,
-    t_ends,
-    ray_indices,
-    n_rays,
-    alpha_threshold,
-    transmittance_threshold,
-    offsets=None,
-):
+def _(sigmas: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(sigmas, dtype=torch.bool)
 
 
@@ -388,8 +379,7 @@ def _composite_bwd_op(
     grads = [grad_color, grad_opacity, grad_depth, grad_z_variance, grad_normal, grad_weights]
     grads.append(None if dirs is None else grad_orientation)
     grads = [None if grad is None else grad.contiguous() for grad in grads]
-    grad_sigmas, grad_rgbs = torch.empty_like(sigmas), torch.empty_like(rgbs)
-    grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
+    gradients = _empty_gradients(sigmas, rgbs, normals)
     extension().composite_bwd(
         address(sigmas),
         address(rgbs),
@@ -403,70 +393,38 @@ def _composite_bwd_op(
         address(opacity),
         address(depth),
         address(z_variance),
-        *(address(grad) for grad in grads),
-        address(grad_sigmas),
-        address(grad_rgbs),
-        address(grad_normals),
+        *(address(grad) for grad in (*grads, *gradients)),
         *target(sigmas),
     )
-    return grad_sigmas, grad_rgbs, grad_normals
+    return gradients
+
+
+def _empty_gradients(
+    sigmas: Tensor, rgbs: Tensor, normals: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
+    return torch.empty_like(sigmas), torch.empty_like(rgbs), to_normals
 
 
 @_composite_bwd_op.register_fake
-def _(
-    grad_color,
-    grad_opacity,
-    grad_depth,
-    grad_z_variance,
-    grad_normal,
-    grad_weights,
-    sigmas,
-    rgbs,
-    normals,
-    t_starts,
-    t_ends,
-    ray_indices,
-    n_rays,
-    opacity,
-    depth,
-    z_variance,
-    offsets=None,
-    dirs=None,
-    grad_orientation=None,
-):
-    grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
-    return torch.empty_like(sigmas), torch.empty_like(rgbs), grad_normals
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(*args[6:9])
 
 
 def _save_composite(ctx: Any, inputs: tuple, output: tuple) -> None:
-    sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets = inputs
+    *samples, n_rays, offsets = inputs
     _, opacity, depth, _ = output
-    ctx.save_for_backward(sigmas, rgbs, t_starts, t_ends, ray_indices, offsets, opacity, depth)
+    ctx.save_for_backward(*samples, offsets, opacity, depth)
     ctx.n_rays = n_rays
     ctx.set_materialize_grads(False)
 
 
 def _composite_backward(ctx, grad_color, grad_opacity, grad_depth, grad_weights):
-    sigmas, rgbs, t_starts, t_ends, ray_indices, offsets, opacity, depth = ctx.saved_tensors
-    grad_sigmas, grad_rgbs, _ = _composite_bwd_op(
-        grad_color,
-        grad_opacity,
-        grad_depth,
-        None,
-        None,
-        grad_weights,
-        sigmas,
-        rgbs,
-        None,
-        t_starts,
-        t_ends,
-        ray_indices,
-        ctx.n_rays,
-        opacity,
-        depth,
-        None,
-        offsets,
-    )
+    sigmas, rgbs, *places, offsets, opacity, depth = ctx.saved_tensors
+    # Without normals and z_variance.
+    grads = grad_color, grad_opacity, grad_depth, None, None, grad_weights
+    samples, kept = (sigmas, rgbs, None, *places), (opacity, depth, None)
+    grad_sigmas, grad_rgbs, _ = _composite_bwd_op(*grads, *samples, ctx.n_rays, *kept, offsets)
     return grad_sigmas, grad_rgbs, None, None, None, None, None
 
 

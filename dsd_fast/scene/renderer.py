@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast._backend import backend
-from dsd_fast.ops import PackedSamples
 from dsd_fast.ranges import ConfigError, Count, NonNegative, Positive, check
 from dsd_fast.scene.background import Background
 from dsd_fast.scene.cameras import CameraBatch
@@ -91,17 +90,6 @@ class _Samples:
 
     def __len__(self) -> int:
         return len(self.ray_indices)
-
-    def packed(self, samples: PackedSamples) -> _Samples:
-        """Other samples of the same rays."""
-        return _Samples(
-            self.rays_o,
-            self.rays_d,
-            samples.ray_indices,
-            samples.t_starts,
-            samples.t_ends,
-            samples.offsets,
-        )
 
     def first(self, n: int) -> _Samples:
         """Without the room behind."""
@@ -309,7 +297,7 @@ class Renderer(nn.Module):
             self.occupancy.alpha_threshold(),
             capacity=len(candidates) if n_kept is None else n_kept,
         )
-        samples = candidates.packed(packed)
+        samples = _Samples(rays_o, rays_d, *packed[1:4], packed.offsets)
         if n_kept is None:
             samples = samples.first(int(samples.n_valid))
             self._kept.learn(len(samples), n_rays)
