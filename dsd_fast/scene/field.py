@@ -120,11 +120,10 @@ class Field(nn.Module):
             cfg.grid.base_resolution,
             cfg.grid.per_level_scale,
         )
-        n_inputs = cfg.grid.n_levels * cfg.grid.n_features
 
         def network(n_outputs: int) -> MLP:
             return MLP(
-                n_inputs,
+                self.grid.spec.n_outputs,
                 n_outputs,
                 n_neurons=cfg.n_neurons,
                 n_hidden_layers=cfg.n_hidden_layers,
@@ -195,8 +194,6 @@ class Field(nn.Module):
             if torch.is_grad_enabled():
                 return self._evaluate(points, normals)
             outputs = [self._evaluate(points[block], normals) for block in _blocks(points)]
-            if not outputs:
-                return self._evaluate(points, normals)
             density, features, normal = zip(*outputs, strict=True)
             return FieldOutput(
                 torch.cat(density), torch.cat(features), torch.cat(normal) if normals else None
@@ -324,6 +321,7 @@ class Field(nn.Module):
 
 
 def _blocks(points: Tensor) -> Iterator[slice]:
+    """At least one, of no points if there are none."""
     size = _QUERY_BLOCK.get(points.device.type, _QUERY_BLOCK["cuda"])
-    for start in range(0, len(points), size):
+    for start in range(0, max(len(points), 1), size):
         yield slice(start, start + size)
