@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast import ops
+from dsd_fast.ops.field import FieldShape, density_bias
+from dsd_fast.ops.hashgrid import GridSpec
 from dsd_fast.scene.cameras import CameraBatch, CameraConfig, RandomCameras
-from dsd_fast.scene.field import FieldConfig, density_bias
+from dsd_fast.scene.field import FieldConfig
 from dsd_fast.scene.occupancy import OccupancyGrid
 from dsd_fast.scene.renderer import Renderer, RendererConfig
 
@@ -68,7 +70,8 @@ def rays(
 
 def blob_density(points: Tensor) -> Tensor:
     """Density [N] of the initial field at points [N,3]: that of the blob alone."""
-    return F.softplus(density_bias(points, FieldConfig()))
+    blob, _ = density_bias(points, FieldShape(GridSpec(1, 2, 3, 2, 1.0)))  # of any grid
+    return F.softplus(torch.as_tensor(blob))
 
 
 @cache

@@ -82,9 +82,9 @@ def export(command: ExportCommand) -> Path:
             cfg.cameras,
             step,
             output := command.output or folder.turntable,
-            n_views=command.views or cfg.cameras.n_test_views,
-            size=(size, size) if size else (cfg.cameras.eval_height, cfg.cameras.eval_width),
-            fps=cfg.pictures.fps,
+            cfg.pictures.fps,
+            command.views or None,
+            (size, size) if size else None,
         )
         log.info("wrote %s", output)
         return output

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -114,15 +114,10 @@ def side_stream(device_index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device_index)
 
 
-_pool: tuple[int, int] | None = None
-
-
-def shared_pool() -> tuple[int, int]:
+@cache
+def shared_pool() -> Any:
     """The memory pool of graphs that never run side by side, and whose results are copied out."""
-    global _pool
-    if _pool is None:
-        _pool = torch.cuda.graph_pool_handle()
-    return _pool
+    return torch.cuda.graph_pool_handle()
 
 
 def give_up_pool() -> None:
@@ -130,8 +125,7 @@ def give_up_pool() -> None:
 
     A pool keeps its memory as long as one of its graphs is there, and only graphs can use it.
     """
-    global _pool
-    _pool = None
+    shared_pool.cache_clear()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-class Pack:
+class Pack(Mapping[str, Tensor]):
     """Named small tensors in one buffer, so that one copy takes all of them to the device.
 
     Args:
@@ -49,6 +49,12 @@ class Pack:
         """The tensor of this name, a view of the buffer."""
         begin, end, dtype, shape = self._spans[name]
         return self.buffer[begin:end].view(dtype).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
 
     def to(self, device: torch.device) -> Pack:
         """A copy on the device; the work queued there is not waited for."""

@@ -33,21 +33,9 @@ def make_field(grid: str = "F2", bias="blob_magic3d", activation="softplus") -> 
     return field
 
 
-def shape_of(field: Field) -> FieldShape:
-    cfg = field.cfg
-    return FieldShape(
-        field.grid.spec,
-        cfg.radius,
-        cfg.density_bias,
-        cfg.density_blob_scale,
-        cfg.density_blob_std,
-        cfg.density_activation,
-    )
-
-
 def tensors_of(field: Field) -> list[Tensor]:
     heads = (field.density_network, field.feature_network)
-    return [field.grid.table, *(head.layers[i].weight for head in heads for i in (0, 2))]
+    return [field.grid.table, *(weight for head in heads for weight in head.weights)]
 
 
 def make_points(n: int, device: torch.device) -> Tensor:
@@ -94,7 +82,7 @@ def fused(
     outputs = op(
         points,
         *tensors,
-        shape_of(field),
+        field.shape,
         field.grid.n_active_levels,
         normals=grads[2] is not None,
         half_table=half_table,
@@ -237,7 +225,7 @@ def test_outputs_without_gradients(missing, device, monkeypatch) -> None:
     zeroed = tuple(torch.zeros_like(g) if i in missing else g for i, g in enumerate(grads))
     want = exact(field, points, zeroed, monkeypatch)[3:]
     tensors = [t.detach().float().to(device).requires_grad_() for t in tensors_of(field)]
-    outputs = fused_field(points, *tensors, shape_of(field))
+    outputs = fused_field(points, *tensors, field.shape)
     kept = [i for i in range(3) if i not in missing]
     got = torch.autograd.grad(
         [outputs[i] for i in kept], tensors, [grads[i] for i in kept], materialize_grads=True
@@ -250,10 +238,10 @@ def test_density_alone(device) -> None:
     field, points = make_field(), make_points(65, device)
     tensors = [t.detach().to(device) for t in tensors_of(field)]
     density, features, normal = fused_field(
-        points, *tensors, shape_of(field), features=False, normals=False
+        points, *tensors, field.shape, features=False, normals=False
     )
     assert features is None and normal is None
-    assert torch.equal(density, fused_field(points, *tensors, shape_of(field), normals=False)[0])
+    assert torch.equal(density, fused_field(points, *tensors, field.shape, normals=False)[0])
 
 
 def test_no_points(device) -> None:
@@ -324,7 +312,7 @@ def test_opcheck(device) -> None:
 
     field, points = make_field(), make_points(9, device)
     table, *weights = (t.detach().to(device).requires_grad_() for t in tensors_of(field))
-    numbers = _numbers(shape_of(field), 6)
+    numbers = _numbers(field.shape, 6)
     tensors = (points, table, None, *weights, torch.tensor(7, device=device))
     operators = torch.ops.dsd_fast
     torch.library.opcheck(operators.fused_field.default, (*tensors, True, True, *numbers))
@@ -338,12 +326,12 @@ def test_errors_name_what_was_expected() -> None:
     tensors = [t.detach() for t in tensors_of(field)]
     points = torch.zeros(4, 3)
     with pytest.raises(TypeError, match="points must be float32"):
-        fused_field(points.double(), *tensors, shape_of(field))
+        fused_field(points.double(), *tensors, field.shape)
     with pytest.raises(TypeError, match="n_valid must be int64"):
-        fused_field(points, *tensors, shape_of(field), n_valid=torch.tensor(1.0))
+        fused_field(points, *tensors, field.shape, n_valid=torch.tensor(1.0))
     with pytest.raises(ValueError, match="w2f must have shape"):
-        fused_field(points, *tensors[:4], tensors[4][:2], shape_of(field))
+        fused_field(points, *tensors[:4], tensors[4][:2], field.shape)
     with pytest.raises(ValueError, match="at most 32 columns"):
         fused_field(points, *tensors, FieldShape(GridSpec(16, 4, 9, 4, 1.4)))
     with pytest.raises(ValueError, match="activation: expected one of"):
-        fused_field(points, *tensors, shape_of(field)._replace(activation="relu"))
+        fused_field(points, *tensors, field.shape._replace(activation="relu"))

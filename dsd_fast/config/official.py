@@ -19,6 +19,7 @@ import yaml
 from dsd_fast.config.codec import nearest, set_value
 from dsd_fast.config.presets import preset
 from dsd_fast.config.tree import TrainConfig
+from dsd_fast.diffusion.text import VIEWS
 from dsd_fast.ranges import ConfigError
 
 log = logging.getLogger(__name__)
@@ -134,10 +135,7 @@ KEYS: dict[str, Sets | Only | Ignored] = {
     "system.prompt_processor.pretrained_model_name_or_path": Sets("model"),
     "system.prompt_processor.prompt": Sets("prompt"),
     "system.prompt_processor.negative_prompt": Sets("text.negative"),
-    "system.prompt_processor.prompt_front": Sets("text.front"),
-    "system.prompt_processor.prompt_side": Sets("text.side"),
-    "system.prompt_processor.prompt_back": Sets("text.back"),
-    "system.prompt_processor.prompt_overhead": Sets("text.overhead"),
+    **{f"system.prompt_processor.prompt_{view}": Sets(f"text.{view}") for view in VIEWS},
     "system.prompt_processor.view_dependent_prompt_front": Sets("text.prefix"),
     "system.prompt_processor.use_perp_neg": Sets("guidance.use_perp_neg"),
     "system.prompt_processor.use_cache": Ignored("embeddings take seconds and are made each run"),
@@ -201,14 +199,7 @@ KEYS: dict[str, Sets | Only | Ignored] = {
 # Keys whose values are text, whatever they look like in YAML.
 _TEXT_KEYS = {"name", "tag"} | {
     f"system.prompt_processor.{name}"
-    for name in (
-        "prompt",
-        "negative_prompt",
-        "prompt_front",
-        "prompt_side",
-        "prompt_back",
-        "prompt_overhead",
-    )
+    for name in ("prompt", "negative_prompt", *(f"prompt_{view}" for view in VIEWS))
 }
 
 

@@ -94,11 +94,6 @@ def inspect_folder(path: Path) -> PipelineFolder:
     return PipelineFolder(path, configs, weights, variants, places)
 
 
-def is_view_folder(path: Path) -> bool:
-    """Whether a folder holds a model of views, which `inspect_view_folder` takes."""
-    return any((path / name).is_dir() for name in PROJECTIONS)
-
-
 def inspect_view_folder(path: Path) -> PipelineFolder:
     """Check that a folder holds every piece of a Zero-1-to-3 model.
 

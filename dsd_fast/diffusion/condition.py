@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # What diffusers' UNets call the conditions that they take as a group (Podell et al. 2023).
 _ADDED = {"pooled": "text_embeds", "size_ids": "time_ids"}
@@ -73,7 +73,7 @@ class Condition(Mapping[str, Tensor]):
         return Condition(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
-def forward(unet: nn.Module, latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def forward(unet: Callable[..., Any], latents: Tensor, t: Tensor, condition: Condition) -> Tensor:
     """A UNet's own forward, in the form of diffusers: latents [R,C,h,w], t [R] -> [R,C,h,w]."""
     arguments: dict[str, Any] = dict(condition)
     tokens = arguments.pop("tokens")

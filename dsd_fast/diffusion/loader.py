@@ -20,6 +20,7 @@ from dsd_fast.diffusion.components import (
     quiet,
 )
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.networks.multiview_unet import N_VIEWS, load_multiview_unet
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.diffusion.reference_picture import latent_feature_width
@@ -131,7 +132,7 @@ def _networks(
     device: torch.device | str,
     dtype: torch.dtype | None,
     n_views: int = 1,
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, Any]]:
+) -> tuple[Network, Network, dict[str, Any]]:
     """UNet and VAE on the device, and what else a DiffusionModel is told of them, by name."""
     device = torch.device(device)
     if dtype is None:
@@ -143,22 +144,24 @@ def _networks(
     with quiet():
         import diffusers
 
-    def read(piece: str, piece_dtype: torch.dtype) -> torch.nn.Module:
+    def read(piece: str, piece_dtype: torch.dtype) -> Network:
         cls = getattr(diffusers, folder.configs[piece]["_class_name"])
         return load_component(
             cls, folder.places[piece], variant=folder.variants[piece], torch_dtype=piece_dtype
         )
 
-    # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
-    unet = (
-        load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)
-        if n_views > 1
-        else read("unet", dtype)
-    ).to(device, memory_format=torch.channels_last)
-    vae = read("vae", vae_dtype).to(device, memory_format=torch.channels_last)
+    def placed(network: Network) -> Network:
+        # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
+        return network.to(device, memory_format=torch.channels_last)
+
+    if n_views > 1:
+        unet = load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)
+    else:
+        unet = read("unet", dtype)
+    vae = read("vae", vae_dtype)
     return (
-        unet,
-        vae,
+        placed(unet),
+        placed(vae),
         {
             "noise_path": NoisePath.of_scheduler(folder.configs["scheduler"]),
             "latent_channels": vae.config.latent_channels,

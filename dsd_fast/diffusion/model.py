@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dsd_fast._backend import backend
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.engines import make_engine
+from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.networks.fused_vae import FusedEncoder, unsupported
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.upload import upload
@@ -51,7 +52,7 @@ class DiffusionModel:
     def __init__(
         self,
         unet: nn.Module,
-        vae: nn.Module,
+        vae: Network,
         text_encoder: TextEncoder | None,
         *,
         noise_path: NoisePath,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.reference_picture import POSE_WIDTH, CameraProjection, latent_features
 
 # CLIP's normalisation of pixels (Radford et al. 2021).
@@ -39,9 +40,9 @@ class ViewModel(DiffusionModel):
     def __init__(
         self,
         unet: nn.Module,
-        vae: nn.Module,
+        vae: Network,
         projection: CameraProjection,
-        image_encoder: nn.Module | None = None,
+        image_encoder: Network | None = None,
         **others: Any,
     ) -> None:
         super().__init__(unet, vae, None, **others)
@@ -80,7 +81,7 @@ class ViewModel(DiffusionModel):
         Args:
             known: float32 [R] on the device, 1 and 0 for unconditional rows; all known without.
         """
-        if self._base_tokens is None:
+        if self._base_tokens is None or self._reference is None:
             raise ValueError("view model: expected a reference picture first; call condition()")
         # A sum of four products: as a matrix product it would be rounded as the GPU's settings say.
         moved = (pose[:, :, None] * self._to_tokens).sum(1)
@@ -98,7 +99,7 @@ class ViewModel(DiffusionModel):
         return self.projection.proj.weight[:, -POSE_WIDTH:].T.contiguous()
 
 
-def _clip_features(encoder: nn.Module, rgb: Tensor) -> Tensor:
+def _clip_features(encoder: Network, rgb: Tensor) -> Tensor:
     """CLIP's image embedding [1,1,F] float32 of a picture [1,3,H,W] in [0,1]."""
     side = encoder.config.image_size
     image = F.interpolate(rgb, (side, side), mode="bicubic", align_corners=False, antialias=True)

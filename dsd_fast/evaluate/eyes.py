@@ -94,7 +94,7 @@ class Clip:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPTokenizer
-        from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+        from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
         if not (folder / "config.json").is_file():
             raise EvaluateError(f"--clip {folder}: no config.json of a transformers CLIP model")

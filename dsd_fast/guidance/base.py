@@ -414,11 +414,11 @@ class Guidance(ABC):
             )
         self.noise = self._fold(noise.to(model.device, torch.float32))
 
-    def learned_state(self) -> dict[str, object]:
+    def learned_state(self) -> dict[str, Any]:
         """What a formulation has learned so far, for the checkpoint of its one run."""
         return {}
 
-    def load_learned_state(self, state: Mapping[str, object]) -> None:
+    def load_learned_state(self, state: Mapping[str, Any]) -> None:
         """Take over a `learned_state`."""
         return
 

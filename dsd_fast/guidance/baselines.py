@@ -18,6 +18,8 @@ from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.base import Asked, Guidance
+from dsd_fast.guidance.conditions.multiview import MultiViewConditions
+from dsd_fast.guidance.conditions.text import TextConditions
 from dsd_fast.guidance.passes import Batch, Gradient, Guide
 from dsd_fast.guidance.plan import Noise, Plan, PlanKind
 from dsd_fast.guidance.registry import formulation
@@ -53,7 +55,7 @@ class Baseline(Guidance):
     t, as MVDream's.
     """
 
-    noise: ClassVar[Noise] = "drawn"
+    noise_kind: ClassVar[Noise] = "drawn"
     # Names of what `draw_noise` draws.
     draws: ClassVar[tuple[str, ...]] = ("eps",)
 
@@ -86,7 +88,7 @@ class Baseline(Guidance):
         strides = self._strides(t, t_delta)
         if strides:
             tensors["path"] = torch.stack([torch.stack(stride) for stride in strides])
-        kind = PlanKind(n_items, self.noise, False, len(strides))
+        kind = PlanKind(n_items, self.noise_kind, False, len(strides))
         return Plan(kind, t, t_delta, tensors, self.model.device)
 
     def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
@@ -160,6 +162,7 @@ class NFSD(Baseline):
     name, needs_poor = "nfsd", True
     defaults = ANY_LEVEL
     FREE_OF_NOISE = 200
+    conditions: TextConditions
 
     def _prepare(self) -> None:
         poor = self.conditions.prompts.poor
@@ -242,7 +245,7 @@ class ISM(Baseline):
 
     name = "ism"
     defaults = ANY_LEVEL | {"weighting": "ddim"}
-    noise = "inverted"
+    noise_kind = "inverted"
     draws = ()
     STRIDE, INTERVAL = 200, 50
 
@@ -291,7 +294,7 @@ class SDI(Baseline):
         "sqrt_anneal": False,
         "min_step_percent": 0.25,
     }
-    noise = "inverted"
+    noise_kind = "inverted"
     draws = ("eps", "above")
     N_STEPS, SCALE, ETA = 10, -7.5, 0.3
     STRIDE = NUM_TRAIN_TIMESTEPS // N_STEPS
@@ -355,6 +358,7 @@ class Reconstruction(SDS):
 
     name, works_with = "recon", ("views",)
     defaults: ClassVar = {}  # its preset has them
+    conditions: MultiViewConditions
 
     def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
         t = plan.tensors["t"]

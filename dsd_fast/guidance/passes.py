@@ -306,7 +306,7 @@ def gradient(
         return gradient_reference(eps, guide, scales, x, t, path, weighting, eps_o, share)
     first, weights, n_items = _stack("gradient", eps if one_level else eps.chunk(2)[0], guide)
     x = _item("gradient: x", x, first, n_items)
-    if eps_o is not None:
+    if eps_o is not None and share is not None:
         eps_o = _item("gradient: eps_o", eps_o, eps, n_items)
         _check_number("gradient: share", share, x, n_items)
     _check_levels("gradient", x, path, t)
@@ -400,7 +400,7 @@ def gradient_reference(
     one_level = eps.shape[0] == guide.rows * x.shape[0]
     eps_delta, eps_t = (eps, eps) if one_level else eps.chunk(2)
     beside = _combine(eps_delta, guide, scales[0])
-    if eps_o is not None:
+    if eps_o is not None and share is not None:
         share = share.view(-1, 1, 1, 1)
         beside = (1 - share) * beside + share * eps_o
     grad = path.weight(t, weighting) * (_combine(eps_t, guide, scales[1]) - beside)

@@ -126,9 +126,8 @@ class TrajectoryTables:
         """z of a track at `level`, one step from the state and prediction of a node."""
         state, prediction = node * self.n_tracks + track, entry * self.n_tracks + track
         numbers = torch.tensor([[state], [prediction], [self.grid[node]], [level]])
-        return passes.state(
-            self.states, self.predictions, *upload(numbers, self.states.device).unbind(), self.form
-        )
+        slot, slot_eps, t, t_next = upload(numbers, self.states.device).unbind()
+        return passes.state(self.states, self.predictions, slot, slot_eps, t, t_next, self.form)
 
     def _node_above(self, level: int) -> int:
         """Grid level from which one DDIM step leads to `level`; 999 is its own."""

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dsd_fast.diffusion.networks import Network
 from dsd_fast.guidance.baselines import ANY_LEVEL, Baseline
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.registry import formulation
@@ -53,7 +54,7 @@ class VSD(Baseline):
         self._learned = {name: p for name, p in self._lora.named_parameters() if p.requires_grad}
         # A CUDA graph can hold a step of it: the count of steps is on the device, gradients stay
         # where they are, and the device itself leaves a step out.
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer: Any = torch.optim.AdamW(
             self._learned.values(),
             lr=LEARNING_RATE,
             fused=True,
@@ -109,12 +110,13 @@ class VSD(Baseline):
         loss = F.mse_loss(self._own(self._path.noisy(x, eps, t), t, text, camera), eps)
         learned = list(self._learned.values())
         for p, gradient in zip(learned, torch.autograd.grad(loss, learned)):
+            assert p.grad is not None  # from the beginning
             p.grad.copy_(gradient)
         # What a gradient scaler tells an optimizer.
         self._optimizer.found_inf = (~loss.isfinite()).float()
         self._optimizer.step()
 
-    def learned_state(self) -> dict[str, object]:
+    def learned_state(self) -> dict[str, Any]:
         """Adapters and camera embedding, and their optimizer's moments."""
         return {
             "adapters": {name: p.detach().cpu() for name, p in self._learned.items()},
@@ -125,7 +127,7 @@ class VSD(Baseline):
             },
         }
 
-    def load_learned_state(self, state: Mapping[str, object]) -> None:
+    def load_learned_state(self, state: Mapping[str, Any]) -> None:
         """Take over a `learned_state`.
 
         Raises:
@@ -144,7 +146,7 @@ class VSD(Baseline):
                     }
 
 
-def _with_adapters(unet: nn.Module) -> nn.Module:
+def _with_adapters(unet: Network) -> Network:
     """A UNet with the same frozen weights, adapters in its attention, and a camera embedding."""
     try:
         from peft import LoraConfig, inject_adapter_in_model

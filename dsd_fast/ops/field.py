@@ -30,7 +30,9 @@ _MAX_WIDTH = 32
 # Numbers of FieldBias and FieldActivation in csrc/field.h.
 _BIAS_KINDS = ("constant", "blob_magic3d", "blob_dreamfusion")
 _ACTIVATIONS = ("softplus", "exp", "trunc_exp")
+# Softplus is linear above this input, as in torch.
 _SOFTPLUS_THRESHOLD = 20.0
+# trunc_exp: the derivative stops growing at this input.
 _TRUNC_EXP_LIMIT = 15.0
 
 _Outputs = tuple[Tensor, Tensor | None, Tensor | None]
@@ -63,11 +65,12 @@ def can_fuse(spec: GridSpec, n_neurons: int) -> bool:
 # ---- reference ----------------------------------------------------------------------------------
 
 
-def _bias(points: Tensor, shape: FieldShape) -> tuple[Tensor | float, Tensor | float]:
-    """The bias and its gradient."""
+def density_bias(points: Tensor, shape: FieldShape) -> tuple[Tensor | float, Tensor | float]:
+    """What is added to the raw density at points [N, 3], a blob [N] or a constant; its gradient."""
     scale, std = shape.blob_scale, shape.blob_std
     if shape.bias == "blob_magic3d":
         distance = torch.linalg.vector_norm(points, dim=-1)
+        # The gradient is zero, not NaN, at the tip of the cone.
         return scale * (1 - distance / std), -scale / std * F.normalize(points, dim=-1, eps=1e-12)
     if shape.bias == "blob_dreamfusion":
         value = scale * torch.exp(-0.5 * points.square().sum(-1) / std**2)
@@ -75,15 +78,43 @@ def _bias(points: Tensor, shape: FieldShape) -> tuple[Tensor | float, Tensor | f
     return float(shape.bias), 0.0
 
 
-def _activate(raw: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Density and slope."""
-    if activation == "softplus":
+def activate(raw: Tensor, shape: FieldShape) -> tuple[Tensor, Tensor]:
+    """Density and its slope, from raw density."""
+    if shape.activation == "softplus":
         return F.softplus(raw, threshold=_SOFTPLUS_THRESHOLD), torch.sigmoid(raw)
-    slope = torch.exp(raw.clamp(max=_TRUNC_EXP_LIMIT) if activation == "trunc_exp" else raw)
-    if activation == "exp":
-        return slope, slope
+    if shape.activation == "exp":
+        return torch.exp(raw), torch.exp(raw)
+    slope = torch.exp(raw.clamp(max=_TRUNC_EXP_LIMIT))
+    # Above the limit: the value of exp, with the constant slope exp(limit) as derivative.
     tangent = (raw - raw.detach()) * slope.detach()
     return torch.exp(raw).detach() + tangent, slope
+
+
+def density_and_normal(
+    points: Tensor,
+    encoded: Tensor,
+    jacobian: Tensor | None,
+    w1: Tensor,
+    w2: Tensor,
+    shape: FieldShape,
+) -> tuple[Tensor, Tensor | None]:
+    """Density [N] and its normal −∇σ/‖∇σ‖ [N, 3] from the encoding [N, L F] and its Jacobian.
+
+    A bias-free ReLU layer is linear wherever its mask m does not change. With the network
+    W2·relu(W1·e) the gradient to the encoding is g = m·(W2ᵀ∘W1), the raw density is e·g, and
+    ∇raw = Jᵀg. The mask has no derivative, so that one ordinary backward pass through these
+    expressions gives the exact gradients to W1, W2 and the table, of density and normal both.
+    """
+    bias, bias_slope = density_bias(points, shape)
+    mask = F.linear(encoded, w1).detach().gt(0).to(encoded.dtype)
+    to_encoding = mask @ (w2.t() * w1)
+    raw = (encoded * to_encoding).sum(-1) + bias
+    density, slope = activate(raw, shape)
+    if jacobian is None:
+        return density, None
+    # The grid reads (p + radius) / (2·radius).
+    gradient = torch.bmm(to_encoding[:, None], jacobian)[:, 0] / (2 * shape.radius)
+    return density, -F.normalize((gradient + bias_slope) * slope[:, None], dim=-1, eps=1e-12)
 
 
 def fused_field_reference(
@@ -111,19 +142,12 @@ def fused_field_reference(
         # Values of the copy, gradients to the table.
         table = half_table.to(table.dtype) + (table - table.detach())
     unit = torch.add(0.5, points, alpha=0.5 / shape.radius)
-    bias, bias_slope = _bias(points, shape)
+    jacobian = None
     if normals:
         encoded, jacobian = hashgrid_jacobian_reference(unit, table, shape.spec, n_active_levels)
     else:
         encoded = hashgrid_reference(unit, table, shape.spec, n_active_levels)
-    mask = F.linear(encoded, w1d).detach().gt(0).to(encoded.dtype)
-    to_encoding = mask @ (w2d.t() * w1d)
-    raw = (encoded * to_encoding).sum(-1) + bias
-    density, slope = _activate(raw, shape.activation)
-    normal = None
-    if normals:
-        gradient = torch.bmm(to_encoding[:, None], jacobian)[:, 0] / (2 * shape.radius)
-        normal = -F.normalize((gradient + bias_slope) * slope[:, None], dim=-1, eps=1e-12)
+    density, normal = density_and_normal(points, encoded, jacobian, w1d, w2d, shape)
     output = F.linear(F.relu(F.linear(encoded, w1f)), w2f) if features else None
     if is_valid is not None:
         density = torch.where(is_valid, density, 0.0)

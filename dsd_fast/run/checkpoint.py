@@ -57,7 +57,7 @@ def _checksum(state: str, tensors: dict[str, torch.Tensor]) -> str:
     crc = zlib.crc32(state.encode())
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return str(crc)
 
 

@@ -257,11 +257,6 @@ def _parse_flags(flags: list[str], starting_values: TrainConfig) -> Command:
         )
 
 
-def _newest_checkpoint(folder: RunFolder) -> Path | None:
-    steps = checkpoint.list_steps(folder.checkpoints)
-    return steps[-1][1] if steps else None
-
-
 def find_checkpoint(path: Path) -> tuple[Path, RunFolder]:
     """The checkpoint that a run folder or a checkpoint file means, and its run folder.
 
@@ -273,10 +268,10 @@ def find_checkpoint(path: Path) -> tuple[Path, RunFolder]:
     if not path.is_dir():
         raise checkpoint.CheckpointError(f"{path}: there is no such run folder or checkpoint")
     folder = RunFolder(path.parent if path.name == "checkpoints" else path)
-    newest = _newest_checkpoint(folder)
-    if newest is None:
+    steps = checkpoint.list_steps(folder.checkpoints)
+    if not steps:
         raise checkpoint.CheckpointError(f"{path}: there is no checkpoint in {folder.checkpoints}")
-    return newest, folder
+    return steps[-1][1], folder
 
 
 def _compare(saved: TrainConfig, cfg: TrainConfig) -> None:

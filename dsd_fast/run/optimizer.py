@@ -56,21 +56,23 @@ class Adam:
             parameter.grad = None
         (loss * self.scale).backward()
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norms = torch._foreach_norm(gradients)  # pyright: ignore[reportPrivateImportUsage]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         finite = norm.isfinite() & ok
         found_inf = (~finite).float()
         for name, parameter in parameters.items():
-            if parameter.grad is not None:
+            if parameter.grad is None:
+                continue
+            before = None if share is None else parameter.detach().clone()
+            self._move(name, parameter.grad, found_inf)
+            if before is not None and share is not None:
                 # Adam's step is proportional to its rate, which the operator wants as a number.
-                before = None if share is None else parameter.detach().clone()
-                self._move(name, found_inf)
-                if before is not None:
-                    parameter.detach().sub_(before).mul_(share).add_(before)
+                parameter.detach().sub_(before).mul_(share).add_(before)
         norm = norm / self.scale
         self._count(finite)
         return norm
 
-    def _move(self, name: str, found_inf: Tensor) -> None:
+    def _move(self, name: str, gradient: Tensor, found_inf: Tensor) -> None:
         parameter, rate, half_copy = self._trainables[name]
         if name not in self._moments:
             self._moments[name] = {
@@ -82,7 +84,7 @@ class Adam:
         with half_copy() as half:
             ops.adam_step(
                 parameter.detach().view(-1),
-                parameter.grad.reshape(-1),
+                gradient.reshape(-1),
                 moments["exp_avg"].view(-1),
                 moments["exp_avg_sq"].view(-1),
                 moments["step"],

@@ -16,7 +16,11 @@ from dsd_fast.scene.renderer import RenderOutput
 
 
 def contact_sheet(
-    scene: FieldScene, cfg: CameraConfig, step: int, n_views: int, size: tuple[int, int]
+    scene: FieldScene,
+    cfg: CameraConfig,
+    step: int,
+    n_views: int,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """``n_views`` views around the object, colours above normals: uint8 [2*H, n_views*W, 3]."""
     columns = []
@@ -40,13 +44,12 @@ def write_turntable(
     cfg: CameraConfig,
     step: int,
     path: Path,
-    *,
-    n_views: int,
-    size: tuple[int, int],
     fps: int,
+    n_views: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> None:
     """Render once around the object into an mp4 of rgb | normal | opacity, written atomically."""
-    cameras = turntable(cfg, n_views, size=size, device=scene.device)
+    cameras = turntable(cfg, n_views, size, scene.device)
     write_video((_panels(scene.view(camera, step)) for camera in cameras), path, fps)
 
 

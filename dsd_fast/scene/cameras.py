@@ -175,6 +175,7 @@ class Lattice(Protocol):
 
     def snap(self, elevation_deg: Tensor, azimuth_deg: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest places of first views at these angles, float32 [G] each on the CPU."""
+        ...
 
 
 def look_at(positions: Tensor, centers: Tensor, up: Tensor) -> Tensor:

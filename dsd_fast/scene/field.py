@@ -20,15 +20,11 @@ from torch import Tensor, nn
 
 from dsd_fast import ops, ranges
 from dsd_fast._backend import backend
-from dsd_fast.ops.field import FieldShape, can_fuse
+from dsd_fast.ops.field import FieldShape, activate, can_fuse, density_and_normal, density_bias
 from dsd_fast.ranges import ConfigError, check
 from dsd_fast.scene.encoding import HashGrid
 from dsd_fast.scene.mlp import MLP
 
-# Softplus is linear above this input, as in torch.
-_SOFTPLUS_THRESHOLD = 20.0
-# trunc_exp: the derivative stops growing at this input.
-_TRUNC_EXP_LIMIT = 15.0
 # Points per block of a query without gradients. Small blocks stay in the CPU's caches; on a GPU the
 # block only bounds memory (about 400 bytes a point).
 _QUERY_BLOCK = {"cpu": 16384, "cuda": 1 << 19}
@@ -106,17 +102,6 @@ class FieldOutput(NamedTuple):
     normal: Tensor | None  # [N,3] unit, outward
 
 
-def density_bias(points: Tensor, cfg: FieldConfig) -> Tensor | float:
-    """What is added to the raw density at points [N,3]: the initial blob [N], or a constant."""
-    if cfg.density_bias == "blob_magic3d":
-        distance = torch.linalg.vector_norm(points, dim=-1)
-        return cfg.density_blob_scale * (1.0 - distance / cfg.density_blob_std)
-    if cfg.density_bias == "blob_dreamfusion":
-        squared = points.square().sum(-1)
-        return cfg.density_blob_scale * torch.exp(-0.5 * squared / cfg.density_blob_std**2)
-    return float(cfg.density_bias)
-
-
 class Field(nn.Module):
     """Density, features and normals at points of the box [-radius, radius]³.
 
@@ -135,11 +120,10 @@ class Field(nn.Module):
             cfg.grid.base_resolution,
             cfg.grid.per_level_scale,
         )
-        n_inputs = cfg.grid.n_levels * cfg.grid.n_features
 
         def network(n_outputs: int) -> MLP:
             return MLP(
-                n_inputs,
+                self.grid.spec.n_outputs,
                 n_outputs,
                 n_neurons=cfg.n_neurons,
                 n_hidden_layers=cfg.n_hidden_layers,
@@ -157,6 +141,19 @@ class Field(nn.Module):
         self._half_table: Tensor | None = None
         self._half_of: tuple[int, int] | None = None  # address and version that were copied
         self.set_step(0)
+
+    @property
+    def shape(self) -> FieldShape:
+        """What the field's arithmetic depends on beside its parameters."""
+        cfg = self.cfg
+        return FieldShape(
+            self.grid.spec,
+            cfg.radius,
+            cfg.density_bias,
+            cfg.density_blob_scale,
+            cfg.density_blob_std,
+            cfg.density_activation,
+        )
 
     def set_step(self, step: int) -> None:
         """Unlock the levels of a training step; the others read zero."""
@@ -197,8 +194,6 @@ class Field(nn.Module):
             if torch.is_grad_enabled():
                 return self._evaluate(points, normals)
             outputs = [self._evaluate(points[block], normals) for block in _blocks(points)]
-            if not outputs:
-                return self._evaluate(points, normals)
             density, features, normal = zip(*outputs, strict=True)
             return FieldOutput(
                 torch.cat(density), torch.cat(features), torch.cat(normal) if normals else None
@@ -210,13 +205,14 @@ class Field(nn.Module):
 
     def half_table(self) -> Tensor:
         """The float16 copy of the table, [spec.n_params]; made anew when the table has changed."""
-        table = self.grid.table
+        table, half = self.grid.table, self._half_table
+        if half is None or half.device != table.device:
+            half = self._half_table = torch.empty_like(table, dtype=torch.float16)
+            self._half_of = None
         if self._half_of != (table.data_ptr(), table._version):
-            if self._half_table is None or self._half_table.device != table.device:
-                self._half_table = torch.empty_like(table, dtype=torch.float16)
-            self._half_table.copy_(table.detach())
+            half.copy_(table.detach())
             self._half_of = (table.data_ptr(), table._version)
-        return self._half_table
+        return half
 
     @contextmanager
     def changing_table(self) -> Iterator[Tensor | None]:
@@ -252,22 +248,16 @@ class Field(nn.Module):
 
     def _fused(
         self, points: Tensor, n_valid: Tensor | None, *, features: bool, normals: bool
-    ) -> tuple[Tensor | None, ...]:
-        cfg = self.cfg
-        networks = (self.density_network, self.feature_network)
-        shape = FieldShape(
-            self.grid.spec,
-            cfg.radius,
-            cfg.density_bias,
-            cfg.density_blob_scale,
-            cfg.density_blob_std,
-            cfg.density_activation,
-        )
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        (w1d, w2d), (w1f, w2f) = self.density_network.weights, self.feature_network.weights
         return ops.fused_field(
             points.contiguous(),
             self.grid.table,
-            *(network.layers[i].weight for network in networks for i in (0, 2)),
-            shape,
+            w1d,
+            w2d,
+            w1f,
+            w2f,
+            self.shape,
             self.grid.n_active_levels,
             features=features,
             normals=normals,
@@ -280,6 +270,7 @@ class Field(nn.Module):
         density, features, normal = self._fused(
             points, n_valid, features=True, normals=normals and analytic
         )
+        assert features is not None
         if normals and not analytic:
             normal = self._difference_normal(points, density)
         return FieldOutput(density, features, normal)
@@ -287,11 +278,11 @@ class Field(nn.Module):
     def _evaluate(self, points: Tensor, normals: bool) -> FieldOutput:
         if normals and self.cfg.normal_type == "analytic":
             encoded, jacobian = self.grid.value_and_jacobian(self._to_unit_cube(points))
-            density, normal = self._density_and_normal(points, encoded, jacobian)
+            w1, w2 = self.density_network.weights
+            density, normal = density_and_normal(points, encoded, jacobian, w1, w2, self.shape)
             return FieldOutput(density, self.feature_network(encoded), normal)
         encoded = self.grid(self._to_unit_cube(points))
-        raw = self.density_network(encoded)[:, 0] + density_bias(points, self.cfg)
-        density = self._activate(raw)
+        density = self._density_of(points, encoded)
         features = self.feature_network(encoded)
         if not normals:
             return FieldOutput(density, features, None)
@@ -304,28 +295,11 @@ class Field(nn.Module):
     def _density(self, points: Tensor) -> Tensor:
         if self._is_fused(points):
             return self._fused(points, None, features=False, normals=False)[0]
-        encoded = self.grid(self._to_unit_cube(points))
-        return self._activate(self.density_network(encoded)[:, 0] + density_bias(points, self.cfg))
+        return self._density_of(points, self.grid(self._to_unit_cube(points)))
 
-    def _density_and_normal(
-        self, points: Tensor, encoded: Tensor, jacobian: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Density [N] and its normal −∇σ/‖∇σ‖ [N,3] from the encoding and its Jacobian.
-
-        A bias-free ReLU layer is linear wherever its mask m does not change. With the network
-        W2·relu(W1·e) the gradient to the encoding is g = m·(W2ᵀ∘W1), the raw density is e·g, and
-        ∇raw = Jᵀg. The mask has no derivative, so that one ordinary backward pass through these
-        expressions gives the exact gradients to W1, W2 and the table, of density and normal both.
-        """
-        first, second = (layer.weight for layer in self.density_network.layers[::2])
-        with torch.no_grad():
-            mask = F.linear(encoded, first).gt_(0)
-        to_encoding = mask @ (second.t() * first)
-        raw = (encoded * to_encoding).sum(-1) + density_bias(points, self.cfg)
-        # The grid reads (p + radius) / (2·radius).
-        gradient = torch.bmm(to_encoding[:, None, :], jacobian)[:, 0, :] / (2 * self.cfg.radius)
-        gradient = (gradient + self._bias_gradient(points)) * self._activation_slope(raw)[:, None]
-        return self._activate(raw), -F.normalize(gradient, dim=-1, eps=1e-12)
+    def _density_of(self, points: Tensor, encoded: Tensor) -> Tensor:
+        raw = self.density_network(encoded)[:, 0] + density_bias(points, self.shape)[0]
+        return activate(raw, self.shape)[0]
 
     def _difference_normal(self, points: Tensor, density: Tensor) -> Tensor:
         eps = self.cfg.finite_difference_normal_eps
@@ -345,35 +319,9 @@ class Field(nn.Module):
     def _to_unit_cube(self, points: Tensor) -> Tensor:
         return torch.add(0.5, points, alpha=0.5 / self.cfg.radius)
 
-    def _bias_gradient(self, points: Tensor) -> Tensor | float:
-        cfg = self.cfg
-        if cfg.density_bias == "blob_magic3d":
-            # Zero, not NaN, at the tip of the cone.
-            slope = -cfg.density_blob_scale / cfg.density_blob_std
-            return slope * F.normalize(points, dim=-1, eps=1e-12)
-        if cfg.density_bias == "blob_dreamfusion":
-            return density_bias(points, cfg)[:, None] * points / -(cfg.density_blob_std**2)
-        return 0.0
-
-    def _activate(self, raw: Tensor) -> Tensor:
-        if self.cfg.density_activation == "softplus":
-            return F.softplus(raw, threshold=_SOFTPLUS_THRESHOLD)
-        if self.cfg.density_activation == "trunc_exp":
-            # Above the limit: the value of exp, with the constant slope exp(limit) as derivative.
-            limited = raw.clamp(max=_TRUNC_EXP_LIMIT)
-            tangent = (raw - raw.detach()) * torch.exp(limited.detach())
-            return torch.exp(raw).detach() + tangent
-        return torch.exp(raw)
-
-    def _activation_slope(self, raw: Tensor) -> Tensor:
-        if self.cfg.density_activation == "softplus":
-            return torch.sigmoid(raw)
-        if self.cfg.density_activation == "trunc_exp":
-            return torch.exp(raw.clamp(max=_TRUNC_EXP_LIMIT))
-        return torch.exp(raw)
-
 
 def _blocks(points: Tensor) -> Iterator[slice]:
+    """At least one, of no points if there are none."""
     size = _QUERY_BLOCK.get(points.device.type, _QUERY_BLOCK["cuda"])
-    for start in range(0, len(points), size):
+    for start in range(0, max(len(points), 1), size):
         yield slice(start, start + size)

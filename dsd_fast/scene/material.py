@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,15 +53,16 @@ class Shading(NamedTuple):
     def of(cls, numbers: Tensor) -> Shading:
         """The shading that these are the `numbers` of, on the CPU."""
         *colors, texture, light = numbers.tolist()
+        ambient, diffuse = (colors[0], colors[1], colors[2]), (colors[3], colors[4], colors[5])
         mode: ShadingMode = ("diffuse" if texture else "textureless") if light else "albedo"
-        return cls(mode, tuple(colors[:3]), tuple(colors[3:]))
+        return cls(mode, ambient, diffuse)
 
 
 def choose_shading(
     cfg: MaterialConfig, step: int, training: bool, generator: torch.Generator | None = None
 ) -> Shading:
     """The shading of one rendering: drawn from the CPU `generator` in training, fixed otherwise."""
-    ambient, diffuse = tuple(cfg.ambient_light_color), tuple(cfg.diffuse_light_color)
+    ambient, diffuse = cfg.ambient_light_color, cfg.diffuse_light_color
     ambient_only = step < cfg.ambient_only_steps
     if not training:
         albedo = ambient_only or cfg.ambient_only_on_test
@@ -74,7 +75,8 @@ def choose_shading(
 
     if cfg.soft_shading:
         strength = draw()
-        ambient, diffuse = (1.0 - strength,) * 3, (strength,) * 3
+        rest = 1.0 - strength
+        ambient, diffuse = (rest, rest, rest), (strength, strength, strength)
     mode: ShadingMode = "albedo"
     if not ambient_only and draw() <= cfg.diffuse_prob:
         mode = "textureless" if draw() < cfg.textureless_prob else "diffuse"
@@ -136,7 +138,7 @@ class _FusedShade(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         features: Tensor,
         points: Tensor,
         normals: Tensor,
@@ -146,16 +148,14 @@ class _FusedShade(torch.autograd.Function):
     ) -> Tensor:
         from dsd_fast.kernels import ray_samples as kernels
 
-        tensors = (features, points, normals, lights, numbers)
-        tensors = (*(tensor.contiguous() for tensor in tensors), n_valid)
+        tensors = (features, points, normals, lights, numbers, n_valid)
+        tensors = [tensor.contiguous() for tensor in tensors]
         ctx.save_for_backward(*tensors)
         return kernels.shade_fwd(*tensors)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from dsd_fast.kernels import ray_samples as kernels
 
-        to_features, to_normals = kernels.shade_bwd(*ctx.saved_tensors, grad.contiguous())
+        to_features, to_normals = kernels.shade_bwd(*ctx.saved_tensors, grad=grad.contiguous())
         return to_features, None, to_normals, None, None, None

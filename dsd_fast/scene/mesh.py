@@ -23,6 +23,7 @@ from pydantic import AfterValidator
 
 from dsd_fast.files import replacing
 from dsd_fast.ranges import CountOrNone, Share, check
+from dsd_fast.scene.field import Field
 from dsd_fast.scene.material import albedo_color
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Mesh:
     albedo: np.ndarray  # [V, 3] float32
 
 
-def make_mesh(field: torch.nn.Module, radius: float, cfg: MeshConfig, device: torch.device) -> Mesh:
+def make_mesh(field: Field, radius: float, cfg: MeshConfig, device: torch.device) -> Mesh:
     """The surface of ``field`` at the configured density.
 
     ``field.density(points[N, 3]) -> [N]`` and ``field(points, normals=False).features`` are queried
@@ -168,7 +169,7 @@ def _gltf(
 
 @torch.no_grad()
 def _density_grid(
-    field: torch.nn.Module, box: np.ndarray, resolution: int, device: torch.device
+    field: Field, box: np.ndarray, resolution: int, device: torch.device
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Density [X, Y, Z] float32 on a grid of nearly cubic cells over ``box``, and its axes."""
     extent = box[1] - box[0]
@@ -252,7 +253,7 @@ def _decimate(
             f"the mesh has {len(faces)} faces and max_faces is {max_faces}, but decimation needs "
             "a package: pip install fast-simplification, or set max_faces to 0"
         ) from error
-    vertices, faces = fast_simplification.simplify(vertices, faces, target_count=max_faces)
+    vertices, faces, *_ = fast_simplification.simplify(vertices, faces, target_count=max_faces)
     if not len(faces):
         raise MeshError(f"max_faces: {max_faces} leave nothing of the mesh, pass more")
     return vertices.astype(np.float32), faces.astype(np.int64)

@@ -29,12 +29,17 @@ class MLP(nn.Module):
         widths = [n_inputs] + [n_neurons] * n_hidden_layers + [n_outputs]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
-            linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=False)
+            linear = nn.Linear(fan_in, fan_out, bias=False, device="meta").to_empty(device="cpu")
             bound = 1.0 / math.sqrt(fan_in)
             with torch.no_grad():
                 linear.weight.uniform_(-bound, bound, generator=generator)
             layers += [linear, nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers[:-1])
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """One a layer, [n_outputs, n_inputs] of it."""
+        return list(self.parameters())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[N, n_inputs] → [N, n_outputs]."""

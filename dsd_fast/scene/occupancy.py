@@ -55,7 +55,8 @@ class OccupancyGrid(nn.Module):
     @property
     def aabb(self) -> tuple[float, float, float, float, float, float]:
         """The box: lower corner, upper corner."""
-        return (-self.radius,) * 3 + (self.radius,) * 3
+        r = self.radius
+        return (-r, -r, -r, r, r, r)
 
     def alpha_threshold(self) -> Tensor:
         """Opacity under which a sample is dropped: min(max_threshold, mean of the cells), 0-dim.

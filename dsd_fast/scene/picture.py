@@ -102,9 +102,8 @@ def resized(rgba: Tensor, size: int) -> Tensor:
     Enlarged bilinearly. Straight alpha in and out; colours are black where nothing is.
     """
     premultiplied = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
-    shrinks = rgba.shape[-1] >= size
-    mode = {"mode": "area"} if shrinks else {"mode": "bilinear", "align_corners": False}
-    small = F.interpolate(premultiplied, (size, size), **mode)
+    mode = "area" if rgba.shape[-1] >= size else "bilinear"
+    small = F.interpolate(premultiplied, (size, size), mode=mode)
     alpha = small[:, 3:]
     return torch.cat([(small[:, :3] / alpha.clamp_min(1e-6)).clamp(0, 1), alpha], dim=1)
 
@@ -126,7 +125,7 @@ def _read(path: Path) -> np.ndarray:
 
 def _without_background(rgba: np.ndarray, path: Path) -> np.ndarray:
     try:
-        import rembg
+        import rembg  # pyright: ignore[reportMissingImports]  # it is of no extra
     except ImportError as error:
         raise ImportError(
             f"--image {path} has no transparent background, and removing it needs rembg: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dsd_fast import ops
 from dsd_fast._backend import backend
-from dsd_fast.ops import PackedSamples
 from dsd_fast.ranges import ConfigError, Count, NonNegative, Positive, check
 from dsd_fast.scene.background import Background
 from dsd_fast.scene.cameras import CameraBatch
@@ -91,17 +90,6 @@ class _Samples:
 
     def __len__(self) -> int:
         return len(self.ray_indices)
-
-    def packed(self, samples: PackedSamples) -> _Samples:
-        """Other samples of the same rays."""
-        return _Samples(
-            self.rays_o,
-            self.rays_d,
-            samples.ray_indices,
-            samples.t_starts,
-            samples.t_ends,
-            samples.offsets,
-        )
 
     def first(self, n: int) -> _Samples:
         """Without the room behind."""
@@ -309,7 +297,7 @@ class Renderer(nn.Module):
             self.occupancy.alpha_threshold(),
             capacity=len(candidates) if n_kept is None else n_kept,
         )
-        samples = candidates.packed(packed)
+        samples = _Samples(rays_o, rays_d, *packed[1:4], packed.offsets)
         if n_kept is None:
             samples = samples.first(int(samples.n_valid))
             self._kept.learn(len(samples), n_rays)
@@ -345,10 +333,11 @@ class Renderer(nn.Module):
         if skips or torch.is_grad_enabled():
             # In one piece, also if it is empty: the parameters shall get zero gradients, not none.
             return evaluate(samples)
-        return _concatenate(evaluate, samples, self.cfg.eval_chunk_size)
+        density, colors, normal = _concatenate(evaluate, samples, self.cfg.eval_chunk_size)
+        return density, colors, normal
 
 
-def _march_all(origins: Tensor, dirs: Tensor, *args: object) -> tuple[Tensor, ...]:
+def _march_all(origins: Tensor, dirs: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(ray_indices, t_starts, t_ends, offsets) of all samples; waits for the device."""
     ray_indices, t_starts, t_ends = ops.march(origins, dirs, *args)
     rays = torch.arange(len(origins) + 1, device=origins.device)

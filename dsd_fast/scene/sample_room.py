@@ -40,8 +40,8 @@ class SampleRoom:
 
     def __init__(self, what: str, per_ray: float | None = None) -> None:
         self._what = what
-        self._is_fixed = per_ray is not None
-        self._per_ray = per_ray
+        self._fixed = per_ray
+        self._per_ray = 0.0
         self._n_lessons = 0
         self._settled: dict[int, int] = {}  # rays -> room
         # Samples and dropped ones of the newest rendering, on the device.
@@ -56,8 +56,8 @@ class SampleRoom:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if not capturing:
             self._look()
-        if self._is_fixed:
-            return math.ceil(self._per_ray * n_rays)
+        if self._fixed is not None:
+            return math.ceil(self._fixed * n_rays)
         if self._n_lessons < LESSONS:
             if capturing:
                 raise ValueError(
@@ -74,8 +74,8 @@ class SampleRoom:
 
     def learn(self, n_samples: int, n_rays: int) -> None:
         """Take a count that is known."""
-        if not self._is_fixed and n_rays:
-            self._per_ray = max(n_samples / n_rays, DECAY * (self._per_ray or 0.0))
+        if self._fixed is None and n_rays:
+            self._per_ray = max(n_samples / n_rays, DECAY * self._per_ray)
             self._n_lessons += 1
 
     def watch(self, packed: PackedSamples, n_rays: int) -> None:
@@ -94,6 +94,7 @@ class SampleRoom:
 
     def watch_replay(self, n_rays: int) -> None:
         """Take the count of a rendering that a CUDA graph replayed."""
+        assert self._counts is not None  # `watch` has seen the capture
         host = torch.empty(2, dtype=torch.int64, pin_memory=True)
         host.copy_(self._counts, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -103,7 +104,8 @@ class SampleRoom:
     def _look(self) -> None:
         while self._coming and self._coming[0][1].query():
             host, _, n_rays = self._coming.popleft()
-            self._take(*host.tolist(), n_rays)
+            n_samples, n_dropped = host.tolist()
+            self._take(n_samples, n_dropped, n_rays)
 
     def _take(self, n_samples: int, n_dropped: int, n_rays: int) -> None:
         self.learn(n_samples + n_dropped, n_rays)
@@ -118,5 +120,5 @@ class SampleRoom:
                 n_samples + n_dropped,
                 self._what,
                 self._n_overflows,
-                "; raise sample_room" if self._is_fixed else "; the next ones have more",
+                "; the next ones have more" if self._fixed is None else "; raise sample_room",
             )

@@ -72,11 +72,10 @@ class ImageStep(TrainStep):
 class UnitStep(Adam):
     """Steps of unit length in place of Adam's: the parameter less its gradient."""
 
-    def _move(self, name: str, found_inf: Tensor) -> None:
-        parameter = self._trainables[name].parameter
-        value = parameter.detach()
+    def _move(self, name: str, gradient: Tensor, found_inf: Tensor) -> None:
+        value = self._trainables[name].parameter.detach()
         # Where the gradient is not finite, so is their difference.
-        moved = value - parameter.grad / self.scale
+        moved = value - gradient / self.scale
         value.copy_(torch.where(found_inf.bool(), value, moved))
 
 
@@ -135,7 +134,7 @@ class ImageTask(Task):
         device: torch.device,
         phase: PhaseMemory,
     ) -> TrainStep:
-        if cfg.image.exact:
+        if isinstance(guidance, ExactForm):
             # From here on one memory: what the guidance writes is what a checkpoint saves.
             for state, link in zip(states, guidance.link.split(1)):
                 link.copy_(state.scene.link)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -110,7 +109,8 @@ class SingleViewTask(TextTask):
         """The picture of a run, [1,4,S,S]; ConfigError where it is not the one of its start."""
         own = cfg.single_view
         rgba = read_picture(own.image, own.recenter)
-        digest = hashlib.sha256(Path(own.image).read_bytes()).hexdigest()
+        assert own.image is not None
+        digest = hashlib.sha256(own.image.read_bytes()).hexdigest()
         if own.digest and own.digest != digest:
             raise ConfigError(
                 f"{own.image} is not the picture that this run was started with: put that back, "
@@ -126,7 +126,7 @@ def reference(cfg: TrainConfig) -> Reference:
     return Reference(
         own.elevation,
         0.0,
-        tuple(cfg.cameras.elevation_range),
+        cfg.cameras.elevation_range,
         own.azimuth_bins,
         own.elevation_bins,
         own.polar_pose,

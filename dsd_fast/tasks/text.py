@@ -100,20 +100,11 @@ class TextTask(Task):
         """Write the mesh, the turntable and the contact sheet of a trained scene."""
         if cfg.pictures.mesh:
             write_mesh(result, cfg, step, run)
-        size = (cfg.cameras.eval_height, cfg.cameras.eval_width)
         if cfg.pictures.turntable:
             log.info("rendering a turntable of %d views", cfg.cameras.n_test_views)
-            pictures.write_turntable(
-                result,
-                cfg.cameras,
-                step,
-                run.turntable,
-                n_views=cfg.cameras.n_test_views,
-                size=size,
-                fps=cfg.pictures.fps,
-            )
+            pictures.write_turntable(result, cfg.cameras, step, run.turntable, cfg.pictures.fps)
             log.info("wrote %s", run.turntable)
-        sheet = pictures.contact_sheet(result, cfg.cameras, step, cfg.pictures.sheet_views, size)
+        sheet = pictures.contact_sheet(result, cfg.cameras, step, cfg.pictures.sheet_views)
         pictures.write_png(sheet, run.preview)
         log.info("wrote %s", run.preview)
 

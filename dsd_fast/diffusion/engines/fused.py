@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dsd_fast._backend import backend
 from dsd_fast.diffusion.condition import Condition, beside
 from dsd_fast.diffusion.engines.base import GraphEngine
+from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.networks.fused_unet import FusedUNet, unsupported
 
 
@@ -57,7 +58,7 @@ class FusedEngine(GraphEngine):
         return self.fused(beside(latents, condition.get("image")), t, condition.tokens)
 
 
-def cannot_fuse(unet: nn.Module) -> str | None:
+def cannot_fuse(unet: Network) -> str | None:
     """Why the fused engine cannot run this module; None if it can."""
     if reason := unsupported(unet):
         return reason

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsd_fast.diffusion.condition import Condition, forward
 from dsd_fast.diffusion.engines.base import UNetShape
+from dsd_fast.diffusion.networks import Network
 
 OUTPUT = "prediction"
 # The newest that the TorchScript exporter writes and that every supported TensorRT reads; from 17
@@ -79,7 +80,7 @@ def export_unet(unet: nn.Module, shape: UNetShape, folder: Path) -> Path:
     return path
 
 
-def _halvings(unet: nn.Module) -> int:
+def _halvings(unet: Network) -> int:
     """Pixels of the latents for one of the innermost level; that needs two, one looks constant."""
     return 2 ** (len(unet.config.block_out_channels) - 1)
 

@@ -7,14 +7,12 @@ error against float32 of the same size as that of the eager module in half preci
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.condition import Condition
-from dsd_fast.diffusion.engines.base import EagerEngine, UNetEngine, UNetShape
+from dsd_fast.diffusion.engines.base import EagerEngine, Forward, UNetShape
 
 # An engine sums in another order than the eager kernels do; more than twice their error is wrong.
 _ALLOWED_RATIO = 2.0
@@ -44,7 +42,7 @@ class Parity:
 
 @torch.no_grad()
 def measure(
-    engine: UNetEngine, unet: nn.Module, shape: UNetShape, rows: int, *, float32: bool = True
+    engine: Forward, unet: nn.Module, shape: UNetShape, rows: int, *, float32: bool = True
 ) -> Parity:
     """Compare an engine with its module on random inputs.
 
@@ -93,7 +91,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def gate(
-    engine: Callable[[Tensor, Tensor, Condition], Tensor],
+    engine: Forward,
     unet: nn.Module,
     shape: UNetShape,
     rows: int,

@@ -113,7 +113,7 @@ class TensorRTEngine:
         )
         try:
             for rows in self.rows:
-                self._profiles[rows] = self._profile(rows, dtype, device)
+                self._profiles[rows] = self._profile(shape, rows, dtype, device)
                 found = parity.gate(self._run, self.unet, shape, rows, self.library.name)
                 log.info(
                     "%s, %d rows: relative error %.1e, allowed %.1e",
@@ -127,7 +127,9 @@ class TensorRTEngine:
             self._profiles.clear()
             raise
 
-    def _profile(self, rows: int, dtype: torch.dtype, device: torch.device) -> _Profile:
+    def _profile(
+        self, shape: UNetShape, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> _Profile:
         # One context each: switching the profile of a context cannot be captured.
         context = self.library.context(self._engine)
         if context is None:
@@ -135,7 +137,7 @@ class TensorRTEngine:
         stream = torch.cuda.current_stream(device)
         context.set_optimization_profile_async(self.rows.index(rows), stream.cuda_stream)
         stream.synchronize()
-        shapes = self._shape.inputs(rows)
+        shapes = shape.inputs(rows)
         inputs = {
             name: torch.zeros(
                 shapes[name], dtype=torch.int64 if name == "t" else dtype, device=device

@@ -112,6 +112,7 @@ def find_library(name: str = "auto", capability: Capability | None = None) -> Li
     for library in installed:
         if capability is None or library.supports(capability):
             return library
+    assert capability is not None
     names = " and ".join(library.name for library in installed)
     raise UnsupportedGPU(
         f"{names} cannot run on a GPU of compute capability {spelled(capability)}"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsd_fast.diffusion.networks import vae_ops
+from dsd_fast.diffusion.networks import Network, vae_ops
 from dsd_fast.graphs import tuned_convolutions
 
 # Half-precision convolutions on tensor cores read 8 channels at once.
@@ -124,16 +124,16 @@ class _Norm:
 class _Residual:
     """norm, convolution, norm, convolution and a skip connection, 1x1 where channels change."""
 
-    def __init__(self, block: nn.Module, flipped: bool):
+    def __init__(self, block: Network, flipped: bool):
         self.norms = _Norm(block.norm1, True), _Norm(block.norm2, True)
         self.convs = tuple(_Conv(c.weight.detach(), 1, flipped) for c in (block.conv1, block.conv2))
         self.between = _wide(block.conv1.bias)
         self.bias = _wide(block.conv2.bias)
         self.shortcut: Tensor | None = None
         if block.conv_shortcut is not None:
-            self.shortcut = block.conv_shortcut.weight.detach().flatten(1)
+            shortcut = block.conv_shortcut.weight.detach().flatten(1)
             self.bias = self.bias + _wide(block.conv_shortcut.bias)
-            self.wide_shortcut = _wide(self.shortcut)
+            self.shortcut, self.wide_shortcut = shortcut, _wide(shortcut)
 
     def __call__(self, p: _Pending, tape: list) -> _Pending:
         size = p.height, p.width
@@ -160,11 +160,12 @@ class _Residual:
 class _Downsample:
     """A convolution of stride 2 over the image with one more row and column of zeros."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Network):
         self.conv = _Conv(block.conv.weight.detach(), 2)
         self.bias = _wide(block.conv.bias)
 
     def __call__(self, p: _Pending, tape: list) -> _Pending:
+        assert p.residual is not None  # it follows a _Residual
         bordered = vae_ops.skip_sum(p.x, p.residual, p.add, p.height, p.width)
         tape.append((p.height, p.width))
         y = self.conv(bordered, p.height + 1, p.width + 1)
@@ -182,7 +183,7 @@ class _Attention:
     No flash kernel takes heads this wide.
     """
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Network):
         self.norm = _Norm(block.group_norm, False)
         scale = block.scale
         dtype = block.to_q.weight.dtype
@@ -249,7 +250,7 @@ class FusedEncoder:
         ValueError: another architecture.
     """
 
-    def __init__(self, vae: nn.Module, flipped: bool = True):
+    def __init__(self, vae: Network, flipped: bool = True):
         reason = unsupported({**vae.config, "_class_name": type(vae).__name__})
         encoder = vae.encoder
         if reason is None and any(a and a.heads != 1 for a in encoder.mid_block.attentions):

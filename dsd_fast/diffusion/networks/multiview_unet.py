@@ -130,6 +130,7 @@ class MultiViewUNet(nn.Module):
             depth = config.get("transformer_depth", 1)
             return _SpatialTransformer(channels, heads, config["context_dim"], depth)
 
+        self._base = base
         self.time_embed = _embedder(base, embedding)
         self.camera_embed = _embedder(CAMERA_NUMBERS, embedding)
         first = nn.Conv2d(config["in_channels"], base, 3, padding=1)
@@ -169,7 +170,7 @@ class MultiViewUNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.out[2].weight.dtype
+        return next(self.out.parameters()).dtype
 
     def forward(
         self,
@@ -197,7 +198,7 @@ class MultiViewUNet(nn.Module):
                 f"a multi-view UNet takes {N_VIEWS} rows an object, one a view, got "
                 f"{latents.shape[0]} rows"
             )
-        level = sinusoids(t, self.time_embed[0].in_features).to(latents.dtype)
+        level = sinusoids(t, self._base).to(latents.dtype)
         embedding = self.time_embed(level) + self.camera_embed(camera)
         x, kept = latents, []
         for block in self.input_blocks:

@@ -213,5 +213,5 @@ class TextConditions(Conditions):
         return Rows({"first": mix.first, "second": mix.second, "share": mix.share}, mix.weights)
 
     def condition(self, columns: Mapping[str, Tensor]) -> Condition:
-        mix = (columns[name] for name in ("first", "second", "share"))
-        return Condition(passes.text(self._bank, *mix, self._dtype))
+        first, second, share = (columns[name] for name in ("first", "second", "share"))
+        return Condition(passes.text(self._bank, first, second, share, self._dtype))
