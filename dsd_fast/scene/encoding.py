@@ -48,12 +48,17 @@ class HashGrid(nn.Module):
         table = torch.empty(self.spec.n_params)
         self.table = nn.Parameter(table.uniform_(-INIT_RANGE, INIT_RANGE, generator=generator))
 
+    @property
+    def n_outputs(self) -> int:
+        """Columns of the encoding, inactive levels included."""
+        return self.spec.n_outputs
+
     def forward(self, x: Tensor) -> Tensor:
-        """Encodes x [N, 3] float32 in [0, 1]^3 -> [N, L F]; twice differentiable in both."""
+        """Encodes x [N, 3] float32 in [0, 1]^3 -> [N, n_outputs]; twice differentiable in both."""
         return hashgrid(x, self.table, self.spec, self.n_active_levels)
 
     def value_and_jacobian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(encoding [N, L F], its derivative by x [N, L F, 3]) in one pass."""
+        """(encoding [N, n_outputs], its derivative by x [N, n_outputs, 3]) in one pass."""
         return hashgrid_jacobian(x, self.table, self.spec, self.n_active_levels)
 
     def extra_repr(self) -> str:
