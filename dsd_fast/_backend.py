@@ -18,6 +18,10 @@ import torch
 
 _BACKENDS = ("compiled", "torch")
 
+# Whether Triton can be imported; nothing imports it before a kernel is needed. Not a cached function:
+# torch.compile traces what asks.
+_HAS_TRITON = find_spec("triton") is not None
+
 # There in a source folder; an installed package has no sources that its module could lag behind.
 _BINDINGS = Path(__file__).parent.parent / "csrc" / "bindings.cpp"
 
@@ -93,13 +97,7 @@ def backend(where: torch.Tensor | torch.device) -> Literal["torch", "compiled", 
         fits = where.is_cuda and where.dtype != torch.float64
     else:
         fits = getattr(where, "type", None) == "cuda"
-    return "triton" if fits and _has_triton() else "compiled"
-
-
-@cache
-def _has_triton() -> bool:
-    """Whether Triton can be imported; nothing imports it before a kernel is needed."""
-    return find_spec("triton") is not None
+    return "triton" if fits and _HAS_TRITON else "compiled"
 
 
 def runs_on(capability: tuple[int, int], archs: str) -> bool:

@@ -27,7 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def triton_is_installed(monkeypatch) -> None:
     monkeypatch.delenv("DSD_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(_backend, "_HAS_TRITON", True)
 
 
 def fake(*shape: int, device: str = "cuda", dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_the_gate(monkeypatch) -> None:
     assert [backend(CPU), backend(CUDA)] == ["compiled", "triton"]
     assert [backend(fake(2, device="cpu")), backend(fake(2))] == ["compiled", "triton"]
     assert backend(fake(2, dtype=torch.float64)) == "compiled"
-    monkeypatch.setattr(_backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(_backend, "_HAS_TRITON", False)
     assert backend(CUDA) == "compiled"
     monkeypatch.setenv("DSD_BACKEND", "torch")
     assert {backend(CPU), backend(CUDA), backend(fake(2))} == {"torch"}
@@ -121,7 +121,7 @@ def test_every_operator_asks_the_gate() -> None:
 
 def test_nobody_else_decides() -> None:
     """Neither the variable nor Triton is looked for anywhere but in the gate."""
-    decides = re.compile(r"environ.*DSD_BACKEND|find_spec\(\"triton|_has_triton")
+    decides = re.compile(r"environ.*DSD_BACKEND|find_spec\(\"triton|_HAS_TRITON")
     askers = {p.name for p in PACKAGE.rglob("*.py") if decides.search(p.read_text("utf-8"))}
     assert askers == {"_backend.py", "info.py"}  # the report quotes the variable
 

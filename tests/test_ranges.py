@@ -126,7 +126,7 @@ def test_every_flag_ends_in_a_value_or_in_words(section):
     ("flags", "message"),
     [
         ("--optimizer.betas 2 2", "optimizer.betas: expected less than 1, got (2.0, 2.0)"),
-        ("--optimizer.geometry-lr -1", "expected more than 0, got -1.0"),
+        ("--optimizer.geometry-lr -1", "expected 0 or more, got -1.0"),
         ("--renderer.near-plane nan", "expected a finite number, got nan"),
         ("--renderer.occupancy.decay 2", "expected 1 or less, got 2.0"),
         ("--guidance.guidance-scale nan", "expected a finite number"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsd_fast.ranges import Decay, Epsilon, NonNegative, Positive
+from dsd_fast.ranges import Decay, Epsilon, NonNegative
 
 
 @dataclass
 class OptimizerConfig:
     # Learning rate of the field: hash grid and networks.
-    geometry_lr: Positive = 0.01
+    geometry_lr: NonNegative = 0.01
     # Another one for the field's networks; None takes that of the field.
     network_lr: NonNegative | None = None
     # Learning rate of the background network.
