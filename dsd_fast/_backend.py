@@ -18,8 +18,8 @@ import torch
 
 _BACKENDS = ("compiled", "torch")
 
-# Whether Triton can be imported; nothing imports it before a kernel is needed. Not a cached function:
-# torch.compile traces what asks.
+# Whether Triton can be imported; nothing imports it before a kernel is needed. No cached function,
+# for torch.compile traces what asks.
 _HAS_TRITON = find_spec("triton") is not None
 
 # There in a source folder; an installed package has no sources that its module could lag behind.
