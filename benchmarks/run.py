@@ -43,7 +43,7 @@ from benchmarks.timing import Times, copy_bandwidth, gemm_rate, measure, peak_by
 from dsd_fast._backend import backend, extension, keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.diffusion.engines import ENGINES
-from dsd_fast.guidance.base import TRAJECTORIES
+from dsd_fast.guidance.config import TRAJECTORIES
 from dsd_fast.run import versions
 from dsd_fast.run.closed_pipes import reader_may_leave
 from dsd_fast.run.memory import cap_allocations

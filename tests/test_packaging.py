@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,6 +224,35 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
     return {name.split(".")[1] for name in names if name.startswith("dsd_fast.")}
+
+
+def test_modules_import_in_no_circle() -> None:
+    """Nor anywhere in a function; what only types are read from is no import."""
+    package = ROOT / "dsd_fast"
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+        if path.relative_to(package).parts[0] != "kernels"
+    }
+    graph = {}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        named = {
+            module
+            for node in imports
+            for alias in node.names
+            for module in [f"{node.module}.{alias.name}", node.module]
+        }
+        submodules = {module for module in named if module in paths}
+        # `from package import module` is of the module alone.
+        parents = {module.rpartition(".")[0] for module in submodules}
+        graph[name] = {m for m in submodules if m not in parents and m != name}
+    assert len(graph) > 100
+    TopologicalSorter(graph).prepare()  # CycleError names the modules
 
 
 # ---- commands ----

@@ -13,11 +13,12 @@ from dsd_fast.diffusion.text import PromptEmbeddings
 # Formulations register themselves, and are listed in the order of these imports.
 from dsd_fast.guidance.dsd import DSDGuidance, dsd_gradient  # isort: skip
 from dsd_fast.guidance import baselines, vsd  # noqa: F401  isort: skip
-from dsd_fast.guidance.base import Guidance, GuidanceConfig, GuidanceOutput, distillation_loss
+from dsd_fast.guidance.base import Guidance, GuidanceOutput, distillation_loss
 from dsd_fast.guidance.conditions.base import Conditions
 from dsd_fast.guidance.conditions.multiview import MultiViewConditions, MultiViewConfig
 from dsd_fast.guidance.conditions.pose import PoseConditions
 from dsd_fast.guidance.conditions.text import TextConditions, view_embeddings
+from dsd_fast.guidance.config import GuidanceConfig
 from dsd_fast.guidance.levels import timestep
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.guidance.registry import FORMULATIONS, formulation

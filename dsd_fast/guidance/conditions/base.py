@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.guidance.conditions.bins import CameraBins
+from dsd_fast.guidance.config import GuidanceConfig
 from dsd_fast.guidance.registry import FORMULATIONS
 
 if TYPE_CHECKING:
-    from dsd_fast.guidance.base import Guidance, GuidanceConfig
+    from dsd_fast.guidance.base import Guidance
 
 
 class Rows(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,9 @@ from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance.conditions.base import Conditions, Rows
 from dsd_fast.guidance.conditions.bins import CameraGrid
 from dsd_fast.guidance.conditions.text import text_mix
+from dsd_fast.guidance.config import GuidanceConfig
 from dsd_fast.ranges import Bins, Share, check
 from dsd_fast.scene.cameras import camera_condition
-
-if TYPE_CHECKING:
-    from dsd_fast.guidance.base import GuidanceConfig
 
 # Degrees by which angles of views that belong together may be off, for their rounding.
 _TOLERANCE = 1e-2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from dsd_fast.diffusion.reference_picture import relative_pose
 from dsd_fast.diffusion.view_model import ViewModel
 from dsd_fast.guidance.conditions.base import Conditions, Rows
 from dsd_fast.guidance.conditions.bins import CameraGrid
-
-if TYPE_CHECKING:
-    from dsd_fast.guidance.base import GuidanceConfig
+from dsd_fast.guidance.config import GuidanceConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import passes
 from dsd_fast.guidance.conditions.base import Conditions, Rows
 from dsd_fast.guidance.conditions.bins import CameraBins
+from dsd_fast.guidance.config import GuidanceConfig
 from dsd_fast.guidance.rows import mixed_rows
 from dsd_fast.upload import upload
-
-if TYPE_CHECKING:
-    from dsd_fast.guidance.base import GuidanceConfig
 
 SIDE, FRONT, BACK, OVERHEAD = range(4)
 # Where the unconditional rows of the four begin in a bank [text | uncond].
