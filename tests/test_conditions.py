@@ -30,7 +30,7 @@ def condition(n_rows: int = 3) -> Condition:
 
 def test_rows_and_their_order():
     whole = condition()
-    assert (whole.n_rows, list(whole)) == (3, ["tokens", "camera", "size_ids"])
+    assert (len(whole.tokens), list(whole)) == (3, ["tokens", "camera", "size_ids"])
     parts = Condition.cat([whole.rows(0, 1), whole.rows(1)])
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     assert torch.equal(whole.rows(-2)["size_ids"], torch.tensor([1, 2]))

@@ -34,16 +34,12 @@ class Condition(Mapping[str, Tensor]):
         return iter(self._tensors)
 
     def __len__(self) -> int:
-        """How many names there are; `n_rows` counts rows."""
+        """How many names there are."""
         return len(self._tensors)
 
     @property
     def tokens(self) -> Tensor:
         return self._tensors["tokens"]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.tokens)
 
     @property
     def shapes(self) -> tuple[tuple[str, torch.Size], ...]:
