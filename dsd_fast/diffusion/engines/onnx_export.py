@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -86,9 +87,7 @@ def _halvings(unet: Network) -> int:
 
 
 def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
+    if find_spec("onnx") is None:
         raise ImportError(
             "exporting a UNet needs the package onnx: pip install 'dsd_fast[tensorrt]'"
-        ) from error
+        )
