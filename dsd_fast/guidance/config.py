@@ -58,7 +58,7 @@ class GuidanceConfig:
     # Officially both follow the same picture, so that a thing seen from the side faces the same way
     # from both sides and grows two backs; mirrored, they agree on a mirror-symmetric object.
     mirror_trajectory: bool = False
-    # Weight of the gradient: "sds" is 1 - abar_t (official), "ddim" is sigma_t / alpha_t, the step
+    # Weight of the gradient: "sds" is sigma_t^2 (official), "ddim" is sigma_t / alpha_t, the step
     # that the trajectory itself takes.
     weighting: Literal["sds", "ddim"] = "sds"
     # Share of the trajectory's own noise in what the target prediction is compared with: a number,

@@ -284,7 +284,7 @@ def gradient(
 ) -> Gradient:
     """Combine both levels; their weighted difference with loss and norm (mathematics.md 3.3).
 
-    grad = w (eps_t - (1 - share) eps_delta - share eps_o) with w = 1 - abar_t ("sds") or
+    grad = w (eps_t - (1 - share) eps_delta - share eps_o) with w = sigma_t^2 ("sds") or
     sigma_t / alpha_t ("ddim").
 
     Args:
