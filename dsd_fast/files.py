@@ -8,16 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# How the names of files begin that are being written.
+UNFINISHED = ".unfinished-"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success flush it to the disk and rename it over ``path``.
 
     Whatever happens in between (an exception, a full disk, a power cut), ``path`` holds either its
-    old content or all of the new one. The temporary file goes away on failure.
+    old content or all of the new one. The temporary file goes away on failure; one that a killed
+    process has left is replaced by the next.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".unfinished-{path.name}")
+    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+    # Not written to but replaced: a stranger's folder may have a link there.
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         with open(temporary, "rb+") as file:

@@ -105,13 +105,25 @@ def write_samples(command: SampleCommand) -> list[Path]:
     """
     model_name, requests = _requests(command)
     folders = [request.folder(command) for request in requests]
+    try:
+        _write_all(command, model_name, requests, folders)
+    finally:
+        for folder in folders:
+            folder.release()
+    return [folder.path for folder in folders]
+
+
+def _write_all(
+    command: SampleCommand, model_name: str, requests: list[Request], folders: list[RunFolder]
+) -> None:
     for folder in folders:
+        folder.claim()
         if (folder.path / IMAGE).exists() and not command.overwrite:
             raise OutputError(
                 f"{folder.path} holds a sample: pass --overwrite to replace it, or another "
                 "--output or --name"
             )
-        folder.prepare(2**20)
+        folder.ask_for_room(2**20)
     device = resolve_device(command.device)
     keep_freed_memory(device)
     dtype = None if command.dtype == "auto" else getattr(torch, command.dtype)
@@ -124,7 +136,6 @@ def write_samples(command: SampleCommand) -> list[Path]:
         raise ConfigError(f"the GPU is too small for these samples at once: {error}") from error
     except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    return [folder.path for folder in folders]
 
 
 def _sample(command: SampleCommand, model: DiffusionModel, requests: Sequence[Request]) -> None:

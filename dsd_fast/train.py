@@ -10,9 +10,15 @@ python -m dsd_fast.train --config dsd.yaml system.prompt_processor.prompt="a toy
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from dsd_fast.run.interruption import end_while_loading
+
+    end_while_loading()
+
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,14 +26,16 @@ import torch
 
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, TrainConfig, check, resolve_device, to_dict
+from dsd_fast.diffusion import DiffusionModel
 from dsd_fast.guidance import Guidance, seed_noise
 from dsd_fast.rng import RngStreams
-from dsd_fast.run import checkpoint, cli, memory, versions
+from dsd_fast.run import checkpoint, cli, interruption, memory, terminal, versions
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.cli import Job
 from dsd_fast.run.interruption import Interruption
-from dsd_fast.run.outputs import OutputError, RunFolder
+from dsd_fast.run.outputs import OutputError
 from dsd_fast.run.progress import Reporter, set_up_logging
+from dsd_fast.run.saving import Saver, what_is_saved
 from dsd_fast.run.state import TrainState
 from dsd_fast.tasks import TASKS, Task
 from dsd_fast.tasks.step import StepOutput
@@ -40,62 +48,74 @@ OUTPUT_BYTES = 64 * 2**20
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on. Its state is saved."""
+    """A run that cannot go on. What it has come to is saved."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM. The state is saved."""
+    """Ctrl-C, SIGTERM or SIGHUP. What the run has come to is saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    terminal.set_up()
     set_up_logging()
-    try:
-        train(cli.parse(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, OutputError, CheckpointError) as error:
-        log.error("%s", error)
-        return 2
-    except TrainingError as error:
-        log.error("%s", error)
-        return 1
-    except Interrupted as error:
-        log.warning("%s", error)
-        return 130
-    except KeyboardInterrupt:
-        log.warning(
-            "interrupted; --resume auto continues from the newest checkpoint, if there is one"
-        )
-        return 130
+    jobs: Sequence[Job] = ()
+    with Interruption() as stop:
+        try:
+            jobs = cli.parse(sys.argv[1:] if argv is None else argv)
+            train(jobs, stop)
+        except (ConfigError, OutputError, CheckpointError) as error:
+            log.error("%s", error)
+            return 2
+        except TrainingError as error:
+            log.error("%s", error)
+            return 1
+        except Interrupted as error:
+            log.warning("%s", error)
+            return interruption.EXIT_CODE
+        except KeyboardInterrupt:
+            log.warning("interrupted; %s", what_is_saved(jobs))
+            return interruption.EXIT_CODE
+        finally:
+            for job in jobs:
+                job.folder.release()
     return 0
 
 
-def train(jobs: Sequence[Job]) -> None:
+def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
     """Do jobs that differ in their seed alone, side by side: each from its start or checkpoint.
 
     Raises ConfigError, OutputError or CheckpointError before any work; after that TrainingError or
-    Interrupted, with the states saved.
+    Interrupted, with the states saved, and KeyboardInterrupt for a signal (of `stop`) where there
+    is nothing to save.
     """
     cfg = jobs[0].config
     check(cfg, flags=True)
     device = resolve_device(cfg.device)
     task = TASKS[cfg.task]
-    for job in jobs:
-        if job.state is None and not job.overwrite:
-            job.folder.refuse_if_used(cfg.max_steps)
-    jobs = [job for job in jobs if not _is_finished(job)]
-    if not jobs:
-        return
-    folders = ", ".join(str(job.folder.path) for job in jobs)
-    log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, folders)
-    keep_freed_memory(device)
-    if cfg.vram is not None:
-        memory.cap(device, cfg.vram)
-
-    # Whatever can be wrong is found before the first step, and before an older run is replaced.
-    with _errors_of_settings():
-        states, guidance = _build(jobs, device, task)
-    _begin(jobs, states, guidance, device)
-    fit(jobs, states, guidance, device)
+    stop = stop or Interruption()
+    try:
+        for job in jobs:
+            job.folder.claim()
+            if job.state is None and not job.overwrite:
+                job.folder.refuse_if_used(cfg)
+        jobs = [job for job in jobs if not _is_finished(job)]
+        if not jobs:
+            return
+        folders = ", ".join(str(job.folder.path) for job in jobs)
+        log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, folders)
+        keep_freed_memory(device)
+        if cfg.vram is not None:
+            memory.cap(device, cfg.vram)
+        # Whatever can be wrong is found before the first step.
+        with _errors_of_settings():
+            states, guidance = _build(jobs, device, task)
+        _begin(jobs, states, guidance, device)
+    except BaseException:
+        for job in jobs:
+            job.folder.abandon()
+        raise
+    fit(jobs, states, guidance, device, stop)
     step = states[0].step
     if step < cfg.max_steps:
         log.info("stopped at step %d as asked; --resume auto continues", step)
@@ -111,6 +131,12 @@ def train(jobs: Sequence[Job]) -> None:
                 f"({_first_line(error)}): the same command with --resume auto and smaller "
                 "--cameras.eval-height and --cameras.eval-width makes them"
             ) from error
+        except Exception as error:
+            raise TrainingError(
+                f"training is done and saved, but not all pictures and meshes are written: "
+                f"{_in_words(error, [job])}. When that is mended, the same command with --resume "
+                "auto makes them."
+            ) from error
 
 
 def fit(
@@ -118,50 +144,93 @@ def fit(
     states: Sequence[TrainState],
     guidance: Guidance,
     device: torch.device,
+    stop: Interruption,
 ) -> None:
-    """The training loop: from the states' step to the end, a stop that was asked for, or Ctrl-C."""
+    """The training loop: from the states' step to the end, a stop that was asked for, or a signal.
+
+    Whatever ends it, the states are saved: those after the last step that was done.
+    """
     cfg, first_step = jobs[0].config, states[0].step
     last_step = min(cfg.max_steps, jobs[0].stop_at or cfg.max_steps)
     settings, done = cfg.trainer, first_step
     phase = memory.PhaseMemory(device)
-    train_step = TASKS[cfg.task].step(cfg, states, guidance, device, phase)
+    task = TASKS[cfg.task]
+    train_step = task.step(cfg, states, guidance, device, phase)
     runs = [_Run(job, state) for job, state in zip(jobs, states)]
-    with Interruption() as stop, Reporter(first_step, cfg.max_steps, settings.progress) as report:
-        try:
-            while done < last_step and not stop.requested:
-                logs = (done + 1) % settings.log_every == 0 or done + 1 == cfg.max_steps
-                phase.begin(done == first_step or (settings.log_memory and logs))
-                outputs = train_step()
-                done += 1
-                phase.report(done)
-                if logs:
-                    _log(runs, outputs, report, phase)
-                if settings.preview_every and done % settings.preview_every == 0:
-                    for run in runs:
-                        run.write_preview()
-                if done % settings.checkpoint_every == 0 and done < last_step:
-                    # A checkpoint in mid-run that fails has cost nothing yet: go on, and try again
-                    # at the next.
-                    try:
-                        _save(runs)
-                    except CheckpointError as error:
-                        log.warning("%s", error)
-        except torch.OutOfMemoryError as error:
-            _save(runs)
-            raise TrainingError(_out_of_memory(error, cfg)) from error
-        except TrainingError:
-            _save(runs)
-            raise
-
-    if done > first_step:
-        _save(runs)
+    saver = Saver(jobs, states, task.beside_checkpoint)
+    skipped = [int(state.optimizer.skipped) for state in states]
+    ended: BaseException | None = None
+    chance: list[dict] = []
+    with stop.patience():
+        with Reporter(first_step, cfg.max_steps, settings.progress) as report:
+            try:
+                while done < last_step and not stop.requested:
+                    logs = (done + 1) % settings.log_every == 0 or done + 1 == cfg.max_steps
+                    phase.begin(done == first_step or (settings.log_memory and logs))
+                    chance = [state.rng.state_dict() for state in states]
+                    outputs = train_step()
+                    done, chance = done + 1, []
+                    phase.report(done)
+                    if logs:
+                        _log(runs, outputs, report, phase)
+                    if settings.preview_every and done % settings.preview_every == 0:
+                        for run in runs:
+                            run.write_preview()
+                    if done % settings.checkpoint_every == 0 and done < last_step:
+                        # A checkpoint in mid-run that fails has cost nothing yet: go on, and try
+                        # again at the next.
+                        try:
+                            saver.save()
+                        except CheckpointError as error:
+                            log.warning("%s; training goes on", error)
+            # Whatever it is: hours of work are not lost to a fault in a line of progress.
+            except BaseException as error:
+                ended = error
+                # The step in hand is done again.
+                for state, before in zip(states, chance):
+                    state.rng.load_state_dict(before)
+        if done > first_step:
+            try:
+                saver.save_last()
+            except CheckpointError as error:
+                raise TrainingError(str(error)) from ended or error
+    where = what_is_saved(jobs)
+    if ended is not None:
+        raise _explained(ended, jobs, where) from ended
     train_step.release_graphs()
     if stop.requested:
-        folders = ", ".join(str(job.folder.checkpoints) for job in jobs)
-        raise Interrupted(
-            f"interrupted; step {done} of {cfg.max_steps} is saved in {folders}: "
-            "the same command with --resume auto continues"
+        raise Interrupted(f"interrupted; {where}")
+    left_out = [int(state.optimizer.skipped) - n for state, n in zip(states, skipped)]
+    if 0 < done - first_step == max(left_out):
+        raise TrainingError(
+            f"none of {done - first_step} steps was finite, and none changed a parameter. "
+            f"{runs[0].remedies()}"
         )
+
+
+def _explained(error: BaseException, jobs: Sequence[Job], where: str) -> BaseException:
+    """What ended a loop as what `main` knows, in words."""
+    cfg = jobs[0].config
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(f"interrupted; {where}")
+    if isinstance(error, torch.OutOfMemoryError):
+        return TrainingError(
+            f"out of GPU memory ({_first_line(error)}). {where}. What helps most first: "
+            f"{'; '.join(memory.savings(cfg))}."
+        )
+    if isinstance(error, TrainingError):
+        return TrainingError(f"{error} {where}")
+    return TrainingError(f"training was ended by an error: {_in_words(error, jobs)}; {where}")
+
+
+def _in_words(error: BaseException, jobs: Sequence[Job]) -> str:
+    """An error nobody foresaw as a line; its traceback goes to the run folders."""
+    if isinstance(error, OSError):
+        return f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    kept = [path for job in jobs if (path := job.folder.write_error(text)) is not None]
+    details = f" (details in {kept[0]})" if kept else ""
+    return f"{type(error).__name__}: {_first_line(error)}{details}"
 
 
 def _build(
@@ -178,7 +247,9 @@ def _build(
     # A checkpoint has every parameter and two moments of each.
     checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in scenes[0].parameters())
     for job in jobs:
-        job.folder.prepare(checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES)
+        job.folder.ask_for_room(
+            checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES
+        )
 
     dtype = None if cfg.diffusion.dtype == "auto" else getattr(torch, cfg.diffusion.dtype)
     model, prompts = task.load(cfg, device, dtype)
@@ -203,22 +274,43 @@ def _begin(
     """Bring states and guidance to where the jobs go on, and the run folders to what that is."""
     model = guidance.model
     for job, state in zip(jobs, states):
-        if job.state is None:
-            job.folder.clear()
-        else:
+        if job.state is not None:
+            _check_model(job.state, job.config, model)
             state.restore(job.state)
-            if job.state["model_hash"] != model.model_hash:
-                log.warning("the model is not the one that this run was started with")
-            _discard_newer(job.folder, state.step)
-        job.folder.write_config(to_dict(job.config))
-        job.folder.write_versions(
-            versions.collect(device) | {"model": str(model.path), "model_sha256": model.model_hash}
-        )
     guidance.load_state_dict({"noise": torch.cat([state.noise for state in states])})
     for job in jobs:
         if job.state is not None:
             with _errors_of_settings():
                 guidance.load_learned_state(job.state["guidance"])
+    about = versions.collect(device)
+    about |= {"model": str(model.path), "model_sha256": model.model_hash}
+    try:
+        for job, state in zip(jobs, states):
+            if job.state is None:
+                job.folder.begin()
+            else:
+                # A run that goes on from a step has no later metrics and checkpoints.
+                job.folder.truncate_metrics(state.step)
+                checkpoint.set_aside(job.folder.checkpoints, state.step)
+            job.folder.write_config(to_dict(job.config))
+            job.folder.write_versions(about)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the run folder: {error.filename or ''} {error.strerror or error}"
+        ) from error
+
+
+def _check_model(saved: dict, cfg: TrainConfig, model: DiffusionModel) -> None:
+    """A run goes on with its model, wherever that is now; ConfigError for another one."""
+    if saved["model_hash"] == model.model_hash:
+        return
+    if saved["config"]["model"] != cfg.model:
+        raise ConfigError(
+            f"--model {cfg.model} is not the model that this run was started with "
+            f"({saved['config']['model']}): expected weights of hash {saved['model_hash'][:12]}, "
+            f"got {model.model_hash[:12]}; start a new run instead"
+        )
+    log.warning("the model is not the one that this run was started with")
 
 
 @contextmanager
@@ -246,31 +338,12 @@ def _is_finished(job: Job) -> bool:
     return finished
 
 
-def _discard_newer(run: RunFolder, step: int) -> None:
-    """A run that goes on from ``step`` has no later metrics and checkpoints."""
-    run.truncate_metrics(step)
-    for newer, path in checkpoint.list_steps(run.checkpoints):
-        if newer > step:
-            log.info("resuming from step %d: the checkpoint of step %d goes", step, newer)
-            path.unlink()
-
-
 class _Run:
     """A job at work: what is written of it on the way, and a look at whether it goes wrong."""
 
     def __init__(self, job: Job, state: TrainState) -> None:
         self.job, self.state, self.task = job, state, TASKS[job.config.task]
         self._last_opaque = state.step
-
-    def save(self) -> None:
-        """A checkpoint, and what goes with it."""
-        folder, state = self.job.folder.checkpoints, self.state
-        checkpoint.save(checkpoint.step_path(folder, state.step), state.to_tree(self.job.config))
-        checkpoint.prune(folder, self.job.config.trainer.keep_checkpoints)
-        try:
-            self.task.beside_checkpoint(state, self.job.folder)
-        except (OSError, torch.OutOfMemoryError) as error:
-            log.warning("the checkpoint is saved, but its picture is not: %s", _first_line(error))
 
     def write_preview(self) -> None:
         try:
@@ -283,6 +356,13 @@ class _Run:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.job.folder.append_metrics({"step": self.state.step, **finite})
 
+    def remedies(self) -> str:
+        """What helps against gradients that are not finite."""
+        return (
+            "In half precision try --resume auto with --diffusion.dtype float32 (or bfloat16); "
+            f"otherwise a new run with a lower --guidance.guidance-scale or {self.task.lr_flag}."
+        )
+
     def watch(self, values: dict[str, float]) -> None:
         """TrainingError for a run that does not come back from gradients that are not finite."""
         settings, step, bad_run = self.job.config.trainer, self.state.step, int(values["bad_run"])
@@ -290,9 +370,7 @@ class _Run:
             source = "a gradient" if math.isfinite(values["dsd"]) else "the guidance"
             raise TrainingError(
                 f"{source} has not been finite for {bad_run} steps in a row, up to step {step}. "
-                "They changed no parameter and the state is saved. In half precision try --resume "
-                "auto with --diffusion.dtype float32 (or bfloat16); otherwise a new run with a "
-                f"lower --guidance.guidance-scale or {self.task.lr_flag}."
+                f"They changed no parameter. {self.remedies()}"
             )
         if bad_run:
             log.warning("step %d is not finite, left out (%d so far)", step, values["skipped"])
@@ -329,18 +407,6 @@ def _log(
         if run is runs[0]:
             report(step, values)
         run.watch(values)
-
-
-def _save(runs: Sequence[_Run]) -> None:
-    for run in runs:
-        run.save()
-
-
-def _out_of_memory(error: torch.OutOfMemoryError, cfg: TrainConfig) -> str:
-    return (
-        f"out of GPU memory ({_first_line(error)}). The state is saved: continue with --resume "
-        f"auto and, what helps most first, {'; '.join(memory.savings(cfg))}."
-    )
 
 
 def _first_line(error: BaseException) -> str:

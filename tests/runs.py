@@ -51,9 +51,11 @@ class Runner:
         return flat
 
     def files(self) -> set[str]:
+        """Names of the run's files, but for that of the lock, which stays."""
         if not self.run.path.exists():
             return set()
-        return {str(p.relative_to(self.run.path)) for p in self.run.path.rglob("*") if p.is_file()}
+        files = {str(p.relative_to(self.run.path)) for p in self.run.path.rglob("*") if p.is_file()}
+        return files - {".lock"}
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -2,12 +2,17 @@
 
 A checkpoint is a tree of dictionaries. Its tensors are stored as safetensors entries named by their
 path in the tree ("field/grid.table"); everything else is one JSON text in the file's metadata. No
-pickle is read or written, and a checksum over both tells a damaged file from a sound one.
+pickle is read or written, and a checksum over all that is read tells a damaged file from a sound
+one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -17,8 +22,15 @@ from safetensors.torch import save_file
 
 from dsd_fast.files import replacing
 
-FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+# Its checksum leaves out types and shapes, and its metadata have an entry for each of their parts.
+_FIRST_VERSION = 1
+_MARK = "dsd_fast checkpoint"
 SUFFIX = ".safetensors"
+# Beside checkpoints, those of steps that a run which went on from an older one has yet to do again.
+ASIDE = "set-aside"
 
 
 class CheckpointError(RuntimeError):
@@ -53,11 +65,13 @@ def _unflatten(rest: dict, tensors: dict[str, torch.Tensor]) -> dict:
     return rest
 
 
-def _checksum(state: str, tensors: dict[str, torch.Tensor]) -> str:
+def _checksum(state: str, tensors: dict[str, torch.Tensor], version: int = FORMAT_VERSION) -> str:
     crc = zlib.crc32(state.encode())
     for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+        tensor = tensors[name]
+        layout = "" if version == _FIRST_VERSION else f" {tensor.dtype} {list(tensor.shape)}"
+        crc = zlib.crc32((name + layout).encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return str(crc)
 
 
@@ -69,20 +83,18 @@ def save(path: Path, tree: dict) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     state = json.dumps(_flatten(tree, "", tensors))
-    metadata = {
-        "format": "dsd_fast checkpoint",
-        "version": str(FORMAT_VERSION),
-        "crc32": _checksum(state, tensors),
-        "state": state,
-    }
+    # One entry: safetensors writes several in an order that chance decides.
+    metadata = {_MARK: "\n".join((str(FORMAT_VERSION), _checksum(state, tensors), state))}
     try:
+        # Asked first: a disk that is full to the last byte helps nobody.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size, free = sum(t.nbytes for t in tensors.values()), shutil.disk_usage(path.parent).free
+        if free < size:
+            raise OSError(f"{size / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free")
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write the checkpoint {path}: {error}. Earlier checkpoints are untouched; "
-            "free some space, then --resume auto continues from them."
-        ) from error
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
 
 
 def load(path: Path) -> dict:
@@ -94,27 +106,38 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}{_others(path)}")
     try:
+        return _load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_others(path)}") from error.__cause__
+
+
+def _load(path: Path) -> dict:
+    try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    # torch has no tensors of some types and sizes that a damaged header may ask for.
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read ({error})") from error
+    if metadata.get("format") == _MARK:
+        version, crc, state = (metadata.get(name, "") for name in ("version", "crc32", "state"))
+        known = _FIRST_VERSION
+    elif _MARK in metadata:
+        version, crc, state = (*metadata[_MARK].split("\n", 2), "", "")[:3]
+        known = FORMAT_VERSION
+    else:
+        raise CheckpointError(f"{path} is a safetensors file but not a dsd_fast checkpoint")
+    if version != str(known):
         raise CheckpointError(
-            f"the checkpoint {path} cannot be read ({error}){_others(path)}"
-        ) from error
-    if metadata.get("format") != "dsd_fast checkpoint":
-        raise CheckpointError(
-            f"{path} is a safetensors file but not a dsd_fast checkpoint{_others(path)}"
+            f"{path} has checkpoint format {version!r} and this dsd_fast reads {_FIRST_VERSION} "
+            f"and {FORMAT_VERSION}: use the version of dsd_fast named in the run's versions.json"
         )
-    if metadata["version"] != str(FORMAT_VERSION):
-        raise CheckpointError(
-            f"{path} has checkpoint format {metadata['version']} and this dsd_fast reads "
-            f"{FORMAT_VERSION}: use the version of dsd_fast named in the run's versions.json"
-        )
-    if metadata["crc32"] != _checksum(metadata["state"], tensors):
-        raise CheckpointError(
-            f"the checkpoint {path} is damaged: its checksum does not match{_others(path)}"
-        )
-    return _unflatten(json.loads(metadata["state"]), tensors)
+    if crc != _checksum(state, tensors, known):
+        raise CheckpointError(f"the checkpoint {path} is damaged: its checksum does not match")
+    try:
+        return _unflatten(json.loads(state), tensors)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds no tree of tensors: {error}") from error
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -133,14 +156,49 @@ def list_steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints of ``folder``."""
-    for _, path in list_steps(folder)[:-keep]:
+    """Delete all but the ``keep`` newest checkpoints of ``folder``, and what was set aside of steps
+    that are done again."""
+    steps = list_steps(folder)
+    for _, path in steps[:-keep]:
         path.unlink(missing_ok=True)
+    for step, path in list_steps(folder / ASIDE):
+        if steps and step <= steps[-1][0]:
+            path.unlink(missing_ok=True)
+    _drop_empty(folder / ASIDE)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Take the checkpoints after ``step`` out of ``folder``: a run goes on from there.
+
+    They stay until it has come as far (`prune`).
+    """
+    for newer, path in list_steps(folder):
+        if newer > step:
+            (folder / ASIDE).mkdir(exist_ok=True)
+            os.replace(path, folder / ASIDE / path.name)
+            log.info(
+                "continuing from step %d: the checkpoint of step %d is set aside in %s",
+                *(step, newer, folder / ASIDE),
+            )
+
+
+def clear_aside(folder: Path) -> None:
+    """Delete what was set aside of a folder."""
+    for _, path in list_steps(folder / ASIDE):
+        path.unlink(missing_ok=True)
+    _drop_empty(folder / ASIDE)
+
+
+def _drop_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _others(path: Path) -> str:
-    """The end of an error message: which sound-looking checkpoints are beside ``path``."""
-    others = [str(other) for _, other in list_steps(path.parent) if other != path]
-    if not others:
-        return "; there is no other checkpoint beside it: start again with --overwrite"
-    return f"; continue from an older one: --resume {others[-1]}"
+    """The end of an error message: the newest whole checkpoint beside ``path``."""
+    for _, other in reversed(list_steps(path.parent)):
+        if other != path:
+            with contextlib.suppress(CheckpointError):
+                _load(other)
+                return f"; continue from one that is whole: --resume {other}"
+    return "; there is no whole checkpoint beside it: start again with --overwrite"

@@ -37,14 +37,17 @@ from dsd_fast.config import (
 from dsd_fast.run import checkpoint, memory
 from dsd_fast.run.closed_pipes import reader_may_leave
 from dsd_fast.run.outputs import RunFolder
+from dsd_fast.run.state import load_run
 
 log = logging.getLogger(__name__)
 
-# A resumed run is the same run: what names it cannot change.
+# A resumed run is the same run: what it is of cannot change. Its model and its picture may have
+# moved; whether they are the same is seen when they are read.
 _FIXED_ON_RESUME = (
-    *("prompt", "task", "seed", "model", "output", "name", "tag"),
-    *("guidance.method", "image.exact", "single_view.image", "single_view.recenter"),
+    *("prompt", "task", "seed", "guidance.method", "image.exact", "single_view.recenter"),
 )
+# Where a run lies.
+_PLACE = ("output", "name", "tag")
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Job:
     folder: RunFolder
     # The checkpoint to continue from, as read.
     state: dict | None
+    # A run that is in the folder goes when this one has its first checkpoint.
     overwrite: bool
     stop_at: int | None
 
@@ -98,7 +102,7 @@ def parse(argv: Sequence[str]) -> list[Job]:
     seeds = range(cfg.seed, cfg.seed + command.num_seeds)
     if command.resume is None:
         check(cfg, flags=True)
-        return [_fresh(cfg, seed, command) for seed in seeds]
+        return [_fresh(cfg, RunFolder.of(cfg, seed), seed, command) for seed in seeds]
     if command.overwrite or command.config is not None:
         raise ConfigError("--resume continues a run as it is: drop --overwrite and --config")
 
@@ -108,16 +112,21 @@ def parse(argv: Sequence[str]) -> list[Job]:
     if command.num_seeds > 1:
         raise ConfigError("--num-seeds continues its runs with --resume auto alone")
     path, folder = find_checkpoint(Path(command.resume))
-    return [_resumed(path, folder, flags, early, command)]
+    folder.claim()
+    try:
+        named = path == Path(command.resume)
+        state = load_run(path) if named else _newest_whole([folder])[0]
+        return [_resumed(state, folder, flags, early, command)]
+    except BaseException:
+        folder.release()
+        raise
 
 
-def _folder(cfg: TrainConfig, seed: int) -> RunFolder:
-    return RunFolder.named(cfg.output, cfg.name, cfg.tag or cfg.prompt, seed)
-
-
-def _fresh(cfg: TrainConfig, seed: int, command: Command) -> Job:
+def _fresh(cfg: TrainConfig, folder: RunFolder, seed: int, command: Command) -> Job:
     cfg = dataclasses.replace(cfg, seed=seed)
-    return Job(cfg, _folder(cfg, seed), None, command.overwrite, command.stop_at)
+    # What has come to nothing may be begun again by the command that would have continued it.
+    replaces = command.overwrite or (command.resume is not None and not folder.has_results())
+    return Job(cfg, folder, None, replaces, command.stop_at)
 
 
 def _resume_all(
@@ -127,39 +136,72 @@ def _resume_all(
     early: argparse.Namespace,
     command: Command,
 ) -> list[Job]:
-    """The runs of seeds, each from the newest checkpoint that all have, or from the beginning."""
-    folders = [_folder(cfg, seed) for seed in seeds]
-    saved = [dict(checkpoint.list_steps(folder.checkpoints)) for folder in folders]
-    common = set.intersection(*(set(steps) for steps in saved))
-    if common:
-        paths = [steps[max(common)] for steps in saved]
-        return [
-            # the last one of a flag counts
-            _resumed(path, folder, [*flags, "--seed", str(seed)], early, command)
-            for path, folder, seed in zip(paths, folders, seeds)
-        ]
-    some = [str(folder.path) for folder, steps in zip(folders, saved) if steps]
-    if some:
-        raise checkpoint.CheckpointError(
-            f"--resume auto: the {len(folders)} runs have no step in common that is saved "
-            f"(checkpoints are in {', '.join(some)}); continue them one by one, without --num-seeds"
-        )
+    """The runs of seeds, each from the newest checkpoint that all have whole, or from the
+    beginning."""
+    folders = [RunFolder.of(cfg, seed) for seed in seeds]
+    used = [folder for folder in folders if folder.path.is_dir()]
+    try:
+        for folder in used:
+            folder.claim()
+        if any(folder.last_step() is not None for folder in used):
+            return [
+                # the last one of a flag counts
+                _resumed(state, folder, [*flags, "--seed", str(seed)], early, command)
+                for state, folder, seed in zip(_newest_whole(folders), folders, seeds)
+            ]
+    except BaseException:
+        for folder in used:
+            folder.release()
+        raise
     log.info(
         "--resume auto: no checkpoint in %s, starting from the beginning",
         ", ".join(str(folder.path) for folder in folders),
     )
-    return [_fresh(cfg, seed, command) for seed in seeds]
+    return [_fresh(cfg, folder, seed, command) for folder, seed in zip(folders, seeds)]
+
+
+def _newest_whole(folders: Sequence[RunFolder]) -> list[dict]:
+    """The checkpoints of the newest step that all of some runs have whole, as read.
+
+    Says so where newer ones are damaged. CheckpointError where there is no such step.
+    """
+    saved = [dict(checkpoint.list_steps(folder.checkpoints)) for folder in folders]
+    common = sorted(set.intersection(*(set(steps) for steps in saved)), reverse=True)
+    errors = []
+    for step in common:
+        try:
+            states = [load_run(steps[step]) for steps in saved]
+        except checkpoint.CheckpointError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            log.warning("%s", str(error).partition(";")[0])
+        if errors:
+            log.warning("continuing from step %d, the newest that is whole", step)
+        return states
+    if errors:
+        raise errors[0]
+    some = [str(folder.path) for folder, steps in zip(folders, saved) if steps]
+    raise checkpoint.CheckpointError(
+        f"--resume auto: the {len(folders)} runs have no step in common that is saved "
+        f"(checkpoints are in {', '.join(some)}); continue them one by one, without --num-seeds"
+    )
 
 
 def _resumed(
-    path: Path, folder: RunFolder, flags: list[str], early: argparse.Namespace, command: Command
+    state: dict, folder: RunFolder, flags: list[str], early: argparse.Namespace, command: Command
 ) -> Job:
-    state = checkpoint.load(path)
     saved = from_dict(TrainConfig, state["config"])
     # The GPU may be another one.
     saved.device, saved.vram = early.device, None
     cfg = _parse_flags(flags, _fitting(from_dict(TrainConfig, to_dict(saved)), early)).train
     _compare(saved, cfg)
+    moved = any(getattr(cfg, name) != getattr(saved, name) for name in _PLACE)
+    if moved and RunFolder.of(cfg, cfg.seed).path.resolve() != folder.path.resolve():
+        raise ConfigError(
+            f"--resume continues the run in {folder.path}, and --output, --name or --tag name "
+            "another folder: drop them"
+        )
     check(cfg, flags=True)
     return Job(cfg, folder, state, False, command.stop_at)
 
@@ -268,6 +310,7 @@ def find_checkpoint(path: Path) -> tuple[Path, RunFolder]:
     if not path.is_dir():
         raise checkpoint.CheckpointError(f"{path}: there is no such run folder or checkpoint")
     folder = RunFolder(path.parent if path.name == "checkpoints" else path)
+    folder.settle()
     steps = checkpoint.list_steps(folder.checkpoints)
     if not steps:
         raise checkpoint.CheckpointError(f"{path}: there is no checkpoint in {folder.checkpoints}")
@@ -280,7 +323,7 @@ def _compare(saved: TrainConfig, cfg: TrainConfig) -> None:
     # In the exact form the number of steps decides the levels of all of them.
     fixed = (*_FIXED_ON_RESUME, "max_steps") if cfg.image.exact else _FIXED_ON_RESUME
     for name, value in now.items():
-        if before[name] == value:
+        if before[name] == value or name in _PLACE:
             continue
         if name in fixed:
             raise ConfigError(

@@ -8,7 +8,9 @@ from typing import TypeVar
 
 import tyro
 
+from dsd_fast.run import interruption, terminal
 from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.interruption import Interruption
 from dsd_fast.run.progress import set_up_logging
 
 # Not below "dsd_fast.run.command": the lines are those of the command that runs.
@@ -26,7 +28,7 @@ def run_command(
     wrong_input: Errors,
     failed: Errors = (),
 ) -> int:
-    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong input.
+    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
 
     Args:
         do: the command's work.
@@ -37,11 +39,16 @@ def run_command(
             is logged in place of a traceback.
         failed: the like of errors that no other input would mend.
     """
+    terminal.set_up()
     set_up_logging()
     with reader_may_leave():
         command = tyro.cli(flags, prog=f"python -m {module}", args=argv)
     try:
-        do(command)
+        with Interruption():
+            do(command)
+    except KeyboardInterrupt:
+        log.warning("interrupted; files that were being written are left out")
+        return interruption.EXIT_CODE
     except failed as error:
         log.error("%s", error)
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from dsd_fast.config import TrainConfig, to_dict
 from dsd_fast.diffusion import DiffusionModel
 from dsd_fast.rng import RngStreams
+from dsd_fast.run import checkpoint
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.optimizer import Adam
 from dsd_fast.scene.field_scene import FieldScene
@@ -49,20 +51,52 @@ class TrainState(Generic[S]):
     def restore(self, tree: dict) -> None:
         """Take over a checkpoint. CheckpointError when it does not fit the configuration."""
         _load(self.scene, tree["scene"])
-        self.optimizer.load_state_dict(tree["optimizer"])
-        noise = tree["guidance"]["noise"]
-        if noise.shape != self.noise.shape:
+        noise = tree["guidance"].get("noise")
+        if not isinstance(noise, Tensor) or noise.shape != self.noise.shape:
             raise CheckpointError(
                 f"the checkpoint does not fit this run: expected seed noise "
                 f"{list(self.noise.shape)}, the size of the model's latents, got "
-                f"{list(noise.shape)}"
+                f"{list(noise.shape) if isinstance(noise, Tensor) else noise!r}"
             )
         self.noise = noise
         try:
+            self.optimizer.load_state_dict(tree["optimizer"])
             self.rng.load_state_dict(tree["rng"])
-        except ValueError as error:
+        # Of a file that is whole and yet none of ours.
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
         self.step = tree["step"]
+
+
+# The parts of a checkpoint of a run, and their types (`TrainState.to_tree`).
+_PARTS = {
+    "step": int,
+    "config": dict,
+    "model_hash": str,
+    "scene": dict,
+    "optimizer": dict,
+    "guidance": dict,
+    "rng": dict,
+}
+
+
+def load_run(path: Path) -> dict:
+    """Read the checkpoint of a run (`TrainState.to_tree`), its tensors on the CPU.
+
+    CheckpointError when it cannot be read (`checkpoint.load`), or is of something else.
+    """
+    tree = checkpoint.load(path)
+    for name, kind in _PARTS.items():
+        if type(tree.get(name)) is not kind:
+            raise CheckpointError(
+                f"{path} is not the checkpoint of a run: expected {name} to be of type "
+                f"{kind.__name__}, got {type(tree.get(name)).__name__}"
+            )
+    if tree["step"] < 0:
+        raise CheckpointError(f"{path} is not the checkpoint of a run: its step is {tree['step']}")
+    return tree
 
 
 def saved_scene(cfg: TrainConfig, state: dict[str, Tensor]) -> FieldScene:
@@ -76,7 +110,7 @@ def saved_scene(cfg: TrainConfig, state: dict[str, Tensor]) -> FieldScene:
 def _load(scene: Scene, state: dict[str, Tensor]) -> None:
     try:
         scene.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint does not fit this configuration: {error}. A resumed run keeps "
             f"{scene.fixed}; start a new run (another --output) to change them."
