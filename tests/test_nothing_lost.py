@@ -1,5 +1,7 @@
 """Whatever ends a run, what it has come to is saved, and nothing older is lost."""
 
+import contextlib
+import logging
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from test_train import not_finite
 from tiny_model import build_tiny_model
 
 from dsd_fast import train as module
-from dsd_fast.run import checkpoint, outputs, pictures, saving
+from dsd_fast.run import checkpoint, outputs, pictures, saving, terminal
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.progress import Reporter
 from dsd_fast.tasks import text
@@ -56,6 +58,7 @@ def kill(monkeypatch, runner: Runner, *flags: str, **settings) -> None:
     """Run to where `Killed` is raised, as if the process ended there."""
     with monkeypatch.context() as patch:
         patch.setattr(saving.Saver, "save_last", raises(Killed()))
+        patch.setattr(module, "_explained", raises(Killed()))
         patch.setattr(outputs.RunFolder, "release", lambda run: run._lock.release())
         with pytest.raises(Killed):
             runner(*flags, **settings)
@@ -64,30 +67,30 @@ def kill(monkeypatch, runner: Runner, *flags: str, **settings) -> None:
 # An older run in the folder
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--optimizer.betas", "2", "2"],
-        ["--optimizer.geometry-lr", "-1"],
-        ["--renderer.near-plane", "nan"],
-        ["--renderer.occupancy.decay", "2"],
-        ["--model", "nowhere"],
-        ["--text.side", "very " * 100],
-        ["--field.grid.n-levels", "64"],
-        ["--guidance.method", "vsd", "--num-seeds", "2"],
-    ],
-)
-def test_a_refused_overwrite_changes_nothing(runner, caplog, flags):
+REFUSED = """
+    --optimizer.betas 2 2
+    --optimizer.geometry-lr -1
+    --renderer.near-plane nan
+    --renderer.occupancy.decay 2
+    --model nowhere
+    --field.grid.n-levels 64
+    --guidance.method vsd --num-seeds 2
+    --cameras.resolution-milestones 1 2
+""".strip().splitlines()
+
+
+def test_a_refused_overwrite_changes_nothing(runner, caplog):
     assert runner(*BARE, steps=2) == 0
     before = whole(runner.run)
     beside = set(runner.folder.rglob("*"))
-    try:
-        assert runner(*BARE, "--overwrite", *flags, steps=2) == 2
-    except SystemExit as end:  # of the flags' own parser
-        assert end.code == 2
-    assert "Traceback" not in caplog.text
-    assert whole(runner.run) == before
-    assert set(runner.folder.rglob("*")) == beside, "a refused run leaves no folder"
+    for flags in [*map(str.split, REFUSED), ["--text.side", "very " * 100]]:
+        try:
+            assert runner(*BARE, "--overwrite", *flags, steps=2) == 2
+        except SystemExit as end:  # of the flags' own parser
+            assert end.code == 2
+        assert "Traceback" not in caplog.text
+        assert whole(runner.run) == before
+        assert set(runner.folder.rglob("*")) == beside, "a refused run leaves no folder"
 
 
 def test_an_overwrite_that_fails_at_once_leaves_the_older_run(runner, monkeypatch, caplog):
@@ -130,9 +133,19 @@ def test_a_folder_with_a_config_is_used(runner, monkeypatch, caplog):
 # What ends the loop
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("x"), MemoryError(), OSError(5)])
-@pytest.mark.parametrize("where", ["step", "progress", "preview", "metrics"])
-def test_any_error_saves_what_was_done(runner, tmp_path, monkeypatch, caplog, error, where):
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("step", RuntimeError("a bug")),
+        ("step", MemoryError()),
+        ("progress", OSError(5, "Input/output error")),
+        ("progress", KeyError("x")),
+        ("preview", OSError(28, "No space left on device")),
+        ("preview", ValueError("a bug")),
+        ("metrics", TypeError("a bug")),
+    ],
+)
+def test_any_error_saves_what_was_done(runner, tmp_path, monkeypatch, caplog, where, error):
     every = ["--trainer.preview-every", "1", "--trainer.checkpoint-every", "100"]
     with monkeypatch.context() as patch:
         if where == "step":
@@ -199,8 +212,10 @@ def test_a_run_whose_steps_are_all_skipped_fails(runner, monkeypatch, caplog):
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("phase", ["load", "mesh", "video", "sheet"])
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [*(("load", number) for number in SIGNALS), *zip(("mesh", "video", "sheet"), SIGNALS)],
+)
 def test_signals_outside_the_loop(runner, monkeypatch, caplog, number, phase):
     owner, name = {
         "load": (text.TextTask, "load"),
@@ -221,7 +236,7 @@ def test_signals_outside_the_loop(runner, monkeypatch, caplog, number, phase):
     assert {"mesh.glb", "turntable.mp4", "preview.png"} <= runner.files()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS[:2])
 def test_a_second_signal_does_not_wait_for_the_step(runner, tmp_path, monkeypatch, caplog, number):
     def twice():
         signal.raise_signal(signal.SIGTERM)
@@ -265,7 +280,7 @@ def test_nohup_is_respected(runner, monkeypatch):
 # The terminal
 
 
-@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", ">&- 2>&- <&-", "2>&1 | head -1"])
+@pytest.mark.parametrize("redirection", [">&- 2>&- <&-", "2>&1 | head -1"])
 def test_terminal_output_never_ends_a_run(tmp_path, tiny_model, redirection):
     out = tmp_path / "out"
     flags = ["--model", str(tiny_model), "--output", str(out), "--max-steps", "3", *BARE]
@@ -276,6 +291,19 @@ def test_terminal_output_never_ends_a_run(tmp_path, tiny_model, redirection):
     run = outputs.RunFolder.named(out, "diverse-score-distillation", "a chair", 0)
     assert run.last_step() == 3 and run.preview.exists()
     assert {path.name for path in run.path.iterdir()} >= {"config.json", "metrics.jsonl"}
+
+
+def test_a_log_on_a_full_disk_ends_nothing():
+    with open("/dev/full", "w") as full:
+        stream = terminal.Unfailing(full)
+        print("x" * 100_000, file=stream, flush=True)
+        logger = logging.getLogger("full")
+        logger.addHandler(logging.StreamHandler(stream))
+        logger.warning("a line")
+        logger.handlers.clear()
+        stream.flush()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 # Two processes
@@ -314,7 +342,7 @@ def steps_of(run: outputs.RunFolder) -> list[int]:
     return [step for step, _ in checkpoint.list_steps(run.checkpoints)]
 
 
-@pytest.mark.parametrize("save", [3, 4, 5])
+@pytest.mark.parametrize("save", [3, 4])
 def test_killed_between_the_saves_of_two_seeds(runner, monkeypatch, tmp_path, save):
     flags = [*BARE, "--num-seeds", "2", "--trainer.keep-checkpoints", "1"]
     flags += ["--trainer.checkpoint-every", "1"]
@@ -422,9 +450,14 @@ def test_the_file_system_is_asked_before_a_checkpoint_is_written(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "name", ["write_mesh", "write_turntable", "contact_sheet", "write_png", "write_glb"]
+    ("name", "error"),
+    [
+        ("write_glb", OSError(28, "No space left", "x")),
+        ("write_turntable", OSError(28, "No space left", "x")),
+        ("write_png", OSError(28, "No space left", "x")),
+        ("contact_sheet", RuntimeError("a bug")),
+    ],
 )
-@pytest.mark.parametrize("error", [OSError(28, "No space left", "x"), RuntimeError("no surface")])
 def test_a_disk_that_is_full_at_the_end(runner, monkeypatch, caplog, name, error):
     owner = text if hasattr(text, name) else pictures
     with monkeypatch.context() as patch:
