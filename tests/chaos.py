@@ -3,12 +3,16 @@
     python tests/chaos.py                                  # 20 runs, killed by SIGKILL
     python tests/chaos.py --trials 200 --jobs 12           # a longer look
     python tests/chaos.py --trials 50 --signal TERM HUP INT
+    unshare -Urm python tests/chaos.py --signal FULL       # the disk fills up instead, Linux alone
     python tests/chaos.py -- --device cuda --deterministic
 
 Each trial is a small run, of text, of two seeds side by side, of an image, or from one picture. It
 is killed, continued with `--resume auto` and killed again, up to three times, and then left to its
 end. An instant is a point in time, or the n-th call of the system that changes a file, so that
 kills inside a save, between the saves of two seeds and in the midst of pictures come up often.
+
+FULL fills the disk of the runs, a small one in memory, and gives the room back before the run goes
+on.
 
 A run must always continue; after SIGKILL it may have lost the steps since its last checkpoint and
 no more, after another signal none; and its end must be that of a run that nobody killed, bit for
@@ -20,11 +24,13 @@ Ends with status 1 if anything was lost.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -59,21 +65,34 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "single view": ("view", ["--task", "single-view", "--image", "PICTURE", *SMALL]),
 }
 SIGNALS = {name: getattr(signal, f"SIG{name}") for name in ("KILL", "TERM", "HUP", "INT")}
+FULL = "FULL"
+DISK_MIB, FILLER = 96, "filler"
 # Calls of the system that change a file, at each of which a process may end.
 CALLS = ("fsync", "mkdir", "open", "rename", "replace", "rmdir", "unlink")
 
 
 @dataclass(frozen=True)
 class Instant:
-    """When a process is killed: after some seconds, or at the n-th call that changes a file."""
+    """What happens, and when: after some seconds, or at the n-th call that changes a file."""
 
-    number: signal.Signals
+    what: str
     seconds: float | None = None
     call: int | None = None
+    # Bytes of the disk that a full one has left.
+    left: int = 0
 
     def __str__(self) -> str:
         when = f"call {self.call}" if self.seconds is None else f"{self.seconds:.3f} s"
-        return f"{self.number.name} at {when}"
+        return f"{self.what} at {when}" + f", {self.left} bytes left" * (self.what == FULL)
+
+    def strike(self, pid: int, folder: Path) -> None:
+        if self.what != FULL:
+            os.kill(pid, SIGNALS[self.what])
+            return
+        with open(folder / FILLER, "wb", buffering=0) as file:
+            room = max(shutil.disk_usage(folder).free - self.left, 0)
+            with contextlib.suppress(OSError):
+                file.write(bytes(room))
 
 
 @dataclass
@@ -146,18 +165,19 @@ class Child:
             nonlocal n_calls
             n_calls = call
             if self.instant is not None and call == self.instant.call:
-                os.kill(os.getpid(), self.instant.number)
+                self.instant.strike(os.getpid(), folder)
 
         count_calls(at)
         code = train.main(list(argv))
-        (folder / "calls").write_text(str(n_calls))
+        with contextlib.suppress(OSError):
+            (folder / "calls").write_text(str(n_calls))
         return code
 
     def wait(self) -> int:
         """The exit code; minus the signal's number for a process that it ended."""
         if self.instant is not None and self.instant.seconds is not None:
             time.sleep(self.instant.seconds)
-            os.kill(self.pid, self.instant.number)  # a child that has ended waits to be asked
+            self.instant.strike(self.pid, self.words.parent)  # one that has ended waits as well
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.seconds = time.monotonic() - self.begun
         return code
@@ -218,24 +238,28 @@ class Trials:
             self.n_calls[kind] = int((straight / "calls").read_text())
             self.seconds[kind] = child.seconds
 
-    def __call__(self, number: int, seed: int, signals: Sequence[signal.Signals]) -> Report:
+    def __call__(self, number: int, seed: int, whats: Sequence[str]) -> Report:
         """One trial, the same for the same numbers but for where points in time fall."""
         chance = random.Random(f"{seed} {number}")
         kind = list(KINDS)[number % len(KINDS)]
         report, folder = Report(kind), self.folder / f"trial {number}"
         folder.mkdir()
+        if FULL in whats:
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
+            subprocess.run(mount, check=True)
         argv = self.argv[kind]
         for i in range(1 + chance.randrange(MOST_KILLS)):
-            which = chance.choice(list(signals))
+            what, left = chance.choice(list(whats)), chance.choice([0, chance.randrange(300_000)])
             if chance.random() < 0.5:
-                instant = Instant(which, seconds=chance.uniform(0, self.seconds[kind]))
+                instant = Instant(what, chance.uniform(0, self.seconds[kind]), left=left)
             else:
-                instant = Instant(which, call=1 + chance.randrange(self.n_calls[kind]))
+                instant = Instant(what, None, 1 + chance.randrange(self.n_calls[kind]), left)
             report.instants.append(str(instant))
             before = [steps_done(run) for run in runs_below(folder)]
             child = Child([*argv, *(["--resume", "auto"] * (i > 0))], folder, instant)
             code = child.wait()
-            self._look(report, folder, which, code, before)
+            (folder / FILLER).unlink(missing_ok=True)
+            self._look(report, folder, what, code, before)
             if code == 0:
                 break
         child = Child([*argv, "--resume", "auto"], folder)
@@ -251,20 +275,21 @@ class Trials:
             report.faults.append("a traceback")
         if report.faults:
             report.faults.append(words)
-        else:
-            shutil.rmtree(folder)
+        if FULL in whats:
+            subprocess.run(["umount", str(folder)], check=True)
+        shutil.rmtree(folder)
         return report
 
     def _look(
         self,
         report: Report,
         folder: Path,
-        which: signal.Signals,
+        what: str,
         code: int,
         before: list[int],
     ) -> None:
         """What a kill has cost."""
-        if code not in (0, -signal.SIGKILL if which == signal.SIGKILL else 130):
+        if code not in (0, {"KILL": -signal.SIGKILL, FULL: 1}.get(what, 130)):
             report.faults.append(f"exit code {code} after {report.instants[-1]}")
         for i, run in enumerate(runs_below(folder)):
             done, saved = steps_done(run), run.last_step() or 0
@@ -272,8 +297,8 @@ class Trials:
             done = max(done, before[i] if i < len(before) else 0)
             lost = done - saved
             report.lost_steps = max(report.lost_steps, lost)
-            allowed = done - (done - 1) // EVERY * EVERY if which == signal.SIGKILL and done else 0
-            if lost > allowed:
+            allowed = done - (done - 1) // EVERY * EVERY if what == "KILL" and done else 0
+            if what != FULL and lost > allowed:
                 report.faults.append(f"{run.path.name}: {done} steps done, {saved} are saved")
 
 
@@ -282,10 +307,9 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1, help="trials at once")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", nargs="+", choices=SIGNALS, default=["KILL"])
+    parser.add_argument("--signal", nargs="+", choices=[*SIGNALS, FULL], default=["KILL"])
     parser.add_argument("flags", nargs="*", help="after --: flags of every run")
     arguments = parser.parse_args()
-    signals = [SIGNALS[name] for name in arguments.signal]
     with tempfile.TemporaryDirectory() as temporary:
         trials = Trials(Path(temporary), arguments.flags)
         workers = []
@@ -293,7 +317,7 @@ def main() -> int:
             pid = os.fork()
             if pid == 0:
                 for number in range(job, arguments.trials, arguments.jobs):
-                    report = trials(number, arguments.seed, signals)
+                    report = trials(number, arguments.seed, arguments.signal)
                     told = Path(temporary) / f"report {number}.json"
                     told.write_text(json.dumps(vars(report)))
                 os._exit(0)
