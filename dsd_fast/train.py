@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dsd_fast import determinism
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, TrainConfig, check, resolve_device, to_dict
 from dsd_fast.guidance import Guidance, seed_noise
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
     set_up_logging()
     try:
-        train(cli.parse(sys.argv[1:] if argv is None else argv))
+        with determinism.explained():
+            train(cli.parse(sys.argv[1:] if argv is None else argv))
     except (ConfigError, OutputError, CheckpointError) as error:
         log.error("%s", error)
         return 2
@@ -88,6 +90,8 @@ def train(jobs: Sequence[Job]) -> None:
     folders = ", ".join(str(job.folder.path) for job in jobs)
     log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, folders)
     keep_freed_memory(device)
+    if cfg.deterministic:
+        determinism.make_deterministic(device)
     if cfg.vram is not None:
         memory.cap(device, cfg.vram)
 

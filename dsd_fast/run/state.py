@@ -44,6 +44,7 @@ class TrainState(Generic[S]):
             "optimizer": self.optimizer.state_dict(),
             "guidance": {"noise": self.noise, **self.learned()},
             "rng": self.rng.state_dict(),
+            **self._rooms(),
         }
 
     def restore(self, tree: dict) -> None:
@@ -63,6 +64,15 @@ class TrainState(Generic[S]):
         except ValueError as error:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
         self.step = tree["step"]
+        # Older checkpoints have none: their run learns it again.
+        if isinstance(self.scene, FieldScene) and "rooms" in tree:
+            self.scene.renderer.load_room_state(tree["rooms"])
+
+    def _rooms(self) -> dict:
+        """Not of the scene's own state: rendering a finished scene needs none of it."""
+        if not isinstance(self.scene, FieldScene):
+            return {}
+        return {"rooms": self.scene.renderer.room_state()}
 
 
 def saved_scene(cfg: TrainConfig, state: dict[str, Tensor]) -> FieldScene:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,32 @@ SHRINK, GROW = 0.5, 1.1
 LESSONS = 16
 # The least room that is learnt: 100 MB, and small pictures never outgrow it.
 FLOOR = 1 << 20
+# A count is looked at when so many newer ones are on their way: always as late, so that the room of
+# a rendering, and with it what is dropped, does not depend on how far ahead the host runs.
+LAG = 2
+
+
+class _Count(NamedTuple):
+    """What a rendering found, on its way to the host."""
+
+    # Samples and dropped ones, int64 [2] on the host.
+    numbers: Tensor
+    # That they are there; None where they have been from the beginning.
+    arrived: torch.cuda.Event | None
+    n_rays: int
+
+    def wait(self) -> tuple[int, int, int]:
+        """(samples, dropped ones, rays)."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        n_samples, n_dropped = self.numbers.tolist()
+        return n_samples, n_dropped, self.n_rays
 
 
 class SampleRoom:
     """Room for the samples of a rendering, learnt from those before.
 
-    Counts are copied to the host in the background and looked at when they have arrived, so no
+    Counts are copied to the host in the background and looked at a few renderings later, so no
     rendering waits for its own.
 
     Args:
@@ -46,8 +67,7 @@ class SampleRoom:
         self._settled: dict[int, int] = {}  # rays -> room
         # Samples and dropped ones of the newest rendering, on the device.
         self._counts: Tensor | None = None
-        # (samples and dropped ones on the host, when they have arrived, rays)
-        self._coming: deque[tuple[Tensor, torch.cuda.Event, int]] = deque()
+        self._coming: deque[_Count] = deque()
         self.n_dropped = 0
         self._n_overflows = 0
 
@@ -99,13 +119,31 @@ class SampleRoom:
         host.copy_(self._counts, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._coming.append((host, arrived, n_rays))
+        self._coming.append(_Count(host, arrived, n_rays))
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, in values of JSON; waits for the counts on their way."""
+        return {
+            "per_ray": self._per_ray,
+            "n_lessons": self._n_lessons,
+            "settled": [list(pair) for pair in self._settled.items()],
+            "coming": [list(count.wait()) for count in self._coming],
+            "n_dropped": self.n_dropped,
+            "n_overflows": self._n_overflows,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on as the one whose `state` it was: later renderings get the same room."""
+        self._per_ray, self._n_lessons = state["per_ray"], state["n_lessons"]
+        self._settled = dict(state["settled"])
+        self._coming = deque(
+            _Count(torch.tensor(numbers), None, n_rays) for *numbers, n_rays in state["coming"]
+        )
+        self.n_dropped, self._n_overflows = state["n_dropped"], state["n_overflows"]
 
     def _look(self) -> None:
-        while self._coming and self._coming[0][1].query():
-            host, _, n_rays = self._coming.popleft()
-            n_samples, n_dropped = host.tolist()
-            self._take(n_samples, n_dropped, n_rays)
+        while len(self._coming) > LAG:
+            self._take(*self._coming.popleft().wait())
 
     def _take(self, n_samples: int, n_dropped: int, n_rays: int) -> None:
         self.learn(n_samples + n_dropped, n_rays)
