@@ -977,12 +977,12 @@ __global__ void __launch_bounds__(kScatterBlock)
                     grid_corner_weights(cell.fx, cell.fy, cell.fz, gy, corner[f]);
                 }
             });
-            if (!combine_runs<F>(cell, corner, to.any)) continue;
+            const bool has = combine_runs<F>(cell, corner, to.any);
             if constexpr (kFixed) {
                 const FixedSums fixed = table_sums(params);
-                const float units = units_in_one(fixed, l, n_valid);
-                add_fixed<F>(fixed.sums + level.offset * F, cell, corner, units);
-            } else {
+                const Scale units = to_units(fixed, l, n_valid);
+                add_fixed<F>(fixed.sums + level.offset * F, cell, corner, units, has);
+            } else if (has) {
                 float* grad = params.grad_table + level.offset * F;
 #pragma unroll
                 for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, corner, c);

@@ -2,9 +2,9 @@
 // atomics, in units of a power of two that is chosen for each level.
 //
 // With n points, and B the most that one of them adds to a level, |sum| <= n B: the unit is the
-// smallest for which such a sum stays below 2^62. For 2^18 points that is 2^-44 B, where a float
-// that holds B has 2^-24 B. It is never less than 2^-126, the smallest normal float. A level where
-// something is not finite gets NaN everywhere.
+// smallest for which such a sum stays below 2^62, but not below 2^-149, the smallest float. For
+// 2^18 points that is 2^-44 B, where a float that holds B has 2^-24 B. A level where something is
+// not finite gets NaN everywhere.
 #pragma once
 
 #include "hashgrid.h"
@@ -60,7 +60,7 @@ __device__ __forceinline__ int fixed_exponent(unsigned int bound, int64_t n_poin
     if (bound == 0u) return 0;
     const int above = ilogbf(__uint_as_float(bound)) + 1;  // B < 2^above
     const int log2_points = 64 - __clzll(n_points);        // n < 2^log2_points
-    return min(62 - above - log2_points, 126);
+    return min(62 - above - log2_points, 149);
 }
 
 __device__ __forceinline__ bool is_finite_bound(unsigned int bound) { return bound < 0x7f800000u; }
@@ -68,23 +68,50 @@ __device__ __forceinline__ bool is_finite_bound(unsigned int bound) { return bou
 // 2^k for -126 <= k <= 127.
 __device__ __forceinline__ float power_of_two(int k) { return __int_as_float((k + 127) << 23); }
 
-// Units in 1, for one level's sums of so many points; 0 where they will be NaN.
-__device__ __forceinline__ float units_in_one(const FixedSums& fixed, int level, int64_t n_points) {
+// x 2^k as two factors, for -252 <= k <= 252: one float does not reach all units.
+struct Scale {
+    float first, second;
+
+    __device__ __forceinline__ explicit Scale(int k) {
+        const int half = max(-126, min(k, 126));
+        first = power_of_two(half);
+        second = power_of_two(k - half);
+    }
+};
+
+// Floats to units, for one level's sums of so many points.
+__device__ __forceinline__ Scale to_units(const FixedSums& fixed, int level, int64_t n_points) {
     const unsigned int bound = fixed.bounds[level];
-    return is_finite_bound(bound) ? power_of_two(fixed_exponent(bound, n_points)) : 0.0f;
+    return Scale(is_finite_bound(bound) ? fixed_exponent(bound, n_points) : 0);
 }
 
-// Adds the 8 corners of a cell, in `units` to 1. The product is exact, rounding to the unit is not.
+// Adds the 8 corners of a cell where `has`. The scaling is exact, the rounding to units is not. Two
+// lanes take the two halves of a pair of numbers, first of the one's and then of the other's: what
+// goes to one place in memory at once costs half as much. For the whole warp.
 template <int F>
 __device__ __forceinline__ void add_fixed(unsigned long long* sums, const GridCell& cell,
-                                          const float (&g)[F][8], float units) {
+                                          const float (&g)[F][8], const Scale& units, bool has) {
+    const int odd = threadIdx.x & 1;
+    const bool other_has = __shfl_xor_sync(kAllLanes, static_cast<int>(has), 1) != 0;
+    const bool of_even = odd ? other_has : has, of_odd = odd ? has : other_has;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-        unsigned long long* at = sums + static_cast<int64_t>(cell.entry[c]) * F;
+        const uint32_t other = __shfl_xor_sync(kAllLanes, cell.entry[c], 1);
+        unsigned long long* even_at =
+            sums + static_cast<int64_t>(odd ? other : cell.entry[c]) * F + odd;
+        unsigned long long* odd_at =
+            sums + static_cast<int64_t>(odd ? cell.entry[c] : other) * F + odd;
 #pragma unroll
-        for (int f = 0; f < F; ++f) {
-            const long long whole = __float2ll_rn(g[f][c] * units);
-            atomicAdd(at + f, static_cast<unsigned long long>(whole));
+        for (int f = 0; f < F; f += 2) {
+            const long long low = __float2ll_rn(g[f][c] * units.first * units.second);
+            const long long high = __float2ll_rn(g[f + 1][c] * units.first * units.second);
+            const long long given = __shfl_xor_sync(kAllLanes, odd ? low : high, 1);
+            if (of_even) {
+                atomicAdd(even_at + f, static_cast<unsigned long long>(odd ? given : low));
+            }
+            if (of_odd) {
+                atomicAdd(odd_at + f, static_cast<unsigned long long>(odd ? high : given));
+            }
         }
     }
 }
@@ -97,14 +124,16 @@ __device__ __forceinline__ void add_sums(const Params& params, const FixedSums& 
     const unsigned int bound = fixed.bounds[blockIdx.y];
     if (bound == 0u) return;
     const bool finite = is_finite_bound(bound);
-    const float unit = finite ? power_of_two(-fixed_exponent(bound, n_points)) : NAN;
+    const Scale unit(finite ? -fixed_exponent(bound, n_points) : 0);
     const int64_t begin = level.offset * params.n_features;
     const int64_t end = begin + static_cast<int64_t>(level.size) * params.n_features;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kBlock;
     for (int64_t i = begin + static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < end;
          i += stride) {
         const auto sum = static_cast<long long>(fixed.sums[i]);
-        if (sum != 0 || !finite) params.grad_table[i] += unit * __ll2float_rn(sum);
+        // The small factor last: what rounds to a float under the normal ones rounds once.
+        const float value = finite ? __ll2float_rn(sum) * unit.second * unit.first : NAN;
+        if (value != 0.0f) params.grad_table[i] += value;
     }
 }
 

@@ -146,13 +146,12 @@ struct LevelGradient {
     __device__ __forceinline__ LevelGradient(const HashGridParams& params, int64_t point, int l,
                                              bool valid) {
         const int64_t at = (point * params.n_levels + l) * F;
-        if (valid && params.grad_y) y = *reinterpret_cast<const Numbers<F>*>(params.grad_y + at);
-        if (!kJacobian || !valid) return;
+        if (!valid) return;
+        if (params.grad_y) y = *reinterpret_cast<const Numbers<F>*>(params.grad_y + at);
+        if constexpr (kJacobian) {
 #pragma unroll
-        for (int f = 0; f < F; ++f) {
-#pragma unroll
-            for (int d = 0; d < 3; ++d) {
-                jac[f][d] = params.levels[l].scale * params.grad_jac[3 * (at + f) + d];
+            for (int i = 0; i < 3 * F; ++i) {
+                jac[i / 3][i % 3] = params.levels[l].scale * params.grad_jac[3 * at + i];
             }
         }
     }
@@ -183,12 +182,12 @@ __global__ void __launch_bounds__(kBlock)
                     grid_corner_weights(cell.fx, cell.fy, cell.fz, to.y.value[f], g[f]);
                 }
             }
-            if (!combine_runs<F>(cell, g, valid)) continue;
+            const bool has = combine_runs<F>(cell, g, valid);
             if constexpr (kFixed) {
                 const FixedSums fixed(params.sums);
-                const float units = units_in_one(fixed, l, params.n_points);
-                add_fixed<F>(fixed.sums + level.offset * F, cell, g, units);
-            } else {
+                const Scale units = to_units(fixed, l, params.n_points);
+                add_fixed<F>(fixed.sums + level.offset * F, cell, g, units, has);
+            } else if (has) {
                 float* grad = params.grad_table + level.offset * F;
 #pragma unroll
                 for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, g, c);

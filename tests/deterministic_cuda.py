@@ -35,7 +35,16 @@ KINDS = {
 def command(kind: str, out: Path, args: argparse.Namespace, *flags: str) -> list[str]:
     own = [flag.format(picture=args.out / "picture.png") for flag in KINDS[kind]]
     return [
-        *(sys.executable, "-m", "dsd_fast.train", *own, "--output", str(out), "--device", "cuda"),
+        *(
+            sys.executable,
+            "-m",
+            "dsd_fast.train",
+            *own,
+            "--output",
+            str(out),
+            "--device",
+            args.device,
+        ),
         *("--max-steps", str(args.steps), "--trainer.checkpoint-every", str(args.every)),
         *("--trainer.no-progress", "--pictures.no-mesh", "--pictures.no-turntable", *flags),
     ]
@@ -109,8 +118,9 @@ def draw_picture(path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=20)

@@ -302,11 +302,10 @@ def _workspace(tensors: tuple, grads: tuple, numbers: tuple) -> tuple[Tensor | N
     between = extension().field_workspace(
         points.shape[0], n_active, spec.n_features, half_table is not None, grads[2] is not None
     )
-    sums = extension().field_sums(spec.n_params) if deterministic() else None
-    return tuple(
-        None if n_bytes is None else points.new_empty(n_bytes, dtype=torch.uint8)
-        for n_bytes in (between, sums)
-    )
+    between = points.new_empty(between, dtype=torch.uint8)
+    if not deterministic():
+        return between, None
+    return between, points.new_empty(extension().field_sums(spec.n_params), dtype=torch.uint8)
 
 
 def _empty_outputs(points: Tensor, features: bool, normals: bool) -> tuple[Tensor, Tensor, Tensor]:
