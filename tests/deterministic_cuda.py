@@ -37,19 +37,12 @@ KINDS = {
 
 def command(kind: str, out: Path, args: argparse.Namespace, *flags: str) -> list[str]:
     own = [flag.format(picture=args.out / "picture.png") for flag in KINDS[kind]]
+    start = (sys.executable, "-m", "dsd_fast.train", *own)
     return [
-        *(
-            sys.executable,
-            "-m",
-            "dsd_fast.train",
-            *own,
-            "--output",
-            str(out),
-            "--device",
-            args.device,
-        ),
+        *(*start, "--output", str(out), "--device", args.device),
         *("--max-steps", str(args.steps), "--trainer.checkpoint-every", str(args.every)),
-        *("--trainer.no-progress", "--pictures.no-mesh", "--pictures.no-turntable", *flags),
+        *("--trainer.no-progress", "--pictures.no-mesh", "--pictures.no-turntable"),
+        *(*args.flags, *flags),
     ]
 
 
@@ -79,7 +72,7 @@ def killed(kind: str, out: Path, args: argparse.Namespace, kills: int, seed: int
                 time.sleep(0.02)
             time.sleep(0.0 if anywhere else rng.uniform(0.0, args.window))
             if process.poll() is None:
-                log.write(f"killed at step {newest(out)} or later\n")
+                print(f"killed at step {newest(out)} or later", file=log, flush=True)
                 process.send_signal(signal.SIGKILL)
             process.wait()
     return run(kind, out, args, *flags)
@@ -145,6 +138,7 @@ def main() -> int:
     parser.add_argument("--startup", type=float, default=40.0, help="seconds to a checkpoint")
     parser.add_argument("--window", type=float, default=2.0, help="seconds in which kills come")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("flags", nargs="*", help="further flags of every run, after --")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     draw_picture(args.out / "picture.png")
