@@ -178,6 +178,19 @@ def test_checkpoints_have_the_rooms_and_older_ones_need_none(runner, caplog) -> 
     tree = checkpoint.load(path)
     assert tree["rooms"].keys() == {"marched", "kept"}
     assert all(room["n_lessons"] >= 2 for room in tree["rooms"].values())
+    rooms = tree["rooms"]
+    kept = rooms["kept"]
+    for damaged in (
+        None,
+        [],
+        {},
+        {**rooms, "kept": 3},
+        {**rooms, "kept": {**kept, "coming": [1]}},
+        {**rooms, "kept": {**kept, "per_ray": float("nan")}},
+    ):
+        checkpoint.save(path, {**tree, "rooms": damaged})
+        assert runner(*NO_PICTURES, "--resume", "auto", steps=4) == 2
+        assert "rooms for samples cannot be read" in caplog.messages[-1]
     del tree["rooms"]
     checkpoint.save(path, tree)
     assert runner(*NO_PICTURES, "--resume", "auto", steps=4) == 0

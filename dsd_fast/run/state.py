@@ -64,15 +64,25 @@ class TrainState(Generic[S]):
         except ValueError as error:
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
         self.step = tree["step"]
-        # Older checkpoints have none: their run learns it again.
-        if isinstance(self.scene, FieldScene) and "rooms" in tree:
-            self.scene.renderer.load_room_state(tree["rooms"])
+        self._restore_rooms(tree)
 
     def _rooms(self) -> dict:
         """Not of the scene's own state: rendering a finished scene needs none of it."""
         if not isinstance(self.scene, FieldScene):
             return {}
         return {"rooms": self.scene.renderer.room_state()}
+
+    def _restore_rooms(self, tree: dict) -> None:
+        """Older checkpoints have none: their run learns again."""
+        if not isinstance(self.scene, FieldScene) or "rooms" not in tree:
+            return
+        try:
+            self.scene.renderer.load_room_state(tree["rooms"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this run: its rooms for samples cannot be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
 
 def saved_scene(cfg: TrainConfig, state: dict[str, Tensor]) -> FieldScene:

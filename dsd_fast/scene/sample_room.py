@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -132,14 +133,22 @@ class SampleRoom:
             "n_overflows": self._n_overflows,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on as the one whose `state` it was: later renderings get the same room."""
-        self._per_ray, self._n_lessons = state["per_ray"], state["n_lessons"]
-        self._settled = dict(state["settled"])
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose `state` it was: later renderings get the same room.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: it is no such state.
+        """
+        per_ray = float(state["per_ray"])
+        if not 0.0 <= per_ray < math.inf:
+            raise ValueError(f"per_ray: expected 0 or more, got {per_ray}")
+        self._per_ray, self._n_lessons = per_ray, int(state["n_lessons"])
+        self._settled = {int(n_rays): int(room) for n_rays, room in state["settled"]}
         self._coming = deque(
-            _Count(torch.tensor(numbers), None, n_rays) for *numbers, n_rays in state["coming"]
+            _Count(torch.tensor([int(n_samples), int(n_dropped)]), None, int(n_rays))
+            for n_samples, n_dropped, n_rays in state["coming"]
         )
-        self.n_dropped, self._n_overflows = state["n_dropped"], state["n_overflows"]
+        self.n_dropped, self._n_overflows = int(state["n_dropped"]), int(state["n_overflows"])
 
     def _look(self) -> None:
         while len(self._coming) > LAG:
