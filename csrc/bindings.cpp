@@ -127,13 +127,25 @@ void hashgrid_fwd(Address x, Address table, Address y, Address jac, int64_t n_po
            DSD_CUDA_CALL(dsd::cuda::hashgrid_fwd(params, stream)));
 }
 
+// Bytes of the memory that hashgrid_bwd_table takes on CUDA to add in fixed point.
+int64_t hashgrid_sums(int64_t n_params) {
+#if defined(DSD_WITH_CUDA)
+    return dsd::cuda::hashgrid_sums(n_params);
+#else
+    (void)n_params;
+    return 0;
+#endif
+}
+
+// `sums`: memory of hashgrid_sums (0: float atomics).
 void hashgrid_bwd_table(Address x, Address grad_y, Address grad_jac, Address grad_table,
-                        int64_t n_points, int n_active, int n_features, const std::string& levels,
-                        int device, Address stream, int n_threads) {
+                        Address sums, int64_t n_points, int n_active, int n_features,
+                        const std::string& levels, int device, Address stream, int n_threads) {
     auto params = hashgrid_params(n_points, n_active, n_features, levels, x, 0);
     params.grad_y = pointer<const float>(grad_y);
     params.grad_jac = pointer<const float>(grad_jac);
     params.grad_table = pointer<float>(grad_table);
+    params.sums = pointer<void>(sums);
     launch({device, stream, n_threads},
            DSD_CPU_CALL(DSD_CPU(hashgrid_bwd_table)(params, n_threads)),
            DSD_CUDA_CALL(dsd::cuda::hashgrid_bwd_table(params, stream)));
@@ -219,10 +231,21 @@ int64_t field_workspace(int64_t n_points, int n_levels, int n_features, bool hal
 #endif
 }
 
+// Bytes of the memory that field_bwd takes on CUDA to add in one order and in fixed point.
+int64_t field_sums(int64_t n_params) {
+#if defined(DSD_WITH_CUDA)
+    return dsd::cuda::field_sums(n_params);
+#else
+    (void)n_params;
+    return 0;
+#endif
+}
+
 // `grads`: of density, features, normal (0: none came), then those to add to: table, weights.
+// `sums`: memory of field_sums (0: float atomics).
 void field_bwd(Address points, Address n_valid, Address table,
                const std::array<Address, 4>& weights, const std::array<Address, 8>& grads,
-               Address workspace, int64_t n_points, int n_active, int n_features,
+               Address workspace, Address sums, int64_t n_points, int n_active, int n_features,
                const std::string& levels, bool half_table, int bias_kind, int activation,
                const std::array<double, 3>& numbers, int device, Address stream, int n_threads) {
     auto params = field_params(points, n_valid, table, weights, n_points, n_active, n_features,
@@ -236,6 +259,7 @@ void field_bwd(Address points, Address n_valid, Address table,
     params.grad_w1f = pointer<float>(grads[6]);
     params.grad_w2f = pointer<float>(grads[7]);
     params.workspace = pointer<void>(workspace);
+    params.sums = pointer<void>(sums);
     field_launch(params, true, device, stream, n_threads);
 }
 
@@ -485,11 +509,13 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("hashgrid_fwd", &hashgrid_fwd);
     m.def("hashgrid_bwd_table", &hashgrid_bwd_table);
+    m.def("hashgrid_sums", &hashgrid_sums);
     m.def("hashgrid_bwd_input", &hashgrid_bwd_input);
 
     m.def("field_fwd", &field_fwd);
     m.def("field_bwd", &field_bwd);
     m.def("field_workspace", &field_workspace);
+    m.def("field_sums", &field_sums);
 
     m.def("sh_fwd", &sh_fwd);
     m.def("sh_bwd", &sh_bwd);

@@ -1,6 +1,7 @@
 #include <type_traits>
 
 #include "field.h"
+#include "fixed_sums.cuh"
 #include "hashgrid.cuh"
 
 namespace dsd::cuda {
@@ -22,6 +23,49 @@ constexpr int kScatterBlock = 256;
 constexpr int kScatterLevels = 4;
 // Rows of floats then end at a multiple of 16 bytes.
 __host__ __device__ constexpr int64_t round_up_to_4(int64_t n) { return (n + 3) / 4 * 4; }
+
+// Sums of weight gradients that blocks leave side by side, where they are to be added in one order:
+// at most so many blocks, each with all the weights.
+constexpr int kMostPartials = 512;
+constexpr int kPartial = 2 * kH * kW + 4 * kH;
+
+// Where a block leaves its sums of weight gradients: with `sums` in its own row of the partials,
+// else added to the gradients with atomics.
+struct WeightTarget {
+    float* w1d;
+    float* w2d;
+    float* w1f;
+    float* w2f;
+    bool is_own;
+
+    __device__ explicit WeightTarget(const FieldParams& params)
+        : w1d(params.grad_w1d),
+          w2d(params.grad_w2d),
+          w1f(params.grad_w1f),
+          w2f(params.grad_w2f),
+          is_own(params.sums != nullptr) {
+        if (!is_own) return;
+        const int n = kH * params.n_levels * params.n_features;
+        w1d = static_cast<float*>(params.sums) + blockIdx.x * kPartial;
+        w1f = w1d + n;
+        w2d = w1f + n;
+        w2f = w2d + kH;
+    }
+
+    // Once for each weight.
+    __device__ __forceinline__ void add(float* to, float value) const {
+        if (is_own) {
+            *to = value;
+        } else {
+            atomicAdd(to, value);
+        }
+    }
+};
+
+// Behind the partials.
+__host__ __device__ inline FixedSums table_sums(const FieldParams& params) {
+    return FixedSums(static_cast<float*>(params.sums) + kMostPartials * kPartial);
+}
 
 // Between the kernels of the backward pass: for each level and sample dL/de of the level's
 // features, in type T divided by the sample's largest, and with kNormals g as well; for each sample
@@ -259,24 +303,25 @@ struct WeightSums<float, kNormals, kParts> {
         }
     }
 
-    // Adds the sums to the gradients.
+    // Adds the sums to the gradients, or leaves them beside those of other blocks.
     __device__ __forceinline__ void flush(const FieldParams& params, const Tile& tiles,
                                           bool features) const {
         const int width = params.n_levels * params.n_features;
+        const WeightTarget to(params);
         for (int i = threadIdx.x; i < kH * kW; i += blockDim.x) {
             const int j = i / kW, k = i % kW;
             if (k >= width) continue;
-            atomicAdd(params.grad_w1d + j * width + k, tiles.w2[j] * tiles.sum_s[i]);
-            if (features) atomicAdd(params.grad_w1f + j * width + k, tiles.sum_w1f[i]);
+            to.add(to.w1d + j * width + k, tiles.w2[j] * tiles.sum_s[i]);
+            if (features) to.add(to.w1f + j * width + k, tiles.sum_w1f[i]);
         }
         for (int j = threadIdx.x; j < kH; j += blockDim.x) {
             float sum = 0.0f;
             for (int k = 0; k < width; ++k) {
                 sum += params.w1d[j * width + k] * tiles.sum_s[j * kW + k];
             }
-            atomicAdd(params.grad_w2d + j, sum);
+            to.add(to.w2d + j, sum);
             for (int c = 0; features && c < 3; ++c) {
-                atomicAdd(params.grad_w2f + c * kH + j, tiles.sum_w2f[c * kH + j]);
+                to.add(to.w2f + c * kH + j, tiles.sum_w2f[c * kH + j]);
             }
         }
     }
@@ -601,6 +646,7 @@ struct WeightSums<__half, kNormals, kParts> {
                                           bool features) const {
         const int r = threadIdx.x % kWarp / 4, s = threadIdx.x % 4;
         const int width = params.n_levels * params.n_features;
+        const WeightTarget to(params);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
             float to_w2d[2] = {};
@@ -612,11 +658,11 @@ struct WeightSums<__half, kNormals, kParts> {
                     const int at = j * width + k * 8 + column;
                     if (k * 8 + column >= width) continue;
                     to_w2d[i / 2] += params.w1d[at] * s_[part][k][i];
-                    atomicAdd(params.grad_w1d + at, tiles.w2[j] * s_[part][k][i]);
-                    if (features) atomicAdd(params.grad_w1f + at, w1f_[part][k][i]);
+                    to.add(to.w1d + at, tiles.w2[j] * s_[part][k][i]);
+                    if (features) to.add(to.w1f + at, w1f_[part][k][i]);
                 }
                 if (features && column < 3) {
-                    atomicAdd(params.grad_w2f + column * kH + j, w2f_[part][i]);
+                    to.add(to.w2f + column * kH + j, w2f_[part][i]);
                 }
             }
 #pragma unroll
@@ -625,7 +671,7 @@ struct WeightSums<__half, kNormals, kParts> {
                 to_w2d[down] += __shfl_xor_sync(~0u, to_w2d[down], 1);
                 to_w2d[down] += __shfl_xor_sync(~0u, to_w2d[down], 2);
                 const int j = first_neuron(part) + r + 8 * down;
-                if (s == 0) atomicAdd(params.grad_w2d + j, to_w2d[down]);
+                if (s == 0) to.add(to.w2d + j, to_w2d[down]);
             }
         }
     }
@@ -741,9 +787,6 @@ __device__ __forceinline__ float to_g(const Tiles<T, true, kNormals>& tiles, int
     }
     return u;
 }
-
-// NaN if one of them is: gradients that are not finite must show.
-__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -864,62 +907,150 @@ __global__ void __launch_bounds__(kBlockMax / kParts, (sizeof(T) == 2 ? 3 : 1) *
     sums.flush(params, tiles, features);
 }
 
-// The second kernel of the backward pass: a thread adds one sample's gradient to 8 entries on each
-// of a few levels (blockIdx.y).
+// What a thread of the kernels below adds to the table: one sample's gradient.
 template <class T, int F, bool kNormals>
-__global__ void __launch_bounds__(kScatterBlock)
-    field_scatter_kernel(const __grid_constant__ FieldParams params) {
-    const Between<T, F, kNormals> between(params.workspace, params.n_points);
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kScatterBlock + threadIdx.x;
-    const int64_t n_valid = field_count(params);
-    if (static_cast<int64_t>(blockIdx.x) * kScatterBlock >= n_valid) return;
-    const bool valid = i < n_valid;
+struct ToTable {
+    using Memory = Between<T, F, kNormals>;
+
+    const Memory between;
+    const int64_t n_points, i;
+    const bool valid;
     float unit[3], v[3] = {}, largest = 0.0f;
+    bool any;  // whether there is something to add
+
+    __device__ __forceinline__ ToTable(const FieldParams& params, int64_t n_valid)
+        : between(params.workspace, params.n_points),
+          n_points(params.n_points),
+          i(static_cast<int64_t>(blockIdx.x) * kScatterBlock + threadIdx.x),
+          valid(i < n_valid) {
 #pragma unroll
-    for (int d = 0; d < 3; ++d) {
-        unit[d] = field_unit(valid ? params.points[3 * i + d] : 0.0f, params.inverse_diameter);
+        for (int d = 0; d < 3; ++d) {
+            unit[d] = field_unit(valid ? params.points[3 * i + d] : 0.0f, params.inverse_diameter);
+        }
+        if (valid) {
+            if constexpr (kNormals) {
+                const float4 row = *reinterpret_cast<const float4*>(between.rows + 4 * i);
+                largest = row.x, v[0] = row.y, v[1] = row.z, v[2] = row.w;
+            } else {
+                largest = between.rows[i];
+            }
+        }
+        any = largest != 0.0f || v[0] != 0.0f || v[1] != 0.0f || v[2] != 0.0f;
     }
-    if (valid) {
-        if constexpr (kNormals) {
-            const float4 row = *reinterpret_cast<const float4*>(between.rows + 4 * i);
-            largest = row.x, v[0] = row.y, v[1] = row.z, v[2] = row.w;
-        } else {
-            largest = between.rows[i];
+
+    // Calls function(f, dL/dy, scale dL/dJ) for the features of a level.
+    template <class Function>
+    __device__ __forceinline__ void for_features(const GridLevel& level, int l,
+                                                 Function function) const {
+        typename Memory::Pack pack = {};
+        if (valid) pack = between.packs[l * n_points + i];
+#pragma unroll
+        for (int f = 0; f < F; ++f) {
+            const float to_e = largest * static_cast<float>(pack.value[f]);
+            float g = 0.0f;
+            if constexpr (kNormals) g = level.scale * static_cast<float>(pack.value[F + f]);
+            function(f, to_e, g * v[0], g * v[1], g * v[2]);
         }
     }
-    const bool any = largest != 0.0f || v[0] != 0.0f || v[1] != 0.0f || v[2] != 0.0f;
+};
+
+// The second kernel of the backward pass: a thread adds one sample's gradient to 8 entries on each
+// of a few levels (blockIdx.y): to grad_table, or with kFixed to the sums.
+template <class T, int F, bool kNormals, bool kFixed>
+__global__ void __launch_bounds__(kScatterBlock)
+    field_scatter_kernel(const __grid_constant__ FieldParams params) {
+    const int64_t n_valid = field_count(params);
+    if (static_cast<int64_t>(blockIdx.x) * kScatterBlock >= n_valid) return;
+    const ToTable<T, F, kNormals> to(params, n_valid);
     const auto add_levels = [&](auto inside) {
         const int first = blockIdx.y * kScatterLevels;
         const int last = min(first + kScatterLevels, params.n_active);
         for (int l = first; l < last; ++l) {
             const GridLevel& level = params.levels[l];
             const GridCell cell =
-                grid_locate<decltype(inside)::value>(level, unit[0], unit[1], unit[2]);
-            typename Between<T, F, kNormals>::Pack pack = {};
-            if (valid) pack = between.packs[l * params.n_points + i];
+                grid_locate<decltype(inside)::value>(level, to.unit[0], to.unit[1], to.unit[2]);
             float corner[F][8];
-#pragma unroll
-            for (int f = 0; f < F; ++f) {
-                const float to_e = largest * static_cast<float>(pack.value[f]);
+            to.for_features(level, l, [&](int f, float gy, float gjx, float gjy, float gjz) {
                 if constexpr (kNormals) {
-                    const float g = level.scale * static_cast<float>(pack.value[F + f]);
-                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, to_e, g * v[0], g * v[1],
-                                          g * v[2], corner[f]);
+                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, gy, gjx, gjy, gjz, corner[f]);
                 } else {
-                    grid_corner_weights(cell.fx, cell.fy, cell.fz, to_e, corner[f]);
+                    grid_corner_weights(cell.fx, cell.fy, cell.fz, gy, corner[f]);
                 }
-            }
-            if (!combine_runs<F>(cell, corner, any)) continue;
-            float* grad = params.grad_table + level.offset * F;
+            });
+            const bool has = combine_runs<F>(cell, corner, to.any);
+            if constexpr (kFixed) {
+                const FixedSums fixed = table_sums(params);
+                const Scale units = to_units(fixed, l, n_valid);
+                add_fixed<F>(fixed.sums + level.offset * F, cell, corner, units, has);
+            } else if (has) {
+                float* grad = params.grad_table + level.offset * F;
 #pragma unroll
-            for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, corner, c);
+                for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, corner, c);
+            }
         }
     };
-    if (__all_sync(~0u, is_inside(unit))) {
+    if (__all_sync(~0u, is_inside(to.unit))) {
         add_levels(std::true_type());
     } else {
         add_levels(std::false_type());
     }
+}
+
+// With the threads of the kernel above: raises the levels' bounds to what the samples will add.
+template <class T, int F, bool kNormals>
+__global__ void __launch_bounds__(kScatterBlock)
+    field_bound_kernel(const __grid_constant__ FieldParams params) {
+    const int64_t n_valid = field_count(params);
+    if (static_cast<int64_t>(blockIdx.x) * kScatterBlock >= n_valid) return;
+    const ToTable<T, F, kNormals> to(params, n_valid);
+    const int first = blockIdx.y * kScatterLevels;
+    const int last = min(first + kScatterLevels, params.n_active);
+    for (int l = first; l < last; ++l) {
+        const GridLevel& level = params.levels[l];
+        const GridCell cell = grid_locate<false>(level, to.unit[0], to.unit[1], to.unit[2]);
+        float bound = 0.0f;
+        to.for_features(level, l, [&](int, float gy, float gjx, float gjy, float gjz) {
+            bound = larger(bound, corner_bound(cell, gy, gjx, gjy, gjz));
+        });
+        raise_bound(table_sums(params).bounds + l, to.any ? bound : 0.0f);
+    }
+}
+
+__global__ void __launch_bounds__(kBlock)
+    field_sums_kernel(const __grid_constant__ FieldParams params) {
+    const int64_t n_valid = field_count(params);
+    if (n_valid > 0) add_sums(params, table_sums(params), n_valid);
+}
+
+// Adds the partials that blocks of `block` samples left to the weights' gradients: a thread sums
+// every kSummands-th of one weight, and the first of them what they have.
+constexpr int kSummands = kBlock / kWarp;
+__global__ void __launch_bounds__(kBlock)
+    field_weights_kernel(const __grid_constant__ FieldParams params, int block, int n_blocks) {
+    __shared__ float parts[kSummands][kWarp];
+    const int n_first = kH * params.n_levels * params.n_features;
+    const int weight = blockIdx.x * kWarp + threadIdx.x % kWarp, part = threadIdx.x / kWarp;
+    // As in WeightTarget. Nothing is written of the features' head where it has no gradient.
+    const bool of_features = (weight >= n_first && weight < 2 * n_first) ||
+                             (weight >= 2 * n_first + kH && weight < 2 * n_first + 4 * kH);
+    const bool exists =
+        weight < 2 * n_first + 4 * kH && (!of_features || params.grad_features != nullptr);
+    // Blocks without a sample have left nothing.
+    const int64_t tiles = (field_count(params) + block - 1) / block;
+    const int written = static_cast<int>(tiles < n_blocks ? tiles : n_blocks);
+    float sum = 0.0f;
+    for (int b = part; exists && b < written; b += kSummands) {
+        sum += static_cast<const float*>(params.sums)[b * kPartial + weight];
+    }
+    parts[part][threadIdx.x % kWarp] = sum;
+    __syncthreads();
+    if (part != 0 || !exists) return;
+    for (int p = 1; p < kSummands; ++p) sum += parts[p][threadIdx.x];
+    float* grad = weight < n_first            ? params.grad_w1d + weight
+                  : weight < 2 * n_first      ? params.grad_w1f + (weight - n_first)
+                  : weight < 2 * n_first + kH ? params.grad_w2d + (weight - 2 * n_first)
+                                              : params.grad_w2f + (weight - 2 * n_first - kH);
+    *grad += sum;
 }
 
 // Threads of a block for which shared memory suffices.
@@ -936,10 +1067,12 @@ int choose_block(const char* what) {
     return block;
 }
 
-// As many blocks as run at once. Asks the driver for properties only, so it may be captured.
+// As many blocks as run at once, or as are needed; returns how many. With `sums` their number
+// depends on the card alone, so that room behind the samples does not decide which ones a block
+// adds up. Asks the driver for properties only, so it may be captured.
 template <class T, bool kBackward, bool kNormals, class Kernel>
-void launch_persistent(Kernel kernel, int block, const FieldParams& params, void* stream,
-                       const char* what) {
+int launch_persistent(Kernel kernel, int block, const FieldParams& params, void* stream,
+                      const char* what) {
     int device = 0, n_sms = 0, per_sm = 0;
     const auto bytes = static_cast<int>(Tiles<T, kBackward, kNormals>().lay_out(nullptr, block));
     check(cudaGetDevice(&device), what);
@@ -948,11 +1081,15 @@ void launch_persistent(Kernel kernel, int block, const FieldParams& params, void
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, block, bytes), what);
     const int64_t needed = (params.n_points + block - 1) / block;
     const int64_t most = static_cast<int64_t>(n_sms) * (per_sm > 0 ? per_sm : 1);
-    const auto blocks = static_cast<unsigned int>(needed < most ? needed : most);
-    kernel<<<blocks, block, bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    int64_t blocks = needed < most ? needed : most;
+    if (kBackward && params.sums != nullptr) blocks = most < kMostPartials ? most : kMostPartials;
+    kernel<<<static_cast<unsigned int>(blocks), block, bytes, static_cast<cudaStream_t>(stream)>>>(
+        params);
     check(cudaGetLastError(), what);
+    return static_cast<int>(blocks);
 }
 
+// The first kernel of a chunk, and what becomes of its partials.
 template <class T, int F, bool kNormals>
 void launch_bwd(const FieldParams& params, void* stream) {
     const int block = choose_block<T, true, kNormals>("field_bwd");
@@ -961,7 +1098,31 @@ void launch_bwd(const FieldParams& params, void* stream) {
         // Every card has shared memory for 64 threads of the half kind.
         if (block < kBlockMax) kernel = field_bwd_kernel<T, F, kNormals, 2>;
     }
-    launch_persistent<T, true, kNormals>(kernel, block, params, stream, "field_bwd");
+    const int blocks =
+        launch_persistent<T, true, kNormals>(kernel, block, params, stream, "field_bwd");
+    if (params.sums == nullptr) return;
+    field_weights_kernel<<<blocks_for(kPartial, kWarp), kBlock, 0,
+                           static_cast<cudaStream_t>(stream)>>>(params, block, blocks);
+    check(cudaGetLastError(), "field_weights");
+}
+
+// The second one.
+template <class T, int F, bool kNormals>
+void launch_scatter(const FieldParams& params, cudaStream_t stream) {
+    const dim3 grid(blocks_for(params.n_points, kScatterBlock),
+                    (params.n_active + kScatterLevels - 1) / kScatterLevels);
+    if (params.sums == nullptr) {
+        field_scatter_kernel<T, F, kNormals, false><<<grid, kScatterBlock, 0, stream>>>(params);
+        check(cudaGetLastError(), "field_scatter");
+        return;
+    }
+    table_sums(params).clear(active_numbers(params), stream);
+    field_bound_kernel<T, F, kNormals><<<grid, kScatterBlock, 0, stream>>>(params);
+    check(cudaGetLastError(), "field_scatter: bounds");
+    field_scatter_kernel<T, F, kNormals, true><<<grid, kScatterBlock, 0, stream>>>(params);
+    check(cudaGetLastError(), "field_scatter: sums");
+    field_sums_kernel<<<blocks_for_sums(params), kBlock, 0, stream>>>(params);
+    check(cudaGetLastError(), "field_scatter: gradient");
 }
 
 template <class T, int F, bool kNormals>
@@ -980,11 +1141,7 @@ void launch(const FieldParams& params, bool backward, void* stream) {
             chunk.grad_normal = from(params.grad_normal, 3);
             launch_bwd<T, F, kNormals>(chunk, stream);
             if (params.n_active == 0) continue;
-            const dim3 grid(blocks_for(chunk.n_points, kScatterBlock),
-                            (params.n_active + kScatterLevels - 1) / kScatterLevels);
-            field_scatter_kernel<T, F, kNormals>
-                <<<grid, kScatterBlock, 0, static_cast<cudaStream_t>(stream)>>>(chunk);
-            check(cudaGetLastError(), "field_scatter");
+            launch_scatter<T, F, kNormals>(chunk, static_cast<cudaStream_t>(stream));
         }
     } else {
         launch_persistent<T, false, kNormals>(field_fwd_kernel<T, F, kNormals>,
@@ -1010,6 +1167,10 @@ int64_t field_workspace(int64_t n_points, int n_active, int n_features, bool hal
     const int64_t n = n_points < kChunk ? n_points : kChunk;
     const int64_t packs = n_active * n_features * (normals ? 2 : 1) * (half_table ? 2 : 4);
     return n * packs + round_up_to_4(n) * (normals ? 4 : 1) * sizeof(float);
+}
+
+int64_t field_sums(int64_t n_params) {
+    return kMostPartials * kPartial * sizeof(float) + FixedSums::bytes(n_params);
 }
 
 void field_fwd(const FieldParams& params, void* stream) {

@@ -66,6 +66,7 @@ struct FieldParams {
     float* grad_w1f;
     float* grad_w2f;
     void* workspace;  // CUDA's backward pass: as many bytes as field_workspace says
+    void* sums;       // there too: memory of field_sums, or null
     GridLevel levels[kGridMaxLevels];
 };
 
@@ -170,7 +171,11 @@ namespace cuda {
 // Bytes that field_bwd needs, at an address that is a multiple of 16.
 int64_t field_workspace(int64_t n_points, int n_active, int n_features, bool half_table,
                         bool normals);
-// field_bwd adds with atomics: its last bits change from run to run.
+// Bytes of `sums` for a table of so many numbers, at an address that is a multiple of 16.
+int64_t field_sums(int64_t n_params);
+// field_bwd adds with float atomics, so that its last bits change from run to run. With `sums` the
+// table's gradient is summed in fixed point (fixed_sums.cuh) and those of the weights in one order:
+// the same samples give the same bits, whatever room there is behind them.
 void field_fwd(const FieldParams&, void* stream);
 void field_bwd(const FieldParams&, void* stream);
 }  // namespace cuda

@@ -2,6 +2,8 @@
 
 #include <type_traits>
 
+#include "fixed_sums.cuh"
+
 namespace dsd::cuda {
 namespace {
 
@@ -134,10 +136,31 @@ __global__ void __launch_bounds__(kValueBlock, 4)
     }
 }
 
-// A thread owns one point on a few active levels (blockIdx.y). It reads the gradients of their F
-// values and, with kJacobian, of their 3 F derivatives, and adds one combined gradient to each of 8
-// entries a level.
+// The gradients of one level's outputs at a point: of F values, and with kJacobian of 3 F
+// derivatives, these times the level's scale. Zeros for a thread without a point.
 template <int F, bool kJacobian>
+struct LevelGradient {
+    Numbers<F> y = {};
+    float jac[F][3] = {};
+
+    __device__ __forceinline__ LevelGradient(const HashGridParams& params, int64_t point, int l,
+                                             bool valid) {
+        const int64_t at = (point * params.n_levels + l) * F;
+        if (!valid) return;
+        if (params.grad_y) y = *reinterpret_cast<const Numbers<F>*>(params.grad_y + at);
+        if constexpr (kJacobian) {
+#pragma unroll
+            for (int i = 0; i < 3 * F; ++i) {
+                jac[i / 3][i % 3] = params.levels[l].scale * params.grad_jac[3 * at + i];
+            }
+        }
+    }
+};
+
+// A thread owns one point on a few active levels (blockIdx.y). It reads the gradients of their
+// outputs, and adds one combined gradient to each of 8 entries a level: to grad_table, or with
+// kFixed to the sums.
+template <int F, bool kJacobian, bool kFixed>
 __global__ void __launch_bounds__(kBlock)
     hashgrid_bwd_table_kernel(const __grid_constant__ HashGridParams params) {
     bool valid;
@@ -147,32 +170,56 @@ __global__ void __launch_bounds__(kBlock)
     for_cube(x, [&](auto inside) {
         for (int l = first; l < last; ++l) {
             const GridLevel& level = params.levels[l];
-            const int64_t at = (point * params.n_levels + l) * F;
             const GridCell cell = grid_locate<decltype(inside)::value>(level, x[0], x[1], x[2]);
-            Numbers<F> gy = {};
-            if (valid && params.grad_y)
-                gy = *reinterpret_cast<const Numbers<F>*>(params.grad_y + at);
+            const LevelGradient<F, kJacobian> to(params, point, l, valid);
             float g[F][8];
 #pragma unroll
             for (int f = 0; f < F; ++f) {
                 if (kJacobian) {
-                    float gj[3] = {};
-#pragma unroll
-                    for (int d = 0; d < 3; ++d) {
-                        if (valid) gj[d] = level.scale * params.grad_jac[3 * (at + f) + d];
-                    }
-                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, gy.value[f], gj[0], gj[1],
-                                          gj[2], g[f]);
+                    grid_corner_gradients(cell.fx, cell.fy, cell.fz, to.y.value[f], to.jac[f][0],
+                                          to.jac[f][1], to.jac[f][2], g[f]);
                 } else {
-                    grid_corner_weights(cell.fx, cell.fy, cell.fz, gy.value[f], g[f]);
+                    grid_corner_weights(cell.fx, cell.fy, cell.fz, to.y.value[f], g[f]);
                 }
             }
-            if (!combine_runs<F>(cell, g, valid)) continue;
-            float* grad = params.grad_table + level.offset * F;
+            const bool has = combine_runs<F>(cell, g, valid);
+            if constexpr (kFixed) {
+                const FixedSums fixed(params.sums);
+                const Scale units = to_units(fixed, l, params.n_points);
+                add_fixed<F>(fixed.sums + level.offset * F, cell, g, units, has);
+            } else if (has) {
+                float* grad = params.grad_table + level.offset * F;
 #pragma unroll
-            for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, g, c);
+                for (int c = 0; c < 8; c += 2) add_pair<F>(grad, cell, g, c);
+            }
         }
     });
+}
+
+// With the threads of the kernel above: raises the levels' bounds to what the points will add.
+template <int F, bool kJacobian>
+__global__ void __launch_bounds__(kBlock)
+    hashgrid_bound_kernel(const __grid_constant__ HashGridParams params) {
+    bool valid;
+    const int64_t point = point_of_thread(params, valid);
+    const float x[3] = {params.x[3 * point], params.x[3 * point + 1], params.x[3 * point + 2]};
+    const int first = blockIdx.y * kLevels, last = min(first + kLevels, params.n_active);
+    for (int l = first; l < last; ++l) {
+        const GridCell cell = grid_locate<false>(params.levels[l], x[0], x[1], x[2]);
+        const LevelGradient<F, kJacobian> to(params, point, l, valid);
+        float bound = 0.0f;
+#pragma unroll
+        for (int f = 0; f < F; ++f) {
+            bound = larger(
+                bound, corner_bound(cell, to.y.value[f], to.jac[f][0], to.jac[f][1], to.jac[f][2]));
+        }
+        raise_bound(FixedSums(params.sums).bounds + l, bound);
+    }
+}
+
+__global__ void __launch_bounds__(kBlock)
+    hashgrid_sums_kernel(const __grid_constant__ HashGridParams params) {
+    add_sums(params, FixedSums(params.sums), params.n_points);
 }
 
 // A thread owns one point. It goes through the active levels, reads 8 entries and the gradients of
@@ -234,17 +281,37 @@ void hashgrid_fwd(const HashGridParams& params, void* stream) {
     check(cudaGetLastError(), "hashgrid_fwd");
 }
 
+namespace {
+
+template <int F, bool kJacobian>
+void launch_bwd_table(const HashGridParams& params, cudaStream_t stream) {
+    const dim3 grid(blocks_for(params.n_points), (params.n_active + kLevels - 1) / kLevels);
+    if (params.sums == nullptr) {
+        hashgrid_bwd_table_kernel<F, kJacobian, false><<<grid, kBlock, 0, stream>>>(params);
+        check(cudaGetLastError(), "hashgrid_bwd_table");
+        return;
+    }
+    FixedSums(params.sums).clear(active_numbers(params), stream);
+    hashgrid_bound_kernel<F, kJacobian><<<grid, kBlock, 0, stream>>>(params);
+    check(cudaGetLastError(), "hashgrid_bwd_table: bounds");
+    hashgrid_bwd_table_kernel<F, kJacobian, true><<<grid, kBlock, 0, stream>>>(params);
+    check(cudaGetLastError(), "hashgrid_bwd_table: sums");
+    hashgrid_sums_kernel<<<blocks_for_sums(params), kBlock, 0, stream>>>(params);
+    check(cudaGetLastError(), "hashgrid_bwd_table: gradient");
+}
+
+}  // namespace
+
 void hashgrid_bwd_table(const HashGridParams& params, void* stream) {
     if (params.n_active == 0) return;
-    const dim3 grid(blocks_for(params.n_points), (params.n_active + kLevels - 1) / kLevels);
-    const auto kernel = params.n_features == 2
-                            ? (params.grad_jac ? hashgrid_bwd_table_kernel<2, true>
-                                               : hashgrid_bwd_table_kernel<2, false>)
-                            : (params.grad_jac ? hashgrid_bwd_table_kernel<4, true>
-                                               : hashgrid_bwd_table_kernel<4, false>);
-    kernel<<<grid, kBlock, 0, static_cast<cudaStream_t>(stream)>>>(params);
-    check(cudaGetLastError(), "hashgrid_bwd_table");
+    const auto launch =
+        params.n_features == 2
+            ? (params.grad_jac ? launch_bwd_table<2, true> : launch_bwd_table<2, false>)
+            : (params.grad_jac ? launch_bwd_table<4, true> : launch_bwd_table<4, false>);
+    launch(params, static_cast<cudaStream_t>(stream));
 }
+
+int64_t hashgrid_sums(int64_t n_params) { return FixedSums::bytes(n_params); }
 
 void hashgrid_bwd_input(const HashGridParams& params, void* stream) {
     const auto kernel =

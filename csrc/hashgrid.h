@@ -47,6 +47,7 @@ struct HashGridParams {
     const float* grad_jac;
     float* grad_table;
     float* grad_x;
+    void* sums;  // hashgrid_bwd_table on CUDA: memory of hashgrid_sums, or null
     GridLevel levels[kGridMaxLevels];
 };
 
@@ -185,10 +186,13 @@ DSD_DECLARE_CPU(void hashgrid_bwd_table(const HashGridParams&, int n_threads))
 DSD_DECLARE_CPU(void hashgrid_bwd_input(const HashGridParams&, int n_threads))
 
 namespace cuda {
-// As above. hashgrid_bwd_table adds with atomics: its last bits change from run to run.
+// As above. hashgrid_bwd_table adds with float atomics, so that its last bits change from run to
+// run; with `sums` in fixed point (fixed_sums.cuh), and the same call gives the same bits.
 void hashgrid_fwd(const HashGridParams&, void* stream);
 void hashgrid_bwd_table(const HashGridParams&, void* stream);
 void hashgrid_bwd_input(const HashGridParams&, void* stream);
+// Bytes of `sums` for a table of so many numbers, at an address that is a multiple of 8.
+int64_t hashgrid_sums(int64_t n_params);
 }  // namespace cuda
 
 }  // namespace dsd

@@ -10,6 +10,9 @@ constexpr unsigned int kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % kWarp; }
 
+// NaN if one of them is: gradients that are not finite must show.
+__device__ __forceinline__ float larger(float a, float b) { return a > b || a != a ? a : b; }
+
 // Sum of `value` over this lane and those before it.
 template <class T>
 __device__ __forceinline__ T sum_up_to(T value, int lane) {

@@ -100,6 +100,18 @@ def backend(where: torch.Tensor | torch.device) -> Literal["torch", "compiled", 
     return "triton" if fits and _HAS_TRITON else "compiled"
 
 
+def deterministic() -> bool:
+    """Whether the same call on CUDA must give the same bits, at some cost.
+
+    ``torch.use_deterministic_algorithms(True)`` asks for it. With its ``warn_only`` what is fast
+    stays, as it does in torch where there is no other way.
+    """
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
 def runs_on(capability: tuple[int, int], archs: str) -> bool:
     """Whether code built for `archs` (build_info's text, "86-real 90-virtual") runs on a GPU.
 

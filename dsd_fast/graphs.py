@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from dsd_fast._backend import deterministic
+
 # Eager runs before a capture: they compile, load code, choose kernels and make workspaces.
 WARM_UP_RUNS = 3
 
@@ -134,10 +136,11 @@ def give_up_pool() -> None:
 def tuned_convolutions() -> Iterator[None]:
     """Within it cuDNN measures its convolutions once a shape, and uses the fastest ones.
 
-    While it measures, it takes as much memory as it gets, and returns it to torch's allocator.
+    While it measures, it takes as much memory as it gets, and returns it to torch's allocator. It
+    does not measure where results must be deterministic: the fastest are not the same each time.
     """
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not deterministic()
     try:
         yield
     finally:

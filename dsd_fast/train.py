@@ -24,6 +24,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dsd_fast import determinism
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, TrainConfig, check, resolve_device, to_dict
 from dsd_fast.diffusion import DiffusionModel
@@ -105,6 +106,8 @@ def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
         folders = ", ".join(str(job.folder.path) for job in jobs)
         log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, folders)
         keep_freed_memory(device)
+        if cfg.deterministic:
+            determinism.make_deterministic(device)
         if cfg.vram is not None:
             memory.cap(device, cfg.vram)
         # Whatever can be wrong is found before the first step.
@@ -168,7 +171,8 @@ def fit(
                     logs = (done + 1) % settings.log_every == 0 or done + 1 == cfg.max_steps
                     phase.begin(done == first_step or (settings.log_memory and logs))
                     chance = [state.rng.state_dict() for state in states]
-                    outputs = train_step()
+                    with determinism.explained():
+                        outputs = train_step()
                     done, chance = done + 1, []
                     phase.report(done)
                     if logs:
@@ -220,6 +224,8 @@ def _explained(error: BaseException, jobs: Sequence[Job], where: str) -> BaseExc
         )
     if isinstance(error, TrainingError):
         return TrainingError(f"{error} {where}")
+    if isinstance(error, ConfigError):
+        return error
     return TrainingError(f"training was ended by an error: {_in_words(error, jobs)}; {where}")
 
 

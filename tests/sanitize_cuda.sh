@@ -23,10 +23,13 @@ check() {
 check memcheck -k "cuda and not compiles_without_graph_breaks" \
     tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,occupancy}.py
 
+check memcheck -k "grid or field or sums" tests/test_determinism.py
+
 # Two and four features; with and without normals. The names of our kernels hold their namespace.
 check "racecheck --kernel-name kernel_substring=dsd" \
     "tests/test_hashgrid.py::test_kernels_agree_with_the_reference[cuda-None-65-F2]" \
     "tests/test_hashgrid.py::test_kernels_agree_with_the_reference[cuda-None-65-F4]" \
+    "tests/test_determinism.py::test_the_field_gives_the_same_bits[few-True-True]" \
     "tests/test_sh.py::test_kernels_agree_with_the_reference_in_float64[cuda-257]" \
     "tests/test_march.py::test_same_samples_as_reference[cuda-grid=7-occupied=0.5]" \
     "tests/test_march.py::test_packed_samples_of_rays_with_many_runs[cuda]" \

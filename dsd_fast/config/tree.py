@@ -160,6 +160,9 @@ class TrainConfig:
     max_steps: ranges.Count = 10000
     # "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1".
     device: str = "auto"
+    # On CUDA, give the same bits each time for the same command on the same kind of GPU; the CPU
+    # always does. Steps take longer (see "Stop and resume" in the documentation).
+    deterministic: bool = False
     # Fit a GPU of so many GiB: choose settings that need less memory (other flags win over them),
     # and let this process take no more.
     vram: ranges.Positive | None = None
@@ -214,6 +217,11 @@ class TrainConfig:
             raise ConfigError(
                 f"--cameras.n-view {self.cameras.n_view} is for objects from prompts: drop --task "
                 f"{self.task}"
+            )
+        if self.deterministic and self.diffusion.engine in ("compiled", "tensorrt"):
+            raise ConfigError(
+                f"--deterministic: the engine {self.diffusion.engine} chooses its kernels by their "
+                "time, expected --diffusion.engine auto, fused, graph or eager"
             )
         if self.task == "image":
             self._validate_image()

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +27,7 @@ from dsd_fast.guidance.levels import random_timesteps, shifted_level, timestep
 from dsd_fast.guidance.passes import Batch, Form, Gradient
 from dsd_fast.guidance.plan import Plan
 from dsd_fast.ranges import check
+from dsd_fast.resize import bilinear
 from dsd_fast.schedules import Schedule
 
 
@@ -444,4 +444,4 @@ def resized(image: Tensor, size: int) -> Tensor:
     """Bilinear to size x size, without antialiasing, as the original does (deviations.md Q28)."""
     if image.shape[-2:] == (size, size):
         return image
-    return F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
+    return bilinear(image, (size, size))

@@ -2,7 +2,9 @@
 
 Formulas: csrc/field.h. Nothing per sample is kept between forward and backward; the backward pass
 computes everything again. On the CPU results are the same, bit for bit, for any number of threads.
-On CUDA the gradients are summed with atomics, so their last bits change from run to run.
+On CUDA the gradients are summed with float atomics, so their last bits change from run to run.
+Under torch.use_deterministic_algorithms(True) they are summed in integers (see `ops.hashgrid`) and
+in one order: the same samples give the same bits, however many rows there are behind `n_valid`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import address, backend, extension, target
+from dsd_fast._backend import address, backend, deterministic, extension, target
 from dsd_fast.ops._check import check_tensor
 from dsd_fast.ops.hashgrid import (
     _SPEC,
@@ -219,7 +221,7 @@ def _launch(
     tensors: tuple,
     others: list[Tensor | None],
     numbers: tuple,
-    workspace: Sequence[Tensor] = (),
+    workspace: Sequence[Tensor | None] = (),
 ) -> None:
     points, table, half_table, *weights, n_valid = tensors
     spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
@@ -286,21 +288,24 @@ def _field_bwd_op(*args: Any) -> tuple[Tensor, ...]:
             check_tensor(op, f"grad_{name}", grad, torch.float32, shape, tensors[0].device)
     out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:7]))
     if n > 0 and any(grad is not None for grad in grads):
-        workspace = _workspace(tensors, grads, numbers)
-        _launch("field_bwd", tensors, [*grads, *out], numbers, [workspace])
+        _launch("field_bwd", tensors, [*grads, *out], numbers, _workspace(tensors, grads, numbers))
     return out
 
 
-def _workspace(tensors: tuple, grads: tuple, numbers: tuple) -> Tensor:
-    """Memory of the backward pass; empty on the CPU."""
+def _workspace(tensors: tuple, grads: tuple, numbers: tuple) -> tuple[Tensor | None, Tensor | None]:
+    """Memory of the backward pass on CUDA: between its kernels, and for sums where they are to be
+    deterministic."""
     points, _, half_table, *_ = tensors
-    n_bytes = 0
-    if points.is_cuda:
-        spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
-        n_bytes = extension().field_workspace(
-            points.shape[0], n_active, spec.n_features, half_table is not None, grads[2] is not None
-        )
-    return points.new_empty(n_bytes, dtype=torch.uint8)
+    if not points.is_cuda:
+        return None, None
+    spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
+    between = extension().field_workspace(
+        points.shape[0], n_active, spec.n_features, half_table is not None, grads[2] is not None
+    )
+    between = points.new_empty(between, dtype=torch.uint8)
+    if not deterministic():
+        return between, None
+    return between, points.new_empty(extension().field_sums(spec.n_params), dtype=torch.uint8)
 
 
 def _empty_outputs(points: Tensor, features: bool, normals: bool) -> tuple[Tensor, Tensor, Tensor]:

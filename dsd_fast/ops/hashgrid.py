@@ -5,9 +5,10 @@ tiny-cuda-nn's, element for element (grid type "Hash", "coherent prime", linear 
 dimensions), so weights can be exchanged. Formulas: csrc/hashgrid.h.
 
 The compiled kernels compute in float32. On the CPU every result is the same, bit for bit, for any
-number of threads. On CUDA the table gradient is summed with atomics, so its last bits change from
-run to run; the reference (DSD_BACKEND=torch) under torch.use_deterministic_algorithms is the
-deterministic way there, many times slower.
+number of threads. On CUDA the table gradient is summed with float atomics, so its last bits change
+from run to run. Under torch.use_deterministic_algorithms(True) it is summed in integers, and the
+same call gives the same bits: that takes longer, and memory of 8 bytes a number of the table. A
+level to which something is added that is not finite then gets NaN everywhere.
 """
 
 import math
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, backend, extension, target
+from dsd_fast._backend import address, backend, deterministic, extension, target
 from dsd_fast.ops._check import check_tensor
 
 # Coherent prime hash: one factor a dimension, the first is 1 so that neighbours along x are close.
@@ -324,7 +325,10 @@ def _bwd_table_op(x: Tensor, grad_y: Tensor | None, grad_jac: Tensor | None, *ar
     _check_grads("hashgrid_bwd_table", x, grad_y, grad_jac, spec)
     grad_table = x.new_zeros(spec.n_params)
     if x.shape[0] > 0 and not (grad_y is None and grad_jac is None):
-        _launch("hashgrid_bwd_table", x, grad_y, grad_jac, grad_table, args=args)
+        sums = None
+        if x.is_cuda and deterministic():
+            sums = x.new_empty(extension().hashgrid_sums(spec.n_params), dtype=torch.uint8)
+        _launch("hashgrid_bwd_table", x, grad_y, grad_jac, grad_table, sums, args=args)
     return grad_table
 
 

@@ -46,6 +46,7 @@ class TrainState(Generic[S]):
             "optimizer": self.optimizer.state_dict(),
             "guidance": {"noise": self.noise, **self.learned()},
             "rng": self.rng.state_dict(),
+            **self._rooms(),
         }
 
     def restore(self, tree: dict) -> None:
@@ -68,6 +69,25 @@ class TrainState(Generic[S]):
                 raise
             raise CheckpointError(f"the checkpoint does not fit this run: {error}") from error
         self.step = tree["step"]
+        self._restore_rooms(tree)
+
+    def _rooms(self) -> dict:
+        """Not of the scene's own state: rendering a finished scene needs none of it."""
+        if not isinstance(self.scene, FieldScene):
+            return {}
+        return {"rooms": self.scene.renderer.room_state()}
+
+    def _restore_rooms(self, tree: dict) -> None:
+        """Older checkpoints have none: their run learns again."""
+        if not isinstance(self.scene, FieldScene) or "rooms" not in tree:
+            return
+        try:
+            self.scene.renderer.load_room_state(tree["rooms"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit this run: its rooms for samples cannot be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
 
 # The parts of a checkpoint of a run, and their types (`TrainState.to_tree`).

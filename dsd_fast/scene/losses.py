@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.ranges import Weight
+from dsd_fast.resize import bilinear
 from dsd_fast.scene.renderer import OPAQUE, RenderOutput
 from dsd_fast.schedules import Schedule
 
@@ -85,12 +85,7 @@ def convexity(output: RenderOutput) -> Tensor:
     up, the value depends on opacity and is not invariant to rotations. It may be negative.
     Horizontally left × right, vertically lower × upper.
     """
-    normals = F.interpolate(
-        output.normal.permute(0, 3, 1, 2),
-        (_CONVEX_SIZE, _CONVEX_SIZE),
-        mode="bilinear",
-        align_corners=False,
-    )
+    normals = bilinear(output.normal.permute(0, 3, 1, 2), (_CONVEX_SIZE, _CONVEX_SIZE))
     x, y = normals[:, 0], normals[:, 1]
     horizontal = x[:, :, :-1] * y[:, :, 1:] - y[:, :, :-1] * x[:, :, 1:]
     vertical = x[:, 1:] * y[:, :-1] - y[:, 1:] * x[:, :-1]

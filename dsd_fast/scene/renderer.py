@@ -247,6 +247,15 @@ class Renderer(nn.Module):
         """
         return self._marched.room(n_rays), self._kept.room(n_rays)
 
+    def room_state(self) -> dict[str, Any]:
+        """What was learnt of the room that samples need, in values of JSON, for a checkpoint."""
+        return {"marched": self._marched.state(), "kept": self._kept.state()}
+
+    def load_room_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a `room_state`: later renderings get the room that they would have had."""
+        self._marched.load_state(state["marched"])
+        self._kept.load_state(state["kept"])
+
     def watch_replay(self, n_rays: int) -> None:
         """Learn from a rendering that a CUDA graph replayed."""
         self._marched.watch_replay(n_rays)

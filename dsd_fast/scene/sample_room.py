@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +27,32 @@ SHRINK, GROW = 0.5, 1.1
 LESSONS = 16
 # The least room that is learnt: 100 MB, and small pictures never outgrow it.
 FLOOR = 1 << 20
+# A count is looked at when so many newer ones are on their way: always as late, so that the room of
+# a rendering, and with it what is dropped, does not depend on how far ahead the host runs.
+LAG = 2
+
+
+class _Count(NamedTuple):
+    """What a rendering found, on its way to the host."""
+
+    # Samples and dropped ones, int64 [2] on the host.
+    numbers: Tensor
+    # That they are there; None where they have been from the beginning.
+    arrived: torch.cuda.Event | None
+    n_rays: int
+
+    def wait(self) -> tuple[int, int, int]:
+        """(samples, dropped ones, rays)."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        n_samples, n_dropped = self.numbers.tolist()
+        return n_samples, n_dropped, self.n_rays
 
 
 class SampleRoom:
     """Room for the samples of a rendering, learnt from those before.
 
-    Counts are copied to the host in the background and looked at when they have arrived, so no
+    Counts are copied to the host in the background and looked at a few renderings later, so no
     rendering waits for its own.
 
     Args:
@@ -46,8 +68,7 @@ class SampleRoom:
         self._settled: dict[int, int] = {}  # rays -> room
         # Samples and dropped ones of the newest rendering, on the device.
         self._counts: Tensor | None = None
-        # (samples and dropped ones on the host, when they have arrived, rays)
-        self._coming: deque[tuple[Tensor, torch.cuda.Event, int]] = deque()
+        self._coming: deque[_Count] = deque()
         self.n_dropped = 0
         self._n_overflows = 0
 
@@ -99,13 +120,39 @@ class SampleRoom:
         host.copy_(self._counts, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._coming.append((host, arrived, n_rays))
+        self._coming.append(_Count(host, arrived, n_rays))
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt, in values of JSON; waits for the counts on their way."""
+        return {
+            "per_ray": self._per_ray,
+            "n_lessons": self._n_lessons,
+            "settled": [list(pair) for pair in self._settled.items()],
+            "coming": [list(count.wait()) for count in self._coming],
+            "n_dropped": self.n_dropped,
+            "n_overflows": self._n_overflows,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on as the one whose `state` it was: later renderings get the same room.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: it is no such state.
+        """
+        per_ray = float(state["per_ray"])
+        if not 0.0 <= per_ray < math.inf:
+            raise ValueError(f"per_ray: expected 0 or more, got {per_ray}")
+        self._per_ray, self._n_lessons = per_ray, int(state["n_lessons"])
+        self._settled = {int(n_rays): int(room) for n_rays, room in state["settled"]}
+        self._coming = deque(
+            _Count(torch.tensor([int(n_samples), int(n_dropped)]), None, int(n_rays))
+            for n_samples, n_dropped, n_rays in state["coming"]
+        )
+        self.n_dropped, self._n_overflows = int(state["n_dropped"]), int(state["n_overflows"])
 
     def _look(self) -> None:
-        while self._coming and self._coming[0][1].query():
-            host, _, n_rays = self._coming.popleft()
-            n_samples, n_dropped = host.tolist()
-            self._take(n_samples, n_dropped, n_rays)
+        while len(self._coming) > LAG:
+            self._take(*self._coming.popleft().wait())
 
     def _take(self, n_samples: int, n_dropped: int, n_rays: int) -> None:
         self.learn(n_samples + n_dropped, n_rays)
