@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import logging
 import math
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -38,6 +37,7 @@ from dsd_fast.run.outputs import OutputError
 from dsd_fast.run.progress import Reporter, set_up_logging
 from dsd_fast.run.saving import Saver, what_is_saved
 from dsd_fast.run.state import TrainState
+from dsd_fast.run.unforeseen import in_words
 from dsd_fast.tasks import TASKS, Task
 from dsd_fast.tasks.step import StepOutput
 
@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             log.warning("interrupted; %s", what_is_saved(jobs))
             return interruption.EXIT_CODE
+        except Exception as error:
+            log.error("failed before the first step: %s", in_words(error))
+            return 1
         finally:
             for job in jobs:
                 job.folder.release()
@@ -137,7 +140,7 @@ def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
         except Exception as error:
             raise TrainingError(
                 f"training is done and saved, but not all pictures and meshes are written: "
-                f"{_in_words(error, [job])}. When that is mended, the same command with --resume "
+                f"{in_words(error, [job.folder.path])}. When that is mended, the same command with --resume "
                 "auto makes them."
             ) from error
 
@@ -226,17 +229,8 @@ def _explained(error: BaseException, jobs: Sequence[Job], where: str) -> BaseExc
         return TrainingError(f"{error} {where}")
     if isinstance(error, ConfigError):
         return error
-    return TrainingError(f"training was ended by an error: {_in_words(error, jobs)}; {where}")
-
-
-def _in_words(error: BaseException, jobs: Sequence[Job]) -> str:
-    """An error nobody foresaw as a line; its traceback goes to the run folders."""
-    if isinstance(error, OSError):
-        return f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    kept = [path for job in jobs if (path := job.folder.write_error(text)) is not None]
-    details = f" (details in {kept[0]})" if kept else ""
-    return f"{type(error).__name__}: {_first_line(error)}{details}"
+    words = in_words(error, [job.folder.path for job in jobs])
+    return TrainingError(f"training was ended by an error: {words}; {where}")
 
 
 def _build(

@@ -37,12 +37,11 @@ from filelock import FileLock, Timeout
 from dsd_fast.config import TrainConfig
 from dsd_fast.files import UNFINISHED, write_json, write_text
 from dsd_fast.run import checkpoint
+from dsd_fast.run.unforeseen import ERROR_LOG
 
 log = logging.getLogger(__name__)
 
 MAX_SLUG = 64
-# Why a run ended that nobody stopped.
-ERROR_LOG = "error.log"
 
 
 class OutputError(RuntimeError):
@@ -293,15 +292,6 @@ class RunFolder:
 
     def write_versions(self, versions: dict) -> None:
         write_json(self.versions, versions)
-
-    def write_error(self, text: str) -> Path | None:
-        """Keep the traceback of an error that ended the run; where it is, if that worked."""
-        path = self.path / ERROR_LOG
-        try:
-            write_text(path, text)
-        except OSError:
-            return None
-        return path
 
     def append_metrics(self, record: dict) -> None:
         """Add one line to metrics.jsonl. A full disk is reported once and does not end the run."""
