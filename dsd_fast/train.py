@@ -140,8 +140,8 @@ def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
         except Exception as error:
             raise TrainingError(
                 f"training is done and saved, but not all pictures and meshes are written: "
-                f"{in_words(error, [job.folder.path])}. When that is mended, the same command with --resume "
-                "auto makes them."
+                f"{in_words(error, [job.folder.path])}. When that is mended, the same command with "
+                "--resume auto makes them."
             ) from error
 
 
