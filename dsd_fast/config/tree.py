@@ -150,7 +150,7 @@ class TrainConfig:
     # a single "image".
     task: Annotated[str, _TASK.check, _TASK.flag] = "text"
     # Random seed: other seeds give other objects.
-    seed: int = 0
+    seed: ranges.Seed = 0
     # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, or a hub id.
     model: str = "embedded"
     # Starting values: "embedded" suits the model that ships with the package, "dsd" and
@@ -166,7 +166,7 @@ class TrainConfig:
     # Folder under which run folders are made.
     output: ranges.AnyPath = Path("outputs")
     # Folder inside --output that holds the runs.
-    name: str = "diverse-score-distillation"
+    name: ranges.FolderName = "diverse-score-distillation"
     # Name of the run folder in place of the prompt.
     tag: str = ""
 
@@ -196,8 +196,8 @@ class TrainConfig:
         radius, of_field = renderer["radius"], field.get("radius", FieldConfig.radius)
         if radius != of_field:
             raise ConfigError(
-                f"renderer.radius: expected that of the field, {of_field}, since they describe one "
-                f"box, got {radius!r}"
+                f"renderer.radius: expected that of the field, {ranges.shown(of_field)}, since "
+                f"they describe one box, got {ranges.shown(radius)}"
             )
         others = {name: value for name, value in renderer.items() if name != "radius"}
         return values | {"renderer": others}

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,16 @@ from dsd_fast.judge import captions
 from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
 from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views
-from dsd_fast.ranges import ConfigError, Count, CountOrNone, check
+from dsd_fast.ranges import (
+    AnyPath,
+    ConfigError,
+    Count,
+    CountOrNone,
+    DeviceIndex,
+    UnsignedSeed,
+    Workers,
+    check,
+)
 
 if TYPE_CHECKING:
     import moderngl
@@ -42,19 +50,19 @@ class RenderConfig:
     """From packed models to views."""
 
     # Packed models.
-    pack: Path
+    pack: AnyPath
     # Folder to write: 256 KiB a view.
-    out: Path
+    out: AnyPath
     # Views of each model.
     views_per_model: Count = 144
     # Views that share light and paint, for pairs of one object (train-views); 0: each its own.
     views_per_orbit: CountOrNone = 0
     # Processes, each with an EGL context.
-    workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: Workers = field(default_factory=lambda: os.cpu_count() or 1)
     # EGL device.
-    device_index: int = 0
+    device_index: DeviceIndex = 0
     # Seed of cameras, lights and paints.
-    seed: int = 0
+    seed: UnsignedSeed = 0
 
     def validate(self) -> None:
         if self.views_per_orbit and self.views_per_model % self.views_per_orbit:
