@@ -39,6 +39,8 @@ log = logging.getLogger("dsd_fast.sample")
 
 # The image of a sample, and what it is, as `dsd_fast.evaluate` reads them.
 IMAGE, ABOUT = "000.png", "asset.json"
+# Of more at once memory has no bound.
+SAMPLED_TOGETHER = 64
 
 
 @dataclass
@@ -121,7 +123,9 @@ def write_samples(command: SampleCommand) -> list[Path]:
         # The graphs and compilations of other engines pay for long runs.
         model = load_model(model_name, device, dtype, engine="eager")
         for negative in dict.fromkeys(request.negative for request in requests):
-            _sample(command, model, [r for r in requests if r.negative == negative])
+            alike = [r for r in requests if r.negative == negative]
+            for first in range(0, len(alike), SAMPLED_TOGETHER):
+                _sample(command, model, alike[first : first + SAMPLED_TOGETHER])
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the GPU is too small for these samples at once: {error}") from error
     except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:

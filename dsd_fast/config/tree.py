@@ -204,6 +204,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for settings that do not go together."""
+        if self.task == "single-view" and self.single_view.image is None:
+            raise ConfigError("--task single-view needs a picture: pass --image chair.png")
         if not self.prompt.strip():
             raise ConfigError('the prompt is empty: pass --prompt "an armchair"')
         if self.guidance.method == "recon" and self.cameras.n_view == 1:

@@ -11,18 +11,17 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
 import tyro
-from annotated_types import Interval
 
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.evaluate import assets, metrics, page
 from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json, write_text
-from dsd_fast.ranges import MOST, AnyPath
 from dsd_fast.run.command import run_command
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.evaluate")
-
-# Around one object.
-MOST_VIEWS = 720
 
 
 @dataclass
@@ -45,35 +41,35 @@ class EvaluateCommand:
     """
 
     # Run folders, checkpoints, folders of views, meshes, or folders that hold any of these.
-    runs: Annotated[tuple[AnyPath, ...], tyro.conf.Positional] = ()
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     # NAME=GLOB [GLOB...]: these belong to the method NAME. May be given several times.
     group: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     # The page to write.
-    html: AnyPath | None = None
+    html: Path | None = None
     # The figures to write.
-    json: AnyPath | None = None
+    json: Path | None = None
     # Views of each asset: 8, or the one that images of 2D runs and samples are.
-    views: Annotated[int, Interval(ge=1, le=MOST_VIEWS)] | None = None
+    views: int | None = None
     # Side of the renders of runs and meshes in pixels.
-    size: Annotated[int, Interval(ge=16, le=2048)] = 224
+    size: int = 224
     # Show runs before their own backgrounds, not all before the same grey.
     own_background: bool = False
     # Images that the Fréchet distance is measured to: a folder of them, a folder of views that
     # `python -m dsd_fast.prior render` wrote, or an .npz of features.
-    reference: AnyPath | None = None
+    reference: Path | None = None
     # Training models to find the nearest of: as --reference, where each lies in a folder.
-    nearest: AnyPath | None = None
+    nearest: Path | None = None
     # Of a folder of more reference images than this, so many are taken, evenly over all.
-    reference_images: Annotated[int, Interval(ge=metrics.MIN_FRECHET, le=MOST)] = 5000
+    reference_images: int = 5000
     # Write the features of all views, or those of --nearest (else --reference), as .npz, to be
     # passed as --reference or --nearest another time.
-    save_features: AnyPath | None = None
-    save_reference: AnyPath | None = None
+    save_features: Path | None = None
+    save_reference: Path | None = None
     # Weights of the judges of noun and view: judge.safetensors of `python -m dsd_fast.prior
     # evaluate`.
-    judge: AnyPath | None = None
+    judge: Path | None = None
     # Folder of a transformers CLIP model, for the CLIP score.
-    clip: AnyPath | None = None
+    clip: Path | None = None
     # Heading of the page.
     title: str = "Comparison of methods"
     # "auto" (CUDA if there is one), "cpu" or "cuda".
@@ -129,6 +125,10 @@ def compare(command: EvaluateCommand) -> dict:
 def _check(command: EvaluateCommand) -> None:
     if not any((command.html, command.json, command.save_features)):
         raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
+    for name, least in (("views", 1), ("size", 16), ("reference_images", metrics.MIN_FRECHET)):
+        value = getattr(command, name)
+        if value is not None and value < least:
+            raise EvaluateError(f"--{name.replace('_', '-')}: expected at least {least}")
 
 
 def _open_eyes(command: EvaluateCommand, device: torch.device) -> Eyes:

@@ -25,7 +25,6 @@ from dsd_fast.evaluate.assets import EvaluateError, Run
 from dsd_fast.files import write_json
 from dsd_fast.judge.similarity import psnr, ssim
 from dsd_fast.judge.truth import TRUTH, Truth, read_truth
-from dsd_fast.ranges import AnyPath
 from dsd_fast.run.command import run_command
 from dsd_fast.run.pictures import to_uint8, write_png
 from dsd_fast.scene.cameras import eval_camera
@@ -43,14 +42,14 @@ class TruthCommand:
     """Score runs from one picture against true views of its object."""
 
     # Run folders, checkpoints, or folders that hold them.
-    runs: Annotated[tuple[AnyPath, ...], tyro.conf.Positional] = ()
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     # Folder of objects that `python -m dsd_fast.prior render-objects` wrote: a run is scored
     # against the object of its name; or the folder of one object, for all runs.
-    truth: AnyPath = Path("objects")
+    truth: Path = Path("objects")
     # The figures to write.
-    json: AnyPath | None = None
+    json: Path | None = None
     # A picture of true views above rendered ones to write for each run, in this folder.
-    sheets: AnyPath | None = None
+    sheets: Path | None = None
     # "auto" (CUDA if there is one), "cpu" or "cuda".
     device: str = "auto"
 
