@@ -185,7 +185,7 @@ def test_non_string_keys_of_a_library_user():
         from_dict(TrainConfig, {1: 2})
     with pytest.raises(ConfigError, match="None: there is no such setting"):
         from_dict(TrainConfig, {None: 2})
-    with pytest.raises(ConfigError, match="seed: expected .* that is too long"):
+    with pytest.raises(ConfigError, match=r"seed: expected .* that is too long"):
         from_dict(TrainConfig, {"seed": 10**5000})
 
 
