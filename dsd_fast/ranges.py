@@ -70,6 +70,12 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _spelled(path: Path) -> Path:
+    """One whose bytes are text: safetensors opens no other."""
+    check_encoding(str(path))
+    return path
+
+
 def _schedule(low: float, high: float) -> AfterValidator:
     """A number or a schedule with values in a range."""
 
@@ -116,6 +122,8 @@ Weight = Annotated[ScheduleValue, _schedule(0, LARGEST)]
 ShareOverRun = Annotated[ScheduleValue, _schedule(0, 1)]
 # JSON has texts for paths.
 AnyPath = Annotated[Path, Strict(False)]
+# Of checkpoints.
+TextPath = Annotated[Path, Strict(False), AfterValidator(_spelled)]
 # Of a folder below another one, which it does not leave.
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 # Of random numbers; what fits 64 bits, so that JSON readers and file names take it.
@@ -202,17 +210,23 @@ def check_text(text: str) -> None:
     characters but tabs and line ends, or more than `LONGEST` characters."""
     if len(text) > LONGEST:
         raise ValueError(f"expected at most {LONGEST} characters, got {len(text)}")
+    check_encoding(text)
     for character in text:
-        category = unicodedata.category(character)
-        if category == "Cs":
-            raise ValueError(
-                f"expected text in UTF-8, got {shown(text)}: type it in a terminal that is set to "
-                "UTF-8, with PYTHONUTF8=1 or LANG=C.UTF-8 where the system's encoding is another"
-            )
-        if category == "Cc" and character not in "\t\r\n":
+        if unicodedata.category(character) == "Cc" and character not in "\t\r\n":
             raise ValueError(
                 f"expected text, got {shown(text)} with the control character {character!r}"
             )
+
+
+def check_encoding(text: str) -> None:
+    """Raise ValueError for text that stands for bytes of another encoding than UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"expected text in UTF-8, got {shown(text)}: type it in a terminal that is set to "
+            "UTF-8, with PYTHONUTF8=1 or LANG=C.UTF-8 where the system's encoding is another"
+        ) from None
 
 
 def check_path(path: Path) -> None:

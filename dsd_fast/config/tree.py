@@ -164,7 +164,7 @@ class TrainConfig:
     # and let this process take no more.
     vram: ranges.Positive | None = None
     # Folder under which run folders are made.
-    output: ranges.AnyPath = Path("outputs")
+    output: ranges.TextPath = Path("outputs")
     # Folder inside --output that holds the runs.
     name: ranges.FolderName = "diverse-score-distillation"
     # Name of the run folder in place of the prompt.
