@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0 done, 1 failed, 2 wrong input.
     """
+    from torch import OutOfMemoryError
+
     from dsd_fast.prior import (
         evaluate,
         evaluate_views,
@@ -166,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags[:-1],
         # Views, states, packs and models that are not what they should be.
         wrong_input=(ValueError, ImportError, ConnectionError),
-        # No EGL, no memory, no network of processes.
-        failed=(RuntimeError,),
+        failed=(render.ContextError, OutOfMemoryError),
     )
 
 

@@ -76,7 +76,7 @@ def render_objects(cfg: ObjectsConfig) -> None:
 
     Raises:
         ValueError: no views were asked for, or no model of the pack is held out.
-        RuntimeError: no EGL context.
+        ContextError: no EGL context.
     """
     check(cfg)
     pack = Pack(cfg.pack)

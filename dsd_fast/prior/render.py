@@ -72,6 +72,10 @@ class RenderConfig:
             )
 
 
+class ContextError(RuntimeError):
+    """A graphics device that cannot be drawn with."""
+
+
 def _shader(*names: str) -> str:
     """The files of a shader, one after the other."""
     folder = resources.files("dsd_fast.prior")
@@ -82,7 +86,7 @@ def _shader(*names: str) -> str:
 def create_context(device_index: int = 0) -> moderngl.Context:
     """A headless OpenGL 3.3 context on one EGL device.
 
-    Raises RuntimeError with what EGL said when there is none.
+    Raises ContextError with what EGL said when there is none.
     """
     import moderngl
 
@@ -95,7 +99,7 @@ def create_context(device_index: int = 0) -> moderngl.Context:
             return moderngl.create_context(require=330, standalone=True, **settings)
         except Exception as error:  # moderngl and glcontext raise bare Exceptions
             causes.append(str(error))
-    raise RuntimeError(
+    raise ContextError(
         f"no EGL context on device {device_index}: {'; '.join(causes)}. On Debian install libegl1, "
         "libgl1 and libgl1-mesa-dri; with an NVIDIA driver set __EGL_VENDOR_LIBRARY_FILENAMES to "
         "its 10_nvidia.json"
@@ -333,7 +337,7 @@ def render_views(
     Raises:
         ConfigError: a setting out of its range.
         ValueError: `pack` is no pack.
-        RuntimeError: no EGL context.
+        ContextError: no EGL context.
     """
     check(cfg)
     pack = Pack(cfg.pack)

@@ -56,7 +56,7 @@ def write_turntables(cfg: TurntableConfig) -> None:
 
     Raises:
         ValueError: a prompt names no noun of the models, or the pack is none.
-        RuntimeError: no EGL.
+        ContextError: no EGL.
     """
     from PIL import Image
 
