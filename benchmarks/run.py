@@ -317,7 +317,7 @@ def _integer(text: str) -> int:
 def _shares(text: str) -> tuple[float, ...]:
     shares = tuple(float(part) for part in text.split(","))
     if not all(0 <= share <= 1 for share in shares):
-        raise argparse.ArgumentTypeError(f"shares of a run lie between 0 and 1, got {shown(text)}")
+        raise argparse.ArgumentTypeError(f"shares of a run lie between 0 and 1, got {text}")
     return shares
 
 
