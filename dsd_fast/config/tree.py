@@ -45,6 +45,9 @@ class Start:
     exact: bool = False
 
 
+# Most rows and columns of H.264.
+VIDEO_SIDE = 16384
+
 Preset = Callable[[Start], "TrainConfig"]
 # --preset -> starting values of an object from a prompt.
 PRESETS: dict[str, Preset] = {}
@@ -219,6 +222,19 @@ class TrainConfig:
             )
         if self.task == "image":
             self._validate_image()
+        elif self.pictures.turntable:
+            self._validate_video()
+
+    def _validate_video(self) -> None:
+        """ConfigError for frames, three views beside each other, that no encoder takes: it would
+        say so when all training is done."""
+        height, width = self.cameras.eval_height, 3 * self.cameras.eval_width
+        if not (2 <= height <= VIDEO_SIDE and width <= VIDEO_SIDE):
+            raise ConfigError(
+                f"cameras: a video of 3 views side by side has 2 to {VIDEO_SIDE} rows and at most "
+                f"{VIDEO_SIDE} columns, got {height} x {width}: pass other --cameras.eval-height "
+                "and --cameras.eval-width, or --pictures.no-turntable"
+            )
 
     def _validate_image(self) -> None:
         if self.image.exact and self.loss.lambda_dsd != 1:
