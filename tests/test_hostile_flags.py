@@ -1,6 +1,6 @@
 """Flags that nobody means: each ends in work or in one message with exit code 2, within seconds.
 
-DSD_HOSTILE=10 tries ten times as many at random.
+DSD_HOSTILE=25 tries 500 at random in place of 20.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from dsd_fast.run import cli, needs
 from dsd_fast.scene.picture import read_picture
 
 ROOT = Path(__file__).resolve().parent.parent
-TRIALS = 50 * int(os.environ.get("DSD_HOSTILE", "1"))
+TRIALS = 20 * int(os.environ.get("DSD_HOSTILE", "1"))
 SECONDS = 10
 HUGE = "9" * 5000
 TINY = [*SMALL, "--pictures.no-mesh", "--pictures.no-turntable", "--max-steps", "1"]
@@ -142,7 +142,7 @@ def test_picture_alone_names_the_run_and_no_picture_is_asked_for(argv):
 
 
 def test_texts_that_work(argv):
-    for prompt in ("a\nchair", "x" * 9_000, "🪑 é", "a\tb", "-- a=b", "../../etc"):
+    for prompt in ("a\nchair", "x" * 9_000, "🪑 é", "../../etc"):
         code, said = run(train.main, [*argv[:-1], prompt])
         # The tiny model reads 77 tokens.
         assert code == 0 or (code == 2 and "tokens" in said), said
@@ -332,8 +332,6 @@ def test_bytes_and_encodings_of_a_real_command_line(tmp_path):
     code, said = command_line(*command, "🪑".encode(), "--max-steps", "0", **no_text)
     assert code == 2 and "prompt: expected text in UTF-8" in said
     assert "PYTHONUTF8=1" in said
-    code, said = command_line(*command, "🪑".encode(), "--max-steps", "0", LC_ALL="C")
-    assert code == 2 and "max_steps: expected 1 or more" in said
     assert not any(tmp_path.iterdir())
 
 
