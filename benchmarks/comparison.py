@@ -342,9 +342,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.prompts = list(OBJECTS if arguments.task == "single-view" else PROMPTS)
     if (arguments.task == "single-view") != (arguments.objects is not None):
         parser.error("single-view needs --objects FOLDER, and the other tasks have no use for it")
-    for name in ("seeds", "processes", "views"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    for name, most in (("seeds", 1024), ("processes", 64), ("views", 720), ("steps", 2**31 - 1)):
+        value = getattr(arguments, name)
+        if value is not None and not 1 <= value <= most:
+            parser.error(f"--{name}: expected 1 to {most}, got {value}")
     arguments.methods = arguments.methods or list(METHODS[arguments.task])
     if SAMPLED in arguments.methods and not {"dsd"} <= {*arguments.methods}:
         parser.error(f"{SAMPLED} samples for the seeds of dsd: name dsd among --methods too")

@@ -44,12 +44,14 @@ from dsd_fast._backend import backend, extension, keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.diffusion.engines import ENGINES
 from dsd_fast.guidance.config import TRAJECTORIES
+from dsd_fast.ranges import shown
 from dsd_fast.run import versions
 from dsd_fast.run.closed_pipes import reader_may_leave
 from dsd_fast.run.memory import cap_allocations
 
 # Input sets that a case is timed with, in turn.
 N_SETS = 3
+LARGEST_SIZE = 2**40
 # The reference may take so many budgets for one call; it is not timed where it would take more.
 REFERENCE_BUDGETS = 10.0
 
@@ -260,7 +262,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--size", type=_integer, nargs="+", default=[], help="sizes to run, such as 2^22 or 512"
     )
     parser.add_argument(
-        "--budget", type=float, default=1.0, help="seconds of timing a case (default 1)"
+        "--budget", type=_positive, default=1.0, help="seconds of timing a case (default 1)"
     )
     models = parser.add_argument_group("cases with a diffusion model")
     models.add_argument(
@@ -281,7 +283,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     models.add_argument("--trajectory", choices=TRAJECTORIES, help="in place of the preset's")
     models.add_argument(
         "--memory-cap",
-        type=float,
+        type=_positive,
         metavar="GIB",
         help="CUDA memory that torch may take; a case that needs more fails",
     )
@@ -292,6 +294,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         chosen.names = select(chosen.cases)
         chosen.device = resolve_device(chosen.device)
         check_sizes(chosen.names, chosen.size)
+        if chosen.json is not None and (chosen.json.is_dir() or not chosen.json.parent.is_dir()):
+            raise UsageError(f"--json {chosen.json}: expected a file in a folder that is there")
         if chosen.memory_cap is not None and chosen.device.type != "cuda":
             raise UsageError("--memory-cap is for CUDA devices")
     except (UsageError, ConfigError) as error:
@@ -301,9 +305,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _integer(text: str) -> int:
     base, _, power = text.partition("^")
+    # The largest size has 10 digits, and 9^999999999 takes hours.
+    if len(text) > 20 or len(power) > 2:
+        raise argparse.ArgumentTypeError(f"a size has at most 20 digits, got {shown(text)}")
     value = int(base) ** int(power or 1)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"a size must be at least 1, got {text}")
+    if not 1 <= value <= LARGEST_SIZE:
+        raise argparse.ArgumentTypeError(f"a size must be at least 1, at most 2^40, got {text}")
     return value
 
 
@@ -312,6 +319,13 @@ def _shares(text: str) -> tuple[float, ...]:
     if not all(0 <= share <= 1 for share in shares):
         raise argparse.ArgumentTypeError(f"shares of a run lie between 0 and 1, got {text}")
     return shares
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1e6:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1e6, got {text}")
+    return value
 
 
 def _run_model_cases(

@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 
 from dsd_fast.diffusion.components import (
     PipelineFolder,
@@ -27,10 +28,14 @@ from dsd_fast.diffusion.engines.onnx_export import export_unet
 from dsd_fast.diffusion.engines.tensorrt import DEFAULT_ROWS, engine_key
 from dsd_fast.diffusion.engines.tensorrt_library import Capability, Library
 from dsd_fast.diffusion.loader import resolve
+from dsd_fast.ranges import AnyPath
 from dsd_fast.run.command import run_command
 from dsd_fast.run.progress import memory_mib
 
 log = logging.getLogger("dsd_fast.build_engine")
+
+# Of a batch of the UNet: far more than a GPU holds of Stable Diffusion.
+MOST_ROWS = 1024
 
 
 @dataclass
@@ -48,9 +53,9 @@ class BuildCommand:
     # Compute capabilities such as 8.6 8.9 12.0, which one engine serves; default: the GPU present.
     compute_capability: tuple[str, ...] = ()
     # Row counts to build for; a run looks for the default ones.
-    rows: tuple[int, ...] = DEFAULT_ROWS
+    rows: tuple[Annotated[int, Interval(ge=1, le=MOST_ROWS)], ...] = DEFAULT_ROWS
     # Where the engines go; default DSD_CACHE, or ~/.cache/dsd_fast/engines.
-    output: Path | None = None
+    output: AnyPath | None = None
     # Precision of the weights; a run on a GPU takes float16.
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
@@ -79,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_engines(command: BuildCommand) -> list[Path]:
     """Build what the command asks for; returns the engine files. One that exists is kept."""
-    if not command.rows or min(command.rows) < 1:
-        raise CommandError(f"--rows takes numbers from 1 on, got {list(command.rows)}")
+    if not command.rows:
+        raise CommandError("--rows takes numbers from 1 on, got none")
     capabilities = _capabilities(command)
     libraries = [tensorrt_library.find_library(command.library, c) for c in capabilities]
     for library, capability in zip(libraries, capabilities):

@@ -3,12 +3,13 @@
 Every probe is guarded: the report comes out whatever is missing or broken, and says so in the line.
 """
 
+import argparse
 import hashlib
 import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -145,7 +146,11 @@ def report() -> list[tuple[str, str]]:
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the report; there are no flags, and SystemExit (code 2) for any."""
+    description = "Say what was built, what was found, what each missing piece would bring."
+    parser = argparse.ArgumentParser("python -m dsd_fast.info", description=description)
+    parser.parse_args(argv)
     lines = report()
     width = max(len(name) for name, _ in lines)
     with reader_may_leave():

@@ -7,24 +7,26 @@ python -m dsd_fast.evaluate outputs/diverse-score-distillation-2d outputs/ddim -
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
+from dsd_fast.config import ConfigError, read_config, resolve_device
 from dsd_fast.diffusion import DiffusionModel, load_model, view_prompts
 from dsd_fast.diffusion.ddim import sample
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.diffusion.text import VIEWS
 from dsd_fast.files import write_json
 from dsd_fast.guidance import seed_noise
+from dsd_fast.ranges import AnyPath, FolderName, NonNegative, Seed, Seeds
 from dsd_fast.rng import RngStreams
 from dsd_fast.run import pictures
 from dsd_fast.run.command import run_command
@@ -37,6 +39,8 @@ log = logging.getLogger("dsd_fast.sample")
 
 # The image of a sample, and what it is, as `dsd_fast.evaluate` reads them.
 IMAGE, ABOUT = "000.png", "asset.json"
+# Of more at once memory has no bound.
+SAMPLED_TOGETHER = 64
 
 
 @dataclass
@@ -49,26 +53,26 @@ class SampleCommand:
     # What to make; several prompts may follow.
     prompt: tuple[str, ...] = ()
     # First seed.
-    seed: int = 0
+    seed: Seed = 0
     # So many seeds of each prompt.
-    num_seeds: int = 1
+    num_seeds: Seeds = 1
     # Sample the prompts, negatives, views, seeds and model of these 2D runs: run folders, or
     # folders that hold run folders.
-    like: tuple[Path, ...] = ()
+    like: tuple[AnyPath, ...] = ()
     # Diffusion model: "embedded", a Stable Diffusion folder, or a hub id.
     model: str = "embedded"
     # Guidance scale e_0 + scale (e_y - e_0).
-    guidance_scale: float = 4.0
+    guidance_scale: NonNegative = 4.0
     # DDIM steps.
-    steps: int = 50
+    steps: Annotated[int, Interval(ge=1, lt=NUM_TRAIN_TIMESTEPS)] = 50
     # The negative prompt.
     negative: str = ""
     # Ask for this view; none asks for no view.
     view: Literal["side", "front", "back", "overhead"] | None = None
     # Folder under which the folders of samples are made.
-    output: Path = Path("outputs")
+    output: AnyPath = Path("outputs")
     # Folder inside --output, which names the method in comparisons.
-    name: str = "ddim"
+    name: FolderName = "ddim"
     # Replace samples that are there.
     overwrite: bool = False
     # Precision of the UNet, as of dsd_fast.train.
@@ -131,7 +135,9 @@ def _write_all(
         # The graphs and compilations of other engines pay for long runs.
         model = load_model(model_name, device, dtype, engine="eager")
         for negative in dict.fromkeys(request.negative for request in requests):
-            _sample(command, model, [r for r in requests if r.negative == negative])
+            alike = [r for r in requests if r.negative == negative]
+            for first in range(0, len(alike), SAMPLED_TOGETHER):
+                _sample(command, model, alike[first : first + SAMPLED_TOGETHER])
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"the GPU is too small for these samples at once: {error}") from error
     except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
@@ -174,8 +180,6 @@ def _sample(command: SampleCommand, model: DiffusionModel, requests: Sequence[Re
 
 def _requests(command: SampleCommand) -> tuple[str, list[Request]]:
     """The model and the samples that a command asks for; ConfigError where it asks for none."""
-    if command.num_seeds < 1:
-        raise ConfigError(f"--num-seeds must be at least 1, got {command.num_seeds}")
     if bool(command.like) == bool(command.prompt):
         raise ConfigError('pass either --prompt "an armchair" or --like RUN, not both')
     if command.like:
@@ -198,10 +202,7 @@ def _like(paths: Sequence[Path]) -> tuple[str, list[Request]]:
     """What 2D runs ask for, each request once though several methods have answered it."""
     models, requests = set(), {}
     for config in (file for path in paths for file in _configs(path)):
-        try:
-            cfg = from_dict(TrainConfig, json.loads(config.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {config}: {error}") from error
+        cfg = read_config(config)
         if cfg.task != "image":
             continue
         models.add(cfg.model)

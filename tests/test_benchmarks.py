@@ -151,7 +151,7 @@ def test_inputs_differ_between_sets_and_are_not_zero() -> None:
         (["marsh"], "unknown case 'marsh'; the nearest is 'march'"),
         (["march", "encode", "--size", "64"], "--size means points and px for these cases"),
         (["march", "--size", "many"], "--size"),
-        (["march", "--size", "0"], "a size must be at least 1, got 0"),
+        (["march", "--size", "0"], "a size must be at least 1, at most 2^40, got 0"),
         (["iteration/521"], "unknown case 'iteration/521'; the nearest is 'iteration/512'"),
         (["iteration", "--size", "64"], "--size is not for cases with a diffusion model"),
         (["iteration", "--progress", "0,50"], "shares of a run lie between 0 and 1, got 0,50"),

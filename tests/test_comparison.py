@@ -60,7 +60,7 @@ def test_single_views_are_of_pictures(tmp_path, capsys):
 def test_wrong_counts_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         _arguments(tmp_path, "--seeds", "0")
-    assert "--seeds: expected at least 1, got 0" in capsys.readouterr().err
+    assert "--seeds: expected 1 to 1024, got 0" in capsys.readouterr().err
 
 
 def test_jobs_run_in_processes_and_failures_are_named(tmp_path):

@@ -148,7 +148,7 @@ def test_every_flag_ends_in_a_value_or_in_words(section):
         ("--image.cosine-length 0.5", "expected 0, or 1 or more, got 0.5"),
         ("--max-steps 99999999999999999999", "max_steps: expected 2147483647 or less"),
         ("--max-steps 0", "max_steps: expected 1 or more"),
-        ("--stop-at 0", "--stop-at must be at least 1, got 0"),
+        ("--stop-at 0", "stop_at: expected 1 or more, got 0: pass another --stop-at"),
         ("--vram nan", "vram: expected a finite number"),
     ],
 )

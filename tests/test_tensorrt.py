@@ -396,7 +396,7 @@ class Counted(EagerEngine):
     [
         (["--compute-capability", "ada"], "numbers such as 8.9, got 'ada'"),
         (["--compute-capability", "9.0"], "cannot run on a GPU of compute capability 9.0"),
-        (["--compute-capability", "8.9", "--rows", "0"], "--rows takes numbers from 1 on"),
+        (["--compute-capability", "8.9", "--rows", "0"], "rows: expected 1 or more, got (0,)"),
         (["--compute-capability", "8.9", "--model", "/nowhere"], "/nowhere"),
         (["--compute-capability", "8.9", "--library", "tensorrt"], "tensorrt is not installed"),
     ],

@@ -154,7 +154,7 @@ def test_seeds_side_by_side_need_a_step_in_common(runner, caplog):
     assert runner(*flags, "--num-seeds", "2", "--tag", "x") == 2
     assert "drop --tag" in caplog.text
     assert runner(*flags, "--num-seeds", "0") == 2
-    assert "at least 1" in caplog.text
+    assert "expected 1 or more" in caplog.text
 
 
 # Stop and resume

@@ -3,6 +3,7 @@
 from dsd_fast.config.codec import from_dict, leaves, nearest, set_value, to_dict
 from dsd_fast.config.device import resolve_device
 from dsd_fast.config.presets import preset
+from dsd_fast.config.reading import read_config
 from dsd_fast.config.tree import (
     PRESETS,
     TASK_PRESETS,
@@ -31,6 +32,7 @@ __all__ = [
     "leaves",
     "nearest",
     "preset",
+    "read_config",
     "register_task",
     "resolve_device",
     "set_value",

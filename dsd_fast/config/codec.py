@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dsd_fast.ranges import ConfigError, convert, field_types
+from dsd_fast.ranges import ConfigError, convert, field_types, shown
 
 T = TypeVar("T")
+
+# Characters of a setting's path in a message; those that exist are shorter.
+LONGEST_KEY = 100
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -27,13 +30,14 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """
     if not isinstance(values, dict):
         name = where.removesuffix(".") or "the configuration"
-        raise ConfigError(f"{name}: expected a group of settings, got {values!r}")
+        raise ConfigError(f"{name}: expected a group of settings, got {shown(values)}")
     values = getattr(cls, "of_older", dict)(values)
     types_of = field_types(cls)
     arguments = {}
     for name, value in values.items():
         path = f"{where}{name}"
         if name not in types_of:
+            path = path if len(path) <= LONGEST_KEY else f"{path[:LONGEST_KEY]}..."
             raise ConfigError(f"{path}: there is no such setting{nearest(name, types_of)}")
         kind = types_of[name]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -63,8 +67,10 @@ def leaves(config: Any, where: str = "") -> dict[str, Any]:
     return found
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[str]) -> str:
     """The end of an error message: "; did you mean ...?", or nothing when nothing is near."""
+    if not isinstance(name, str) or len(name) > LONGEST_KEY:
+        return ""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import yaml
 
 from dsd_fast.config.codec import nearest, set_value
 from dsd_fast.config.presets import preset
+from dsd_fast.config.reading import naming, read_text
 from dsd_fast.config.tree import TrainConfig
+from dsd_fast.config.yaml_subset import parse
 from dsd_fast.diffusion.text import VIEWS
-from dsd_fast.ranges import ConfigError
+from dsd_fast.ranges import LONGEST, ConfigError, shown
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,9 @@ class Ignored:
 def _precision(value: Any) -> str:
     names = {"16-mixed": "auto", "bf16-mixed": "bfloat16", "32": "float32", "32-true": "float32"}
     if str(value) not in names:
-        raise ConfigError(f"trainer.precision: expected one of {', '.join(names)}, got {value!r}")
+        raise ConfigError(
+            f"trainer.precision: expected one of {', '.join(names)}, got {shown(value)}"
+        )
     return names[str(value)]
 
 
@@ -209,13 +213,15 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig
     A prompt left at ``???`` stays empty, for --prompt to fill. Raises ConfigError for a file that
     cannot be read, an unknown key, or a value that this code does not implement.
     """
-    tree = _read(path)
+    values = naming(path, _read, path)
     for override in overrides:
-        _apply_override(tree, override)
-    values = _flatten(tree)
-    for key in values:
-        if key not in KEYS:
-            raise ConfigError(f"{path}: {key} is not a known setting{nearest(key, KEYS)}")
+        key, value = _override(override)
+        values[key] = value
+    return naming(path, _config, values, path.name)
+
+
+def _config(values: Mapping[str, Any], file: str) -> TrainConfig:
+    """The configuration of official keys; `file` for the log."""
     resolver = _Resolver(values)
     cfg = preset("dsd")
     source: dict[str, tuple[str, Any]] = {}
@@ -224,7 +230,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig
             continue
         rule = KEYS[key]
         if isinstance(rule, Ignored):
-            log.info("%s: %s is ignored: %s", path.name, key, rule.reason)
+            log.info("%s: %s is ignored: %s", file, key, rule.reason)
             continue
         value = resolver(raw, key)
         if value == MISSING:  # A value made from one that is still to come, as the tag is.
@@ -232,7 +238,7 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig
         if isinstance(rule, Only):
             if value not in rule.values:
                 expected = " or ".join(repr(option) for option in rule.values)
-                raise ConfigError(f"{key}: only {expected} is implemented here, got {value!r}")
+                raise ConfigError(f"{key}: only {expected} is implemented here, got {shown(value)}")
             continue
         _set(cfg, rule.path, rule.convert(value), key, source)
     if cfg.tag == cfg.prompt.replace(" ", "_"):
@@ -252,75 +258,58 @@ def is_override(token: str) -> bool:
 def _set(cfg: TrainConfig, target: str, value: Any, key: str, source: dict) -> None:
     if target in source and source[target][1] != value:
         other, other_value = source[target]
-        raise ConfigError(f"{other} = {other_value!r} and {key} = {value!r} must agree")
+        raise ConfigError(f"{other} = {shown(other_value)} and {key} = {shown(value)} must agree")
     source[target] = (key, value)
     try:
         set_value(cfg, target, value)
     except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as OmegaConf reads it: 1e-15 is a number there, and a text in plain YAML 1.1."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
-        r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _parse(text: str) -> Any:
-    # SafeLoader with another table of implicit types: as safe as its parent.
-    return yaml.load(text, Loader=_Loader)
+        raise ConfigError(f"{key}: {error}" if key != target else str(error)) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Dotted key -> value of a file, its references as they are written."""
     try:
-        tree = _parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a YAML file: {error}") from error
+        tree = parse(read_text(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not a YAML file of settings: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no settings")
-    return tree
+        raise ConfigError(f"expected groups of settings, got {shown(tree)}")
+    values: dict[str, Any] = {}
+    _flatten(tree, "", values)
+    return values
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _override(override: str) -> tuple[str, Any]:
     key, _, text = override.partition("=")
-    value: Any = text
+    _check_key(key)
     # "yes", "1984" and "a: b" are prompts; only quotes around one are taken off.
-    if key not in _TEXT_KEYS or text[:1] in ("'", '"'):
-        try:
-            value = _parse(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override}: {error}") from error
-    *parents, name = key.split(".")
-    for parent in parents:
-        below = tree.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"override {override}: {parent} holds a value, not a group")
-        tree = below
-    tree[name] = value
+    if key in _TEXT_KEYS and text[:1] not in ("'", '"'):
+        return key, text
+    try:
+        return key, parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {shown(override)}: {error}") from error
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _flatten(tree: dict[str, Any], prefix: str, values: dict[str, Any]) -> None:
+    """Put what a tree holds into `values`, by dotted keys that are known."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            _flatten(value, f"{key}.", values)
+            continue
+        _check_key(key)
+        if key in values:  # "a.b: 1" beside "a: {b: 2}"
+            raise ConfigError(f"{key} is there twice")
+        values[key] = value
+
+
+def _check_key(key: str) -> None:
+    if key in KEYS:
+        return
+    if any(known.startswith(f"{key}.") for known in KEYS):
+        raise ConfigError(f"{key}: expected a group of settings, got a value or none")
+    raise ConfigError(f"{shown(key)} is not a known setting{nearest(key, KEYS)}")
 
 
 # The functions of the official files. Text stays text: a prompt may look like YAML.
@@ -328,24 +317,33 @@ _TEXT_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rmspace": lambda text, replacement: text.replace(" ", replacement),
     "basename": lambda path: Path(path).name,
 }
-_NUMBER_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "idiv": lambda a, b: a // b,
-    "not": lambda value: not value,
-    "gt0": lambda value: value > 0,
-    "tuple2": lambda value: [float(value), float(value)],
+# Of so many numbers.
+_NUMBER_FUNCTIONS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "add": (2, lambda a, b: a + b),
+    "sub": (2, lambda a, b: a - b),
+    "mul": (2, lambda a, b: a * b),
+    "div": (2, lambda a, b: a / b),
+    "idiv": (2, lambda a, b: a // b),
+    "not": (1, lambda value: not value),
+    "gt0": (1, lambda value: value > 0),
+    "tuple2": (1, lambda value: [float(value), float(value)]),
 }
 
 
 class _Resolver:
     """``${a.b}`` and ``${function:argument,...}`` inside values, as OmegaConf with the official
-    functions resolves them."""
+    functions resolves them.
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    A text that a reference stands in twice doubles with each reference to it in turn: what all
+    values of a file take, and the length of each, is bounded.
+    """
+
+    # Official files have ten.
+    MOST_REFERENCES = 1000
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
+        self.references = 0
 
     def __call__(self, value: Any, key: str, depth: int = 0) -> Any:
         if depth > 20:
@@ -354,27 +352,49 @@ class _Resolver:
             return [self(item, key, depth) for item in value]
         # The innermost ${...}; what it gives may complete an outer one.
         while isinstance(value, str) and (match := re.search(r"\$\{([^${}]*)\}", value)):
+            self.references += 1
+            if self.references > self.MOST_REFERENCES:
+                raise ConfigError(
+                    f"{key}: the file takes more than {self.MOST_REFERENCES} references"
+                )
             part = self._evaluate(match[1], key, depth)
             if part == MISSING:
                 return MISSING
             whole = match[0] == value
             value = part if whole else value[: match.start()] + str(part) + value[match.end() :]
+            if isinstance(value, str) and len(value) > LONGEST:
+                raise ConfigError(
+                    f"{key}: expected at most {LONGEST} characters, got {len(value)} when its "
+                    "references are resolved"
+                )
         return value
 
     def _evaluate(self, expression: str, key: str, depth: int) -> Any:
-        name, colon, arguments = expression.partition(":")
+        name, colon, text = expression.partition(":")
         if not colon:
             if name not in self.values:
-                raise ConfigError(f"{key}: there is no {name} to refer to{nearest(name, KEYS)}")
+                raise ConfigError(
+                    f"{key}: there is no {shown(name)} to refer to{nearest(name, KEYS)}"
+                )
             return self(self.values[name], name, depth + 1)
         try:
             if name in _TEXT_FUNCTIONS:
                 # The last comma separates: the text itself may hold commas.
-                parts = arguments.rsplit(",", 1) if name == "rmspace" else [arguments]
-                return _TEXT_FUNCTIONS[name](*parts)
+                return _TEXT_FUNCTIONS[name](
+                    *(text.rsplit(",", 1) if name == "rmspace" else [text])
+                )
             if name in _NUMBER_FUNCTIONS:
-                return _NUMBER_FUNCTIONS[name](*map(_parse, arguments.split(",")))
-        except (TypeError, ZeroDivisionError, yaml.YAMLError) as error:
-            raise ConfigError(f"{key}: cannot evaluate ${{{expression}}}: {error}") from error
+                count, function = _NUMBER_FUNCTIONS[name]
+                return function(*_numbers(text, count))
+        except (ValueError, TypeError, ArithmeticError, yaml.YAMLError) as error:
+            raise ConfigError(f"{key}: cannot evaluate {shown(expression)}: {error}") from error
         known = [*_TEXT_FUNCTIONS, *_NUMBER_FUNCTIONS]
-        raise ConfigError(f"{key}: unknown function {name!r}{nearest(name, known)}")
+        raise ConfigError(f"{key}: unknown function {shown(name)}{nearest(name, known)}")
+
+
+def _numbers(text: str, count: int) -> list[int | float]:
+    """The arguments of a function; ValueError for others: a text times a number may fill memory."""
+    values = [parse(part) for part in text.split(",")]
+    if len(values) != count or not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"expected {count} number{'s' * (count > 1)}, got {shown(text)}")
+    return values

@@ -45,6 +45,9 @@ class Start:
     exact: bool = False
 
 
+# Most rows and columns of H.264.
+VIDEO_SIDE = 16384
+
 Preset = Callable[[Start], "TrainConfig"]
 # --preset -> starting values of an object from a prompt.
 PRESETS: dict[str, Preset] = {}
@@ -150,7 +153,7 @@ class TrainConfig:
     # a single "image".
     task: Annotated[str, _TASK.check, _TASK.flag] = "text"
     # Random seed: other seeds give other objects.
-    seed: int = 0
+    seed: ranges.Seed = 0
     # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, or a hub id.
     model: str = "embedded"
     # Starting values: "embedded" suits the model that ships with the package, "dsd" and
@@ -167,9 +170,9 @@ class TrainConfig:
     # and let this process take no more.
     vram: ranges.Positive | None = None
     # Folder under which run folders are made.
-    output: ranges.AnyPath = Path("outputs")
+    output: ranges.TextPath = Path("outputs")
     # Folder inside --output that holds the runs.
-    name: str = "diverse-score-distillation"
+    name: ranges.FolderName = "diverse-score-distillation"
     # Name of the run folder in place of the prompt.
     tag: str = ""
 
@@ -199,14 +202,16 @@ class TrainConfig:
         radius, of_field = renderer["radius"], field.get("radius", FieldConfig.radius)
         if radius != of_field:
             raise ConfigError(
-                f"renderer.radius: expected that of the field, {of_field}, since they describe one "
-                f"box, got {radius!r}"
+                f"renderer.radius: expected that of the field, {ranges.shown(of_field)}, since "
+                f"they describe one box, got {ranges.shown(radius)}"
             )
         others = {name: value for name, value in renderer.items() if name != "radius"}
         return values | {"renderer": others}
 
     def validate(self) -> None:
         """Raise ConfigError for settings that do not go together."""
+        if self.task == "single-view" and self.single_view.image is None:
+            raise ConfigError("--task single-view needs a picture: pass --image chair.png")
         if not self.prompt.strip():
             raise ConfigError('the prompt is empty: pass --prompt "an armchair"')
         if self.guidance.method == "recon" and self.cameras.n_view == 1:
@@ -225,6 +230,19 @@ class TrainConfig:
             )
         if self.task == "image":
             self._validate_image()
+        elif self.pictures.turntable:
+            self._validate_video()
+
+    def _validate_video(self) -> None:
+        """ConfigError for frames, three views beside each other, that no encoder takes: it would
+        say so when all training is done."""
+        height, width = self.cameras.eval_height, 3 * self.cameras.eval_width
+        if not (2 <= height <= VIDEO_SIDE and width <= VIDEO_SIDE):
+            raise ConfigError(
+                f"cameras: a video of 3 views side by side has 2 to {VIDEO_SIDE} rows and at most "
+                f"{VIDEO_SIDE} columns, got {height} x {width}: pass other --cameras.eval-height "
+                "and --cameras.eval-width, or --pictures.no-turntable"
+            )
 
     def _validate_image(self) -> None:
         if self.image.exact and self.loss.lambda_dsd != 1:

@@ -29,11 +29,15 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dsd_fast.prior import catalogue, mesh
+from dsd_fast.ranges import AnyPath, Workers
+from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.command import run_command
 
 
 @dataclass
@@ -41,11 +45,11 @@ class PackConfig:
     """From the furniture libraries to one compact file of models."""
 
     # The .deb package, or a folder with the .sh3f libraries (anywhere below it).
-    source: Path
+    source: AnyPath
     # File to write.
-    out: Path
+    out: AnyPath
     # Processes.
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: Workers = field(default_factory=lambda: os.cpu_count() or 1)
 
 
 @dataclass
@@ -54,9 +58,9 @@ class ExportConfig:
 
     # Folder that `train-unet` wrote: vae.safetensors, unet.safetensors, text_encoder.safetensors,
     # tokenizer/ and scaling_factor.
-    state: Path
+    state: AnyPath
     # Folder to write.
-    out: Path
+    out: AnyPath
 
 
 def pack(cfg: PackConfig) -> None:
@@ -108,9 +112,13 @@ def export(cfg: ExportConfig) -> None:
     (cfg.out / "CREDITS.md").write_text(credits(), encoding="utf-8")
 
 
-def main() -> None:
-    """Run the command named by the first argument, with the rest as its flags."""
-    import tyro
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command named by the first argument, with the rest as its flags.
+
+    Returns:
+        the exit code: 0 done, 1 failed, 2 wrong input.
+    """
+    from torch import OutOfMemoryError
 
     from dsd_fast.prior import (
         evaluate,
@@ -140,16 +148,29 @@ def main() -> None:
         "sheet": (evaluate.SampleConfig, sheet.sample_sheet),
         "turntables": (turntables.TurntableConfig, turntables.write_turntables),
     }
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        print(__doc__)
-        raise SystemExit(f"expected one of: {', '.join(commands)}")
-    config, function = commands[sys.argv[1]]
-    result = function(
-        tyro.cli(config, args=sys.argv[2:], prog=f"python -m dsd_fast.prior {sys.argv[1]}")
+    name, *flags = [*(sys.argv[1:] if argv is None else argv), ""]
+    if name not in commands:
+        with reader_may_leave():
+            print(__doc__)
+        print(f"expected one of: {', '.join(commands)}", file=sys.stderr)
+        return 0 if name in ("-h", "--help") else 2
+    config, function = commands[name]
+
+    def do(cfg: Any) -> None:
+        result = function(cfg)
+        if result is not None:
+            print(result)
+
+    return run_command(
+        do,
+        config,
+        f"dsd_fast.prior {name}",
+        flags[:-1],
+        # Views, states, packs and models that are not what they should be.
+        wrong_input=(ValueError, ImportError, ConnectionError),
+        failed=(render.ContextError, OutOfMemoryError),
     )
-    if result is not None:
-        print(result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from annotated_types import Interval
 from torch import nn
 
 from dsd_fast.config import resolve_device
 from dsd_fast.diffusion.ddim import sample
+from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.files import write_json
 from dsd_fast.guidance.conditions.text import direction
 from dsd_fast.judge.captions import COUNTED_NOUNS, VIEWS, has_front, with_article
@@ -30,7 +31,7 @@ from dsd_fast.prior.train_judge import (
     train_judge,
     view_features,
 )
-from dsd_fast.ranges import Count, NonNegative, check
+from dsd_fast.ranges import AnyPath, Count, NonNegative, check
 
 if TYPE_CHECKING:
     from dsd_fast.diffusion import DiffusionModel
@@ -54,11 +55,11 @@ class SampleConfig:
     """
 
     # Where the report and the sheet go.
-    out: Path
+    out: AnyPath
     # Model to judge: a diffusers folder, or `embedded`.
     model: str = "embedded"
     # DDIM steps of a sample.
-    steps: Count = 50
+    steps: Annotated[int, Interval(ge=1, lt=NUM_TRAIN_TIMESTEPS)] = 50
     # Guidance scale of the samples.
     scale: NonNegative = 7.5
     # Device.
@@ -77,7 +78,7 @@ class EvaluateConfig(SampleConfig):
     """
 
     # Folder of rendered views.
-    views: Path
+    views: AnyPath
     # Samples of each noun and view.
     seeds: Count = 8
     # Gradient steps of the judge.

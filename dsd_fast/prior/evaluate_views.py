@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from dsd_fast.files import write_json
 from dsd_fast.judge.similarity import psnr, ssim
 from dsd_fast.prior.evaluate import SampleConfig
 from dsd_fast.prior.orbits import Orbits
-from dsd_fast.ranges import Count, NonNegative
+from dsd_fast.ranges import AnyPath, Count, NonNegative, UnsignedSeed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +37,7 @@ class ViewEvaluateConfig(SampleConfig):
     """
 
     # Folder of rendered orbits.
-    views: Path
+    views: AnyPath
     # Model to evaluate: a folder, or `embedded`.
     model: str = "embedded"
     # Guidance scale of the samples.
@@ -46,7 +45,7 @@ class ViewEvaluateConfig(SampleConfig):
     # Pairs that are sampled, spread over the held-out models.
     pairs: Count = 96
     # Seed of the choice of views and of the noise.
-    seed: int = 0
+    seed: UnsignedSeed = 0
 
 
 @torch.no_grad()

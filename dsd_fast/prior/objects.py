@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Interval
 from PIL import Image
 
 from dsd_fast.judge.nouns import noun_by_id
@@ -15,7 +16,15 @@ from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.orbits import is_held_out
 from dsd_fast.prior.render import Renderer
 from dsd_fast.prior.views import ORBIT_FOVY, Views, direction, sample_orbits
-from dsd_fast.ranges import Count, check
+from dsd_fast.ranges import (
+    AnyPath,
+    Bins,
+    CountOrNone,
+    DeviceIndex,
+    UnsignedSeed,
+    ViewElevation,
+    check,
+)
 
 # Of the cameras, that of reconstruction with the small prior.
 DISTANCE = 1.75
@@ -26,23 +35,23 @@ class ObjectsConfig:
     """From packed models to one picture of each held-out one, and true views around it."""
 
     # Packed models.
-    pack: Path
+    pack: AnyPath
     # Folder to write: NAME/NAME.png, straight alpha, and NAME/truth.npz.
-    out: Path
+    out: AnyPath
     # True views, evenly around from the picture's azimuth on.
-    views: Count = 12
+    views: Bins = 12
     # Elevation of the picture in degrees.
-    elevation: float = 5.0
+    elevation: ViewElevation = 5.0
     # Elevation of the true views in degrees.
-    view_elevation: float = 15.0
+    view_elevation: ViewElevation = 15.0
     # Azimuth of the picture in degrees, in the models' own axes, whose front is 0.
-    azimuth: float = 30.0
+    azimuth: Annotated[float, Interval(ge=-720, le=720)] = 30.0
     # At most so many objects, the first ones; 0 takes all.
-    limit: int = 0
+    limit: CountOrNone = 0
     # EGL device.
-    device_index: int = 0
+    device_index: DeviceIndex = 0
     # Seed of the lights.
-    seed: int = 0
+    seed: UnsignedSeed = 0
 
 
 def object_views(cfg: ObjectsConfig, number: int) -> Views:
@@ -67,7 +76,7 @@ def render_objects(cfg: ObjectsConfig) -> None:
 
     Raises:
         ValueError: no views were asked for, or no model of the pack is held out.
-        RuntimeError: no EGL context.
+        ContextError: no EGL context.
     """
     check(cfg)
     pack = Pack(cfg.pack)

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,16 @@ from dsd_fast.judge import captions
 from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
 from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views
-from dsd_fast.ranges import ConfigError, Count, CountOrNone, check
+from dsd_fast.ranges import (
+    AnyPath,
+    ConfigError,
+    Count,
+    CountOrNone,
+    DeviceIndex,
+    UnsignedSeed,
+    Workers,
+    check,
+)
 
 if TYPE_CHECKING:
     import moderngl
@@ -42,19 +50,19 @@ class RenderConfig:
     """From packed models to views."""
 
     # Packed models.
-    pack: Path
+    pack: AnyPath
     # Folder to write: 256 KiB a view.
-    out: Path
+    out: AnyPath
     # Views of each model.
     views_per_model: Count = 144
     # Views that share light and paint, for pairs of one object (train-views); 0: each its own.
     views_per_orbit: CountOrNone = 0
     # Processes, each with an EGL context.
-    workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: Workers = field(default_factory=lambda: os.cpu_count() or 1)
     # EGL device.
-    device_index: int = 0
+    device_index: DeviceIndex = 0
     # Seed of cameras, lights and paints.
-    seed: int = 0
+    seed: UnsignedSeed = 0
 
     def validate(self) -> None:
         if self.views_per_orbit and self.views_per_model % self.views_per_orbit:
@@ -62,6 +70,10 @@ class RenderConfig:
                 f"views_per_orbit: expected 0 or a divisor of the {self.views_per_model} views "
                 f"per model, got {self.views_per_orbit}"
             )
+
+
+class ContextError(RuntimeError):
+    """A graphics device that cannot be drawn with."""
 
 
 def _shader(*names: str) -> str:
@@ -74,7 +86,7 @@ def _shader(*names: str) -> str:
 def create_context(device_index: int = 0) -> moderngl.Context:
     """A headless OpenGL 3.3 context on one EGL device.
 
-    Raises RuntimeError with what EGL said when there is none.
+    Raises ContextError with what EGL said when there is none.
     """
     import moderngl
 
@@ -87,7 +99,7 @@ def create_context(device_index: int = 0) -> moderngl.Context:
             return moderngl.create_context(require=330, standalone=True, **settings)
         except Exception as error:  # moderngl and glcontext raise bare Exceptions
             causes.append(str(error))
-    raise RuntimeError(
+    raise ContextError(
         f"no EGL context on device {device_index}: {'; '.join(causes)}. On Debian install libegl1, "
         "libgl1 and libgl1-mesa-dri; with an NVIDIA driver set __EGL_VENDOR_LIBRARY_FILENAMES to "
         "its 10_nvidia.json"
@@ -325,7 +337,7 @@ def render_views(
     Raises:
         ConfigError: a setting out of its range.
         ValueError: `pack` is no pack.
-        RuntimeError: no EGL context.
+        ContextError: no EGL context.
     """
     check(cfg)
     pack = Pack(cfg.pack)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from safetensors.torch import load_file, save_file
 
 from dsd_fast.diffusion import int8
@@ -27,7 +27,7 @@ from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.graphs import captured
 from dsd_fast.prior import models
 from dsd_fast.prior.dataset import CaptionTable, Views, composite
-from dsd_fast.ranges import Count, Decay, NonNegative, Positive, Share, check
+from dsd_fast.ranges import AnyPath, Decay, NonNegative, Positive, Seed, Share, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 # Steps between two looks at the clock where several processes have to agree on it.
 CLOCK_STEPS = 20
 LOG_STEPS = 100
+# A month.
+MOST_MINUTES = 30 * 24 * 60
+# Images a step.
+BatchSize = Annotated[int, Interval(ge=1, le=2**16)]
 # Floats between the starts of two parameters in a buffer: 256 bytes.
 ALIGNMENT = 64
 WARM_UP_STEPS = 300
@@ -54,15 +58,15 @@ class TrainConfig:
     """
 
     # Folder of rendered views (see `render`).
-    views: Path
+    views: AnyPath
     # Folder for states and logs.
-    out: Path
+    out: AnyPath
     # Wall-clock budget of this piece, in minutes.
-    minutes: Positive = 8.0
+    minutes: Annotated[float, Interval(gt=0, le=MOST_MINUTES)] = 8.0
     # Diffusers folder to go on from, such as an exported prior; none starts anew.
-    resume: Path | None = None
+    resume: AnyPath | None = None
     # Images a step and process.
-    batch_size: Count = 256
+    batch_size: BatchSize = 256
     # Peak learning rate.
     lr: Positive = 8e-4
     # Share of the budget after which the learning rate starts to fall to zero; 0 is a plain cosine.
@@ -74,7 +78,7 @@ class TrainConfig:
     # Compile the networks (pays from about five minutes on).
     compile: bool = True
     # Seed of initialisation and draws.
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -84,7 +88,7 @@ class TrainConfig:
 class VaeConfig(TrainConfig):
     """Settings of the VAE's training."""
 
-    batch_size: Count = 48
+    batch_size: BatchSize = 48
     lr: Positive = 1e-3
     # Weight of the KL term, per latent element.
     kl_weight: NonNegative = 3e-4
@@ -95,9 +99,9 @@ class UnetConfig(TrainConfig):
     """Settings of the UNet's training."""
 
     # Trained VAE: a folder that `train-vae` wrote, or a diffusers folder.
-    vae: Path
+    vae: AnyPath
     # Encodings of each view, each on another background and mirrored by a coin.
-    encodings: Count = 3
+    encodings: Annotated[int, Interval(ge=1, le=64)] = 3
     # Share of rows trained without a caption, for classifier-free guidance (Ho and Salimans 2022).
     caption_dropout: Share = 0.1
     # Share of captioned rows whose embedding is interpolated between views by azimuth, as Perp-Neg

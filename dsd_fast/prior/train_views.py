@@ -32,6 +32,7 @@ from dsd_fast.files import write_json
 from dsd_fast.prior import models
 from dsd_fast.prior.orbits import Orbits
 from dsd_fast.prior.train import (
+    BatchSize,
     TrainConfig,
     Trainer,
     World,
@@ -40,7 +41,7 @@ from dsd_fast.prior.train import (
     load_weights,
     save_part,
 )
-from dsd_fast.ranges import Count, Share
+from dsd_fast.ranges import AnyPath, Share
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -54,7 +55,7 @@ POSE_STD = 0.4
 class ViewTrainConfig(TrainConfig):
     """Settings of the pose-conditioned UNet's training."""
 
-    batch_size: Count = 512
+    batch_size: BatchSize = 512
     # Diffusers folder with the autoencoder, and with the UNet to begin with where `resume` is None.
     text_model: str = EMBEDDED
     # Share of rows trained without reference and pose, for classifier-free guidance (Ho and
@@ -67,9 +68,9 @@ class ViewExportConfig:
     """From a trained state to a diffusers folder."""
 
     # Folder that `train-views` wrote: unet.safetensors, camera_projection.safetensors.
-    state: Path
+    state: AnyPath
     # Folder to write.
-    out: Path
+    out: AnyPath
     # Diffusers folder with the autoencoder that the state was trained with.
     text_model: str = EMBEDDED
     # Refer to that folder's autoencoder by a relative path instead of copying it: where both ship.

@@ -7,7 +7,6 @@ from each other is what the diversity of trained ones is held against.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from dsd_fast.prior import views as training
 from dsd_fast.prior.mesh import Pack
 from dsd_fast.prior.render import Renderer
 from dsd_fast.prior.views import Views
-from dsd_fast.ranges import Count, Pixels, check
+from dsd_fast.ranges import AnyPath, Bins, Count, DeviceIndex, Pixels, UnsignedSeed, check
 from dsd_fast.run.outputs import slugify
 
 
@@ -32,21 +31,21 @@ class TurntableConfig:
     """
 
     # Packed models.
-    pack: Path
+    pack: AnyPath
     # Folder to write: OUT/PROMPT-seedN/000.png, ...
-    out: Path
+    out: AnyPath
     # What to show, such as "an armchair"; a colour word paints what can be painted.
     prompts: tuple[str, ...]
     # Models of each prompt, drawn at random; fewer where there are not so many.
     models: Count = 8
     # Views of each model, evenly spaced from the front on.
-    views: Count = 8
+    views: Bins = 8
     # Side of the images in pixels.
     size: Pixels = 224
     # Seed of the draw.
-    seed: int = 0
+    seed: UnsignedSeed = 0
     # EGL device.
-    device_index: int = 0
+    device_index: DeviceIndex = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -57,7 +56,7 @@ def write_turntables(cfg: TurntableConfig) -> None:
 
     Raises:
         ValueError: a prompt names no noun of the models, or the pack is none.
-        RuntimeError: no EGL.
+        ContextError: no EGL.
     """
     from PIL import Image
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from dsd_fast import guidance
+from dsd_fast import guidance, ranges
 from dsd_fast.config import (
     PRESETS,
     TASK_PRESETS,
@@ -31,11 +31,12 @@ from dsd_fast.config import (
     leaves,
     official,
     preset,
+    read_config,
     resolve_device,
     to_dict,
 )
 from dsd_fast.run import checkpoint, memory
-from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run import flags as command_flags
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import load_run
 
@@ -58,15 +59,15 @@ class Command:
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     # Take the settings from an official YAML file (overrides a.b.c=value may follow), or from the
     # config.json of a run.
-    config: Path | None = None
+    config: ranges.AnyPath | None = None
     # Continue a run: "auto" finds it by prompt, seed and output; or a run folder or a checkpoint.
-    resume: str | None = None
+    resume: ranges.AnyPath | None = None
     # Make so many objects at once, from this seed on; they share the diffusion model's batches.
-    num_seeds: int = 1
+    num_seeds: ranges.Seeds = 1
     # Replace a run of the same prompt and seed.
     overwrite: bool = False
     # End this session when the run has done so many steps, for training in pieces.
-    stop_at: int | None = None
+    stop_at: ranges.Count | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,10 @@ def parse(argv: Sequence[str]) -> list[Job]:
     command = _parse_flags(flags, _fitting(_starting_values(early, overrides), early))
     cfg = command.train
     if not cfg.prompt and cfg.single_view.image is not None:
-        # The run's name.
-        cfg.prompt = cfg.single_view.image.stem
-    for flag, count in (("num-seeds", command.num_seeds), ("stop-at", command.stop_at)):
-        if count is not None and count < 1:
-            raise ConfigError(f"--{flag} must be at least 1, got {count}")
+        # The run's name; a prompt is text, which a file's name need not be.
+        name = os.fsencode(cfg.single_view.image.stem)
+        cfg.prompt = name.decode("utf-8", "backslashreplace")
+    _check_session(command)
     if command.num_seeds > 1 and cfg.tag:
         raise ConfigError("--num-seeds names run folders by prompt and seed: drop --tag")
     seeds = range(cfg.seed, cfg.seed + command.num_seeds)
@@ -106,20 +106,32 @@ def parse(argv: Sequence[str]) -> list[Job]:
     if command.overwrite or command.config is not None:
         raise ConfigError("--resume continues a run as it is: drop --overwrite and --config")
 
-    if command.resume == "auto":
+    if command.resume == Path("auto"):
         check(cfg, flags=True)
         return _resume_all(cfg, seeds, flags, early, command)
     if command.num_seeds > 1:
         raise ConfigError("--num-seeds continues its runs with --resume auto alone")
-    path, folder = find_checkpoint(Path(command.resume))
+    path, folder = find_checkpoint(command.resume)
     folder.claim()
     try:
-        named = path == Path(command.resume)
+        named = path == command.resume
         state = load_run(path) if named else _newest_whole([folder])[0]
         return [_resumed(state, folder, flags, early, command)]
     except BaseException:
         folder.release()
         raise
+
+
+def _check_session(command: Command) -> None:
+    """ConfigError for a flag of this call, not of the run, that cannot work."""
+    for name in ("config", "resume", "num_seeds", "stop_at"):
+        try:
+            ranges.convert(Command, name, getattr(command, name), name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}: pass another --{name.replace('_', '-')}") from None
+    last = command.train.seed + command.num_seeds - 1
+    if command.num_seeds > 1:
+        ranges.convert(TrainConfig, "seed", last, "seed, the last of --num-seeds")
 
 
 def _fresh(cfg: TrainConfig, folder: RunFolder, seed: int, command: Command) -> Job:
@@ -191,7 +203,10 @@ def _newest_whole(folders: Sequence[RunFolder]) -> list[dict]:
 def _resumed(
     state: dict, folder: RunFolder, flags: list[str], early: argparse.Namespace, command: Command
 ) -> Job:
-    saved = from_dict(TrainConfig, state["config"])
+    try:
+        saved = from_dict(TrainConfig, state["config"])
+    except ConfigError as error:
+        raise ConfigError(f"the checkpoint in {folder.path}: its configuration: {error}") from None
     # The GPU may be another one.
     saved.device, saved.vram = early.device, None
     cfg = _parse_flags(flags, _fitting(from_dict(TrainConfig, to_dict(saved)), early)).train
@@ -231,7 +246,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _early_flags(flags: list[str]) -> argparse.Namespace:
     """The flags that decide the starting values. Wrong values are left for the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "resume", "vram", "task"):
+    for name in ("preset", "config", "device", "resume", "vram", "task", "output"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--guidance.method", dest="method")
     parser.add_argument("--max-steps", "--max_steps")
@@ -254,7 +269,8 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
                 "pass it with --config; every setting is a flag as well, see --help"
             )
         # A length that is none is left for the full parse, as are names that are not registered.
-        steps = early.max_steps if re.fullmatch("0*[1-9][0-9]{0,9}", early.max_steps or "") else 0
+        digits = (early.max_steps or "").lstrip("0")
+        steps = digits if re.fullmatch("[1-9][0-9]{0,9}", digits) else 0
         return preset(
             early.preset if early.preset in PRESETS else "embedded",
             int(steps) or None,
@@ -265,15 +281,26 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
         )
     path = Path(early.config)
     if path.suffix != ".json":
-        return official.load(path, overrides)
-    if overrides:
+        cfg = official.load(path, overrides)
+    elif overrides:
         raise ConfigError(f"{overrides[0]}: pass flags to change the settings of {path}")
-    try:
-        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not a JSON file: {error}") from error
+    else:
+        cfg = read_config(path)
+    if early.output is None:
+        _refuse_elsewhere(cfg.output, path)
+    return cfg
+
+
+def _refuse_elsewhere(output: Path, config: Path) -> None:
+    """ConfigError for a file that is not of a run in the output folder that it names, and names one
+    outside the current folder: another person's, perhaps, and nobody has asked to write there."""
+    folder, own = output.absolute(), Path(os.path.normpath(config.absolute()))
+    inside = not output.is_absolute() and ".." not in output.parts
+    if not inside and Path(os.path.normpath(folder)) not in own.parents:
+        raise ConfigError(
+            f"{config}: its output folder {output} is not in the current folder: pass --output "
+            "with the folder that is to be written"
+        )
 
 
 def _fitting(starting_values: TrainConfig, early: argparse.Namespace) -> TrainConfig:
@@ -290,13 +317,9 @@ def _fitting(starting_values: TrainConfig, early: argparse.Namespace) -> TrainCo
 
 
 def _parse_flags(flags: list[str], starting_values: TrainConfig) -> Command:
-    with reader_may_leave():
-        return tyro.cli(
-            Command,
-            prog="python -m dsd_fast.train",
-            args=flags,
-            default=Command(train=starting_values),
-        )
+    return command_flags.parse(
+        Command, "dsd_fast.train", flags, default=Command(train=starting_values)
+    )
 
 
 def find_checkpoint(path: Path) -> tuple[Path, RunFolder]:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import tyro
-
+from dsd_fast.ranges import ConfigError, check
+from dsd_fast.run import flags as command_flags
 from dsd_fast.run import interruption, terminal
-from dsd_fast.run.closed_pipes import reader_may_leave
 from dsd_fast.run.interruption import Interruption
 from dsd_fast.run.progress import set_up_logging
+from dsd_fast.run.unforeseen import in_words
 
 # Not below "dsd_fast.run.command": the lines are those of the command that runs.
 log = logging.getLogger("dsd_fast")
@@ -32,18 +32,18 @@ def run_command(
 
     Args:
         do: the command's work.
-        flags: the dataclass of its flags, which `do` gets.
+        flags: the dataclass of its flags with their ranges (`ranges.check`), which `do` gets.
         module: what follows `python -m`.
         argv: the flags, by default those of the process.
-        wrong_input: errors that a person's input explains, as does every OSError; their message
-            is logged in place of a traceback.
+        wrong_input: errors that a person's input explains, as does every ConfigError and OSError;
+            their message is logged in place of a traceback.
         failed: the like of errors that no other input would mend.
     """
     terminal.set_up()
     set_up_logging()
-    with reader_may_leave():
-        command = tyro.cli(flags, prog=f"python -m {module}", args=argv)
     try:
+        command = command_flags.parse(flags, module, argv)
+        check(command, flags=True)
         with Interruption():
             do(command)
     except KeyboardInterrupt:
@@ -52,10 +52,13 @@ def run_command(
     except failed as error:
         log.error("%s", error)
         return 1
-    except wrong_input as error:
+    except (ConfigError, *wrong_input) as error:
         log.error("%s", error)
         return 2
     except OSError as error:
-        log.error("cannot use %s: %s", error.filename or "a file", error.strerror or error)
+        log.error("%s", in_words(error))
         return 2
+    except Exception as error:
+        log.error("failed: %s", in_words(error))
+        return 1
     return 0

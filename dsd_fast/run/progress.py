@@ -15,11 +15,18 @@ console = Console(stderr=True)
 
 # Seconds between lines where there is no terminal (a log file, a job queue).
 PLAIN_LINE_SECONDS = 15.0
+# Columns of a terminal with a live line.
+NARROWEST = 40
+
+
+def _is_wide_terminal() -> bool:
+    """Columns beside each other leave no room for words in a very narrow one."""
+    return console.is_terminal and console.width >= NARROWEST
 
 
 def set_up_logging() -> None:
     """Route the package's log to the console. For commands; a library leaves logging alone."""
-    if console.is_terminal:
+    if _is_wide_terminal():
         handler: logging.Handler = RichHandler(console=console, show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:  # One line each, whatever its length, for log files.
@@ -54,7 +61,7 @@ class Reporter:
         self.started = time.monotonic()
         self._last_line = float("-inf")
         self._bar: Progress | None = None
-        if enabled and console.is_terminal:
+        if enabled and _is_wide_terminal():
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

@@ -73,7 +73,7 @@ class CameraConfig:
     # Vertical field of view of evaluation cameras in degrees.
     eval_fovy_deg: ranges.FieldOfView = 70.0
     # Number of views of the turntable.
-    n_test_views: ranges.Count = 120
+    n_test_views: ranges.Bins = 120
 
     def validate(self) -> None:
         """Raise ConfigError for settings that do not go together."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from dsd_fast.config import Preset, TrainConfig, register_task
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, embed_views, load_model
 from dsd_fast.guidance import FORMULATIONS, Guidance, make_guidance
+from dsd_fast.run import needs
 from dsd_fast.run.memory import PhaseMemory
 from dsd_fast.run.optimizer import Adam
 from dsd_fast.run.outputs import RunFolder
@@ -51,6 +52,7 @@ class Task:
 
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
+        needs.check(cfg, n_runs)
         self.cameras(cfg)  # ValueError for what they cannot do
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:

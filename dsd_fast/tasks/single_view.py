@@ -136,8 +136,6 @@ def reference(cfg: TrainConfig) -> Reference:
 def check(cfg: TrainConfig) -> None:
     """ConfigError for settings with which a picture cannot be reconstructed."""
     cameras = cfg.cameras
-    if cfg.single_view.image is None:
-        raise ConfigError("--task single-view needs a picture: pass --image chair.png")
     near, far = cameras.camera_distance_range
     if near != far or near != cameras.eval_camera_distance:
         raise ConfigError(
