@@ -1,13 +1,21 @@
 """Argument checks of the operators: every error says what was expected, what came and the way out.
 
 Addresses go to compiled code unseen, so each operator checks device, dtype, shape and contiguity of
-each tensor here first.
+each tensor here first. Numbers become float32 and int64 there, so their type and range are checked
+too.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# The largest number of float32.
+LARGEST = float(np.finfo(np.float32).max)
+
+_INTEGERS = (int, np.integer, torch.SymInt)
+_NUMBERS = (*_INTEGERS, float, np.floating, torch.SymFloat)
 
 
 def describe(tensor: Tensor) -> str:
@@ -33,10 +41,13 @@ def check_tensor(
 
     Raises:
         TypeError: not a tensor, or another dtype.
-        ValueError: another shape or device, or not contiguous.
+        ValueError: another shape or device, not dense, or not contiguous.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{op}: {name} must be dense, got a {kind} tensor; call .to_dense()")
     wanted = "[" + ", ".join(str(size) for size in shape) + "]"
     fits = tensor.dim() == len(shape) and all(
         isinstance(size, str) or size == got for size, got in zip(shape, tensor.shape)
@@ -59,3 +70,35 @@ def check_tensor(
             f"{op}: {name} {wanted} must be contiguous, got strides {list(tensor.stride())}; call "
             ".contiguous()"
         )
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a number, ValueError for an integer that no float holds.
+
+    A bool is no number. Infinity and NaN are.
+    """
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(
+            f"{op}: {name} must be at most {LARGEST:.3g} in size, got an integer above"
+        )
+
+
+def check_integer(op: str, name: str, value: object, low: int, high: int) -> None:
+    """Raises TypeError unless `value` is an integer, ValueError unless it is in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
+        raise TypeError(f"{op}: {name} must be an integer, got {_kind(value)}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
+    if value > high:
+        raise ValueError(f"{op}: {name} must be at most {high}, got {value}")
+
+
+def fits_float32(value: float) -> bool:
+    """Whether `value` is finite in float32 too."""
+    return abs(value) <= LARGEST
+
+
+def _kind(value: object) -> str:
+    return f"{value!r}" if isinstance(value, float) else type(value).__name__

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
-from dsd_fast.ops._pack import check_offsets, check_offsets_tensor, unpack
+from dsd_fast.ops._check import check_integer, check_number, check_tensor
+from dsd_fast.ops._pack import MAX_RAYS, check_offsets, check_offsets_tensor, unpack
 
 # Floor of the opacity that normalises the weights of the z-variance.
 MIN_OPACITY = 1e-5
@@ -73,8 +73,10 @@ def visibility(
     """
     n_rays = _check_samples("visibility", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     if not isinstance(alpha_threshold, Tensor):
+        check_number("visibility", "alpha_threshold", alpha_threshold)
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("visibility", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
+    check_number("visibility", "transmittance_threshold", transmittance_threshold)
     function = visibility_reference if backend(sigmas) == "torch" else _visibility_op
     return function(
         sigmas.detach(),
@@ -197,23 +199,22 @@ def _check_samples(
     if n_rays is None:
         raise ValueError(f"{op}: either ray_indices and n_rays or offsets are needed, got neither")
     check_tensor(op, "ray_indices", ray_indices, torch.int64, shape, device)
-    if n_rays < 0:
-        raise ValueError(f"{op}: n_rays must be at least 0, got {n_rays}")
+    check_integer(op, "n_rays", n_rays, 0, MAX_RAYS)
     return n_rays
 
 
 def _check_places(
     ray_indices: Tensor | None, n_rays: int, offsets: Tensor | None, n_samples: int
 ) -> None:
-    """On the CPU: the values of what says which sample is of which ray."""
-    if offsets is not None:
+    """Checks the values of what says which sample is of which ray, where that costs no wait."""
+    if offsets is not None and not offsets.is_cuda:
         check_offsets(offsets, n_samples)
-    elif ray_indices is not None:
+    elif ray_indices is not None and not ray_indices.is_cuda:
         _check_ray_indices(ray_indices, n_rays)
 
 
 def _check_ray_indices(ray_indices: Tensor, n_rays: int) -> None:
-    if ray_indices.device.type != "cpu" or ray_indices.numel() == 0:
+    if ray_indices.numel() == 0:
         return
     if not bool((ray_indices[1:] >= ray_indices[:-1]).all()):
         raise ValueError("ray_indices must be sorted: the samples of a ray stand together")
@@ -540,6 +541,7 @@ def visibility_reference(
 ) -> Tensor:
     """`visibility` in pure torch, any floating dtype and device."""
     if offsets is not None:
+        check_offsets(offsets, len(sigmas))
         rays, size = unpack(offsets), len(sigmas)
         sigmas, t_starts, t_ends = (x[: len(rays)] for x in (sigmas, t_starts, t_ends))
         thresholds = alpha_threshold, transmittance_threshold
@@ -561,6 +563,7 @@ def composite_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`composite` in pure torch, any floating dtype and device, differentiable by autograd."""
     if offsets is not None:
+        check_offsets(offsets, len(sigmas))
         rays, n_rays, size = unpack(offsets), len(offsets) - 1, len(sigmas)
         sigmas, rgbs, t_starts, t_ends = (x[: len(rays)] for x in (sigmas, rgbs, t_starts, t_ends))
         *sums, weights = composite_reference(sigmas, rgbs, t_starts, t_ends, rays, n_rays)
@@ -590,6 +593,7 @@ def composite_full_reference(
 ) -> Composited:
     """`composite_full` in pure torch, any floating dtype and device, differentiable by autograd."""
     if offsets is not None:
+        check_offsets(offsets, len(sigmas))
         rays, size = unpack(offsets), len(sigmas)
         samples = sigmas, rgbs, normals, t_starts, t_ends
         sigmas, rgbs, normals, t_starts, t_ends = (x[: len(rays)] for x in samples)

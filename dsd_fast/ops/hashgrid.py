@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import check_integer, check_number, check_tensor, fits_float32
 
 # Coherent prime hash: one factor a dimension, the first is 1 so that neighbours along x are close.
 _PRIMES = (1, 2654435761, 805459861)
@@ -32,6 +32,8 @@ _FAR_CELL = 2.0**30
 # Compiled feature counts and level limit (csrc/hashgrid.h).
 _FEATURES = (2, 4)
 _MAX_LEVELS = 32
+# The logarithm of the most corners along an edge.
+_FINEST = 24
 
 
 class GridLevel(NamedTuple):
@@ -56,6 +58,7 @@ class GridSpec:
         per_level_scale: growth of the resolution from level to level, at least 1.
 
     Raises:
+        TypeError: a value that is no number, or no integer where it counts something.
         ValueError: a value out of these ranges.
     """
 
@@ -66,6 +69,9 @@ class GridSpec:
     per_level_scale: float
 
     def __post_init__(self) -> None:
+        for name in ("n_levels", "n_features", "log2_table_size", "base_resolution"):
+            check_integer("GridSpec", name, getattr(self, name), -_UINT32, _UINT32)
+        check_number("GridSpec", "per_level_scale", self.per_level_scale)
         if not 1 <= self.n_levels <= _MAX_LEVELS:
             raise ValueError(f"n_levels must be 1 to {_MAX_LEVELS}, got {self.n_levels}")
         if self.n_features not in _FEATURES:
@@ -76,12 +82,17 @@ class GridSpec:
             raise ValueError(f"base_resolution must be at least 2, got {self.base_resolution}")
         if not self.per_level_scale >= 1.0:
             raise ValueError(f"per_level_scale must be at least 1, got {self.per_level_scale}")
-        finest = self.base_resolution * self.per_level_scale ** (self.n_levels - 1)
-        if finest > 2**24:
+        # In logarithms, for the power may be more than a float holds.
+        finest = math.log2(self.base_resolution)
+        if self.n_levels > 1:
+            finest += math.log2(self.per_level_scale) * (self.n_levels - 1)
+        if finest > _FINEST + 1e-9:
             raise ValueError(
-                f"the finest level would have {finest:.3g} corners an edge; beyond 2^24 float32 "
-                "coordinates cannot tell cells apart"
+                f"the finest level would have 2^{finest:.1f} corners an edge; beyond 2^{_FINEST} "
+                "float32 coordinates cannot tell cells apart"
             )
+        if not fits_float32(self.per_level_scale):
+            raise ValueError(f"per_level_scale must be finite, got {self.per_level_scale}")
 
     @cached_property
     def levels(self) -> tuple[GridLevel, ...]:
@@ -211,9 +222,8 @@ def hashgrid_jacobian_reference(
 ) -> tuple[Tensor, Tensor]:
     """`hashgrid_jacobian` in pure torch: any floating dtype and device, by autograd alone."""
     n_active = _active_levels("hashgrid", spec, n_active_levels)
-    if table.dtype == torch.float16 != x.dtype:
-        table = table.to(x.dtype)
     _check_inputs("hashgrid", x, table, spec, dtype=None)
+    table = table.to(x.dtype)
     levels = [_level_reference(x, table, spec, level) for level in spec.levels[:n_active]]
     rest = (spec.n_levels - n_active) * spec.n_features
     values = [value for value, _ in levels] + [x.new_zeros(x.shape[0], rest)]
@@ -225,9 +235,10 @@ def hashgrid_jacobian_reference(
 
 
 def _active_levels(op: str, spec: GridSpec, n_active_levels: int | None) -> int:
+    if not isinstance(spec, GridSpec):
+        raise TypeError(f"{op}: spec must be a GridSpec, got {type(spec).__name__}")
     n_active = spec.n_levels if n_active_levels is None else n_active_levels
-    if not 0 <= n_active <= spec.n_levels:
-        raise ValueError(f"{op}: n_active_levels must be 0 to {spec.n_levels}, got {n_active}")
+    check_integer(op, "n_active_levels", n_active, 0, spec.n_levels)
     return n_active
 
 
@@ -237,8 +248,8 @@ def _check_inputs(
     # Made twice: by the public functions, where torch would turn a list or a mix of devices away in
     # words of its own, and by the operators, which torch.ops can reach directly.
     check_tensor(op, "x", x, dtype, ["N", 3])
-    is_half = isinstance(table, Tensor) and table.dtype == torch.float16
-    table_dtype = torch.float16 if is_half and dtype == torch.float32 else x.dtype
+    is_half = isinstance(table, Tensor) and table.dtype == torch.float16 != x.dtype
+    table_dtype = torch.float16 if is_half else x.dtype
     check_tensor(op, "table", table, table_dtype, [spec.n_params], x.device)
     if is_half and table.requires_grad:
         raise ValueError(

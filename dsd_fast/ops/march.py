@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import LARGEST, check_number, check_tensor, fits_float32
 from dsd_fast.ops._pack import (
     PackedSamples,
     addresses,
@@ -20,11 +20,17 @@ from dsd_fast.ops._pack import (
 # A ray's lattice ends here: float32 counts whole steps exactly up to 2^24.
 MAX_STEPS = 1 << 24
 
+# A ray that takes more steps from the box's entry to its exit has no samples (kMaxRaySteps).
+MAX_RAY_STEPS = 1 << 17
+
 # A cell's flat index must fit 32 bits.
 MAX_CELLS = 1024
 
 # Runs of samples that the kernels keep of a ray from counting for writing (kMarchRuns).
 _RUNS = 4
+
+# The smallest step; below it float32 loses digits, and its reciprocal is infinite.
+_SMALLEST = float(torch.finfo(torch.float32).tiny)
 
 # The reference looks at rays x steps points at once; this bounds its memory.
 _REFERENCE_POINTS = 1 << 21
@@ -47,8 +53,11 @@ def march(
     the samples that nerfacc's occupancy estimator takes with a fixed step. The reference and the
     compiled backends decide by the same roundings and give the same samples.
 
-    Rays that miss the box, stand still or are not finite have no samples. A lattice ends after
-    2^24 steps, where float32 no longer counts.
+    The work is bounded: a ray takes at most 2^17 steps between where it enters the box, or `near`,
+    and where it leaves it, or `far`. Rays that would take more, as with a direction that is next to
+    nothing or a box that is huge beside the step, have no samples; nor have rays that miss the box,
+    stand still or are not finite, their jitter included. A lattice ends after 2^24 steps, where
+    float32 no longer counts.
 
     Args:
         origins: float32 [R, 3], contiguous, as all tensors here; inside the box or outside.
@@ -136,7 +145,6 @@ def _check_march(
     far: float,
 ) -> list[float]:
     """Gives the box as numbers."""
-    aabb = [float(bound) for bound in aabb]
     check_tensor(op, "origins", origins, torch.float32, ("R", 3))
     device, n_rays = origins.device, origins.shape[0]
     check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), device)
@@ -149,16 +157,33 @@ def _check_march(
         )
     if jitter is not None:
         check_tensor(op, "jitter", jitter, torch.float32, (n_rays,), device)
-    finite = all(math.isfinite(bound) for bound in aabb)
-    if len(aabb) != 6 or not finite or any(lo >= hi for lo, hi in zip(aabb[:3], aabb[3:])):
-        raise ValueError(
-            f"{op}: aabb must be six finite numbers, a low corner below a high one, got {aabb}"
-        )
-    if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"{op}: step must be finite and above 0, got {step}")
-    if not (math.isfinite(near) and near < far):
+    aabb = _check_box(op, aabb, n_cells)
+    for name, number in (("step", step), ("near", near), ("far", far)):
+        check_number(op, name, number)
+    if not (fits_float32(step) and step >= _SMALLEST):
+        raise ValueError(f"{op}: step must be finite and above 0 in float32, got {step}")
+    if not (fits_float32(near) and near < far):
         raise ValueError(f"{op}: near must be finite and below far, got near {near}, far {far}")
     return aabb
+
+
+def _check_box(op: str, aabb: Sequence[float], n_cells: int) -> list[float]:
+    """Gives the box as numbers. Its edges and its cells must be what float32 can tell."""
+    try:
+        box = [float(bound) for bound in aabb]
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{op}: aabb must be six numbers, got {aabb!r}") from None
+    edges = [high - low for low, high in zip(box[:3], box[3:])]
+    if len(box) != 6 or not all(fits_float32(number) for number in (*box, *edges)):
+        raise ValueError(
+            f"{op}: aabb must be six finite numbers, with edges of at most {LARGEST:.3g}, got {box}"
+        )
+    if not all(edge > 0 and n_cells / edge <= LARGEST for edge in edges):
+        raise ValueError(
+            f"{op}: aabb must be a low corner below a high one, with cells that float32 can count, "
+            f"got {box}"
+        )
+    return box
 
 
 class _Marching:
@@ -271,10 +296,10 @@ def march_reference(
     t_low, t_high = (low - origins) / safe_dirs, (high - origins) / safe_dirs
     entry = torch.where(moving, torch.minimum(t_low, t_high), -math.inf).amax(-1).clamp(min=near)
     exit_ = torch.where(moving, torch.maximum(t_low, t_high), math.inf).amin(-1).clamp(max=far)
-    first = torch.floor((entry - start) / step_t - 2).clamp(min=0)
-    last = torch.ceil((exit_ - start) / step_t + 2).clamp(max=MAX_STEPS)
+    first = torch.floor((entry - start) / step_t - 2).clamp(0, MAX_STEPS)
+    last = torch.floor((exit_ - start) / step_t + 3).clamp(0, MAX_STEPS)
     valid = torch.isfinite(origins).all(-1) & torch.isfinite(dirs).all(-1) & torch.isfinite(start)
-    valid &= moving.any(-1) & (first < last)
+    valid &= moving.any(-1) & (first < last) & (last - first <= MAX_RAY_STEPS)
     rays = valid.nonzero()[:, 0]
 
     found: list[tuple[Tensor, Tensor]] = []  # (ray, lattice index) of the samples

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import check_number, check_tensor
 
 
 def occupancy_update(occs: Tensor, indices: Tensor, values: Tensor, decay: float = 0.95) -> None:
@@ -32,6 +32,7 @@ def occupancy_update(occs: Tensor, indices: Tensor, values: Tensor, decay: float
     check_tensor("occupancy_update", "occs", occs, torch.float32, ("C",))
     check_tensor("occupancy_update", "indices", indices, torch.int64, ("K",), occs.device)
     check_tensor("occupancy_update", "values", values, torch.float32, indices.shape, occs.device)
+    check_number("occupancy_update", "decay", decay)
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"occupancy_update: decay must be in [0, 1], got {decay}")
     if backend(occs) == "torch":
@@ -54,11 +55,14 @@ def occupancy_threshold(occs: Tensor, max_threshold: float = 0.01) -> tuple[Tens
 
     Raises:
         TypeError: `occs` is no tensor or not float32.
-        ValueError: another shape, no cells, or not contiguous.
+        ValueError: another shape, no cells, not contiguous, or a `max_threshold` of NaN.
     """
     check_tensor("occupancy_threshold", "occs", occs, torch.float32, ("C",))
     if occs.shape[0] == 0:
         raise ValueError("occupancy_threshold: occs must have at least one cell, got shape [0]")
+    check_number("occupancy_threshold", "max_threshold", max_threshold)
+    if math.isnan(max_threshold):
+        raise ValueError("occupancy_threshold: max_threshold must be a number, got nan")
     if backend(occs) == "torch":
         return occupancy_threshold_reference(occs, max_threshold)
     return _occupancy_threshold_op(occs.detach(), max_threshold)
@@ -66,7 +70,8 @@ def occupancy_threshold(occs: Tensor, max_threshold: float = 0.01) -> tuple[Tens
 
 @torch.library.custom_op("dsd_fast::occupancy_update", mutates_args=("occs",))
 def _occupancy_update_op(occs: Tensor, indices: Tensor, values: Tensor, decay: float) -> None:
-    _check_indices(indices, occs.shape[0])
+    if not indices.is_cuda:
+        _check_indices(indices, occs.shape[0])
     peaks = torch.full_like(occs, -math.inf)
     extension().occupancy_update(
         address(occs),
@@ -106,7 +111,7 @@ def _(occs: Tensor, max_threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def _check_indices(indices: Tensor, n_cells: int) -> None:
-    if indices.device.type != "cpu" or indices.numel() == 0:
+    if indices.numel() == 0:
         return
     low, high = (int(bound) for bound in indices.aminmax())
     if low < 0 or high >= n_cells:

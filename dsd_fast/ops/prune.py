@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import check_number, check_tensor
 from dsd_fast.ops._pack import (
     PackedSamples,
     addresses,
@@ -64,8 +64,10 @@ def prune(
     check_tensor("prune", "t_ends", t_ends, torch.float32, shape, device)
     n_rays = check_offsets_tensor("prune", offsets, device)
     if not isinstance(alpha_threshold, Tensor):
+        check_number("prune", "alpha_threshold", alpha_threshold)
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), device)
+    check_number("prune", "transmittance_threshold", transmittance_threshold)
     check_capacity("prune", n_rays, capacity)
     function = prune_reference if backend(sigmas) == "torch" else _prune_op
     samples = sigmas.detach(), t_starts.detach(), t_ends.detach(), offsets
@@ -84,7 +86,8 @@ def _prune_op(
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_samples, n_rays = len(sigmas), len(offsets) - 1
-    check_offsets(offsets, n_samples)
+    if not offsets.is_cuda:
+        check_offsets(offsets, n_samples)
     visible = torch.empty_like(sigmas, dtype=torch.bool)
     working = scratch(sigmas, n_rays)
     packed = empty_packed(sigmas, n_rays, capacity)
@@ -123,6 +126,7 @@ def prune_reference(
     capacity: int,
 ) -> PackedSamples:
     """`prune` in pure torch, any floating dtype and device; it waits for the device."""
+    check_offsets(offsets, len(sigmas))
     rays, n_rays = unpack(offsets), len(offsets) - 1
     sigmas, t_starts, t_ends = (values[: len(rays)] for values in (sigmas, t_starts, t_ends))
     thresholds = alpha_threshold, transmittance_threshold
