@@ -5,7 +5,9 @@ each tensor here first. Numbers become float32 and int64 there, so their type an
 too.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,19 +72,21 @@ def check_tensor(
             f"{op}: {name} {wanted} must be contiguous, got strides {list(tensor.stride())}; call "
             ".contiguous()"
         )
+    if tensor.is_neg():
+        raise ValueError(f"{op}: {name} must hold its values, got a negated view; call .clone()")
 
 
-def check_number(op: str, name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a number, ValueError for an integer that no float holds.
+def check_number(op: str, name: str, value: Any) -> float:
+    """Raises TypeError unless `value` is a number; a bool is none, infinity and NaN are.
 
-    A bool is no number. Infinity and NaN are.
+    Gives it as float32 has it: what is larger than its largest is infinite.
     """
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(
-            f"{op}: {name} must be at most {LARGEST:.3g} in size, got an integer above"
-        )
+    number: Any = value  # of any of these types
+    if abs(number) > LARGEST:
+        return math.inf if number > 0 else -math.inf
+    return number if isinstance(number, (torch.SymInt, torch.SymFloat)) else float(number)
 
 
 def check_integer(op: str, name: str, value: object, low: int, high: int) -> None:
@@ -95,9 +99,10 @@ def check_integer(op: str, name: str, value: object, low: int, high: int) -> Non
         raise ValueError(f"{op}: {name} must be at most {high}, got {value}")
 
 
-def fits_float32(value: float) -> bool:
-    """Whether `value` is finite in float32 too."""
-    return abs(value) <= LARGEST
+def check_flag(op: str, name: str, value: object) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
 def _kind(value: object) -> str:

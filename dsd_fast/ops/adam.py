@@ -1,12 +1,13 @@
 """One step of Adam over a flat parameter, in one pass over its memory."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_number, check_tensor, fits_float32
+from dsd_fast.ops._check import check_flag, check_number, check_tensor
 
 
 def adam_step(
@@ -62,13 +63,15 @@ def adam_step(
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise TypeError(f"adam_step: betas must be two numbers, got {betas!r}")
     beta1, beta2 = betas
-    for name, number in (("lr", lr), ("eps", eps), ("betas", beta1), ("betas", beta2)):
-        check_number("adam_step", name, number)
+    check_flag("adam_step", "zero_grad", zero_grad)
+    lr, eps = check_number("adam_step", "lr", lr), check_number("adam_step", "eps", eps)
+    for beta in betas:
+        check_number("adam_step", "betas", beta)
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"adam_step: betas must be in [0, 1), got {beta1} and {beta2}")
     if not (lr >= 0.0 and eps >= 0.0):
         raise ValueError(f"adam_step: lr and eps must be at least 0, got {lr} and {eps}")
-    if not (fits_float32(lr) and fits_float32(eps)):
+    if not (math.isfinite(lr) and math.isfinite(eps)):
         raise ValueError(f"adam_step: lr and eps must be finite in float32, got {lr} and {eps}")
     tensors = (param, grad, exp_avg, exp_avg_sq, step)
     numbers = (lr, beta1, beta2, eps)

@@ -73,10 +73,10 @@ def visibility(
     """
     n_rays = _check_samples("visibility", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     if not isinstance(alpha_threshold, Tensor):
-        check_number("visibility", "alpha_threshold", alpha_threshold)
+        alpha_threshold = check_number("visibility", "alpha_threshold", alpha_threshold)
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("visibility", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
-    check_number("visibility", "transmittance_threshold", transmittance_threshold)
+    least = check_number("visibility", "transmittance_threshold", transmittance_threshold)
     function = visibility_reference if backend(sigmas) == "torch" else _visibility_op
     return function(
         sigmas.detach(),
@@ -85,7 +85,7 @@ def visibility(
         ray_indices,
         n_rays,
         alpha_threshold.detach(),
-        transmittance_threshold,
+        least,
         offsets,
     )
 
@@ -609,7 +609,8 @@ def composite_full_reference(
     mean = _ray_sums(share * middle, ray_indices, n_rays)
     orientation = opacity.new_zeros(0, 1)
     if dirs is not None:
-        away = (normals * dirs[ray_indices]).sum(-1, keepdim=True).clamp(min=0.0)
+        product = (normals * dirs[ray_indices]).sum(-1, keepdim=True)
+        away = torch.where(product < 0.0, 0.0, product)  # a NaN stays one, in the gradient too
         orientation = _ray_sums(weights.detach()[:, None] * away**2, ray_indices, n_rays)
     return Composited(
         color=color,

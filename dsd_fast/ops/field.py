@@ -5,6 +5,7 @@ computes everything again. On the CPU results are the same, bit for bit, for any
 On CUDA the gradients are summed with atomics, so their last bits change from run to run.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_number, check_tensor, fits_float32
+from dsd_fast.ops._check import check_flag, check_number, check_tensor
 from dsd_fast.ops.hashgrid import (
     _SPEC,
     GridSpec,
@@ -182,9 +183,8 @@ def _check_shape(shape: object) -> FieldShape:
         raise ValueError(f"{op}: bias must be one of {choices}, got {shape.bias!r}")
     names = ["radius", "blob_scale", "blob_std"]
     for name in names if isinstance(shape.bias, str) else ["radius", "bias"]:
-        value = getattr(shape, name)
-        check_number(op, name, value)
-        if not fits_float32(value):
+        value = check_number(op, name, getattr(shape, name))
+        if not math.isfinite(value):
             raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
         if name in ("radius", "blob_std") and value < _SMALLEST:
             raise ValueError(f"{op}: {name} must be at least {_SMALLEST}, got {value}")
@@ -402,6 +402,8 @@ def fused_field(
         TypeError, ValueError: a wrong dtype, shape, device or layout.
     """
     n_active = _active_levels("fused_field", _check_shape(shape).spec, n_active_levels)
+    check_flag("fused_field", "features", features)
+    check_flag("fused_field", "normals", normals)
     tensors = (points, table, half_table, w1d, w2d, w1f, w2f, n_valid)
     if backend(points) == "torch":
         _check_inputs(tensors, shape.spec, dtype=None)

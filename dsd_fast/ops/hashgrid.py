@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_integer, check_number, check_tensor, fits_float32
+from dsd_fast.ops._check import check_integer, check_number, check_tensor
 
 # Coherent prime hash: one factor a dimension, the first is 1 so that neighbours along x are close.
 _PRIMES = (1, 2654435761, 805459861)
@@ -71,7 +71,7 @@ class GridSpec:
     def __post_init__(self) -> None:
         for name in ("n_levels", "n_features", "log2_table_size", "base_resolution"):
             check_integer("GridSpec", name, getattr(self, name), -_UINT32, _UINT32)
-        check_number("GridSpec", "per_level_scale", self.per_level_scale)
+        growth = check_number("GridSpec", "per_level_scale", self.per_level_scale)
         if not 1 <= self.n_levels <= _MAX_LEVELS:
             raise ValueError(f"n_levels must be 1 to {_MAX_LEVELS}, got {self.n_levels}")
         if self.n_features not in _FEATURES:
@@ -80,19 +80,16 @@ class GridSpec:
             raise ValueError(f"log2_table_size must be 3 to 28, got {self.log2_table_size}")
         if self.base_resolution < 2:
             raise ValueError(f"base_resolution must be at least 2, got {self.base_resolution}")
-        if not self.per_level_scale >= 1.0:
-            raise ValueError(f"per_level_scale must be at least 1, got {self.per_level_scale}")
+        if not 1.0 <= growth < math.inf:
+            raise ValueError(f"per_level_scale must be at least 1 and finite, got {growth}")
         # In logarithms, for the power may be more than a float holds.
         finest = math.log2(self.base_resolution)
-        if self.n_levels > 1:
-            finest += math.log2(self.per_level_scale) * (self.n_levels - 1)
+        finest += math.log2(growth) * (self.n_levels - 1)
         if finest > _FINEST + 1e-9:
             raise ValueError(
                 f"the finest level would have 2^{finest:.1f} corners an edge; beyond 2^{_FINEST} "
                 "float32 coordinates cannot tell cells apart"
             )
-        if not fits_float32(self.per_level_scale):
-            raise ValueError(f"per_level_scale must be finite, got {self.per_level_scale}")
 
     @cached_property
     def levels(self) -> tuple[GridLevel, ...]:
@@ -168,7 +165,7 @@ def _corners(x: Tensor, table: Tensor, spec: GridSpec, level: GridLevel) -> tupl
     # fused multiply-add.
     position = (x.double() * level.scale + 0.5).to(x.dtype)
     floor = position.detach().floor()
-    cell = torch.nan_to_num(floor, nan=-_FAR_CELL).clamp(-_FAR_CELL, _FAR_CELL).long()
+    cell = torch.nan_to_num(floor.double(), nan=-_FAR_CELL).clamp(-_FAR_CELL, _FAR_CELL).long()
     offsets = torch.arange(2, device=x.device)
     cx, cy, cz = ((cell[:, d, None] + offsets) & _UINT32 for d in range(3))  # [N, 2]
     if level.hashed:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import LARGEST, check_number, check_tensor, fits_float32
+from dsd_fast.ops._check import LARGEST, check_number, check_tensor
 from dsd_fast.ops._pack import (
     PackedSamples,
     addresses,
@@ -84,7 +84,9 @@ def march(
         >>> march(origins, dirs, ball, (-1, -1, -1, 1, 1, 1), step=0.5)[1]
         tensor([2.0000, 2.5000, 3.0000, 3.5000])
     """
-    aabb = _check_march("march", origins, dirs, occupancy, aabb, step, jitter, near, far)
+    aabb, step, near, far = _check_march(
+        "march", origins, dirs, occupancy, aabb, step, jitter, near, far
+    )
     if backend(origins) == "torch":
         return march_reference(origins, dirs, occupancy, aabb, step, jitter, near, far)
     jitter = None if jitter is None else jitter.detach()
@@ -125,7 +127,9 @@ def march_packed(
         >>> march_packed(origins, dirs, ball, box, step=0.5, capacity=6).t_starts
         tensor([2.0000, 2.5000, 3.0000, 3.5000, 0.0000, 0.0000])
     """
-    aabb = _check_march("march_packed", origins, dirs, occupancy, aabb, step, jitter, near, far)
+    aabb, step, near, far = _check_march(
+        "march_packed", origins, dirs, occupancy, aabb, step, jitter, near, far
+    )
     check_capacity("march_packed", origins.shape[0], capacity)
     rays = origins.detach(), dirs.detach(), occupancy, aabb, step
     jitter = None if jitter is None else jitter.detach()
@@ -143,8 +147,8 @@ def _check_march(
     jitter: Tensor | None,
     near: float,
     far: float,
-) -> list[float]:
-    """Gives the box as numbers."""
+) -> tuple[list[float], float, float, float]:
+    """Gives (aabb, step, near, far) as float32 has them."""
     check_tensor(op, "origins", origins, torch.float32, ("R", 3))
     device, n_rays = origins.device, origins.shape[0]
     check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), device)
@@ -158,13 +162,13 @@ def _check_march(
     if jitter is not None:
         check_tensor(op, "jitter", jitter, torch.float32, (n_rays,), device)
     aabb = _check_box(op, aabb, n_cells)
-    for name, number in (("step", step), ("near", near), ("far", far)):
-        check_number(op, name, number)
-    if not (fits_float32(step) and step >= _SMALLEST):
+    step = check_number(op, "step", step)
+    near, far = check_number(op, "near", near), check_number(op, "far", far)
+    if not _SMALLEST <= step < math.inf:
         raise ValueError(f"{op}: step must be finite and above 0 in float32, got {step}")
-    if not (fits_float32(near) and near < far):
+    if not (math.isfinite(near) and near < far):
         raise ValueError(f"{op}: near must be finite and below far, got near {near}, far {far}")
-    return aabb
+    return aabb, step, near, far
 
 
 def _check_box(op: str, aabb: Sequence[float], n_cells: int) -> list[float]:
@@ -174,7 +178,7 @@ def _check_box(op: str, aabb: Sequence[float], n_cells: int) -> list[float]:
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{op}: aabb must be six numbers, got {aabb!r}") from None
     edges = [high - low for low, high in zip(box[:3], box[3:])]
-    if len(box) != 6 or not all(fits_float32(number) for number in (*box, *edges)):
+    if len(box) != 6 or not all(abs(number) <= LARGEST for number in (*box, *edges)):
         raise ValueError(
             f"{op}: aabb must be six finite numbers, with edges of at most {LARGEST:.3g}, got {box}"
         )
@@ -290,7 +294,8 @@ def march_reference(
     if jitter is not None:
         start = start + jitter * step_t
 
-    # entry and exit only bound the search, so they need no care at grazing rays
+    # The search ends where the kernels' does, two steps of room at both ends: a ray that grazes the
+    # box may round to its inside for ever.
     moving = dirs != 0
     safe_dirs = torch.where(moving, dirs, 1)
     t_low, t_high = (low - origins) / safe_dirs, (high - origins) / safe_dirs
@@ -312,7 +317,9 @@ def march_reference(
         middle = 0.5 * (t_start + t_end)
         points = origins[chunk, None] + dirs[chunk, None] * middle[..., None]
         cells = (points - low) * cells_per_unit
-        inside = ((cells >= 0) & (cells < n_cells)).all(-1) & (middle < far) & (k < MAX_STEPS)
+        inside = (
+            ((cells >= 0) & (cells < n_cells)).all(-1) & (middle < far) & (k < last[chunk, None])
+        )
         i = torch.where(inside[..., None], cells, 0).long()
         hit = inside & occupancy[i[..., 0], i[..., 1], i[..., 2]]
         row, column = hit.nonzero(as_tuple=True)

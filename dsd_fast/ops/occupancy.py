@@ -60,7 +60,7 @@ def occupancy_threshold(occs: Tensor, max_threshold: float = 0.01) -> tuple[Tens
     check_tensor("occupancy_threshold", "occs", occs, torch.float32, ("C",))
     if occs.shape[0] == 0:
         raise ValueError("occupancy_threshold: occs must have at least one cell, got shape [0]")
-    check_number("occupancy_threshold", "max_threshold", max_threshold)
+    max_threshold = check_number("occupancy_threshold", "max_threshold", max_threshold)
     if math.isnan(max_threshold):
         raise ValueError("occupancy_threshold: max_threshold must be a number, got nan")
     if backend(occs) == "torch":
@@ -136,5 +136,5 @@ def occupancy_threshold_reference(
     occs: Tensor, max_threshold: float = 0.01
 ) -> tuple[Tensor, Tensor]:
     """`occupancy_threshold` in pure torch, any floating dtype and device."""
-    threshold = occs.mean().clamp(max=max_threshold)
+    threshold = occs.mean(dtype=torch.float64).to(occs.dtype).clamp(max=max_threshold)
     return occs > threshold, threshold

@@ -64,14 +64,14 @@ def prune(
     check_tensor("prune", "t_ends", t_ends, torch.float32, shape, device)
     n_rays = check_offsets_tensor("prune", offsets, device)
     if not isinstance(alpha_threshold, Tensor):
-        check_number("prune", "alpha_threshold", alpha_threshold)
+        alpha_threshold = check_number("prune", "alpha_threshold", alpha_threshold)
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), device)
-    check_number("prune", "transmittance_threshold", transmittance_threshold)
+    least = check_number("prune", "transmittance_threshold", transmittance_threshold)
     check_capacity("prune", n_rays, capacity)
     function = prune_reference if backend(sigmas) == "torch" else _prune_op
     samples = sigmas.detach(), t_starts.detach(), t_ends.detach(), offsets
-    thresholds = alpha_threshold.detach(), transmittance_threshold
+    thresholds = alpha_threshold.detach(), least
     return PackedSamples(*function(*samples, *thresholds, capacity=capacity))
 
 
