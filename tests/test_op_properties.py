@@ -410,6 +410,7 @@ GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second": lambda g: torch.stack([g, g], dim=-1)[..., 0],
     "overlapping": lambda g: g.flatten().repeat(2).as_strided(g.shape, [1] * g.dim()),
     "negated view": lambda g: torch.complex(torch.zeros_like(g), -g).conj().imag,
+    "odd address": lambda g: inside_another(g),
     "without a number": lambda g: torch.full_like(g, math.nan),
 }
 

@@ -72,7 +72,8 @@ def check_tensor(
             f"{op}: {name} {wanted} must be contiguous, got strides {list(tensor.stride())}; call "
             ".contiguous()"
         )
-    if tensor.is_neg():
+    # torch.compile has no such views, and does not know the question.
+    if not torch.compiler.is_compiling() and tensor.is_neg():
         raise ValueError(f"{op}: {name} must hold its values, got a negated view; call .clone()")
 
 
@@ -86,7 +87,8 @@ def check_number(op: str, name: str, value: Any) -> float:
     number: Any = value  # of any of these types
     if abs(number) > LARGEST:
         return math.inf if number > 0 else -math.inf
-    return number if isinstance(number, (torch.SymInt, torch.SymFloat)) else float(number)
+    number = torch.sym_float(number)
+    return number
 
 
 def check_integer(op: str, name: str, value: object, low: int, high: int) -> None:

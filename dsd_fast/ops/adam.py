@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def adam_step(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: another shape or device, not contiguous, or a number out of range.
+        ValueError: another shape or device, not contiguous, a number out of range, or (compiled)
+            tensors that share memory.
     """
     check_tensor("adam_step", "param", param, torch.float32, ("P",))
     for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -108,6 +110,7 @@ def _adam_step_op(
     half_copy: Tensor | None,
     zero_grad: bool,
 ) -> None:
+    _check_apart(param, grad, exp_avg, exp_avg_sq, half_copy)
     extension().adam_step(
         address(param),
         address(grad),
@@ -129,6 +132,16 @@ def _adam_step_op(
     for tensor in (param, exp_avg, exp_avg_sq, step, half_copy, grad if zero_grad else None):
         if tensor is not None:
             torch.autograd.graph.increment_version(tensor)
+
+
+def _check_apart(*tensors: Tensor | None) -> None:
+    """Raises ValueError where two tensors share memory: what one gets, the other would lose."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t is not None)
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+        raise ValueError(
+            "adam_step: param, grad, exp_avg, exp_avg_sq and half_copy must not share memory, got "
+            "two that do; .clone() one"
+        )
 
 
 @torch.library.register_fake("dsd_fast::adam_step")

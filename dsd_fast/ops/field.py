@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import address, backend, extension, target
+from dsd_fast._backend import address, aligned, backend, extension, target
 from dsd_fast.ops._check import check_flag, check_number, check_tensor
 from dsd_fast.ops.hashgrid import (
     _SPEC,
@@ -251,8 +251,8 @@ def _launch(
     # Entries, and pairs of neighbours in the gradient, move whole.
     if points.is_cuda and any(address(t) % 16 for t in (read, *others)):
         raise ValueError(
-            f"{kernel}: on CUDA tensors must start at a multiple of 16 bytes, got a view that does "
-            "not; call .clone() on it"
+            f"{kernel}: on CUDA the table must start at a multiple of 16 bytes, got a view that "
+            "does not; call .clone() on it"
         )
     getattr(extension(), kernel)(
         address(points),
@@ -307,6 +307,7 @@ def _field_bwd_op(*args: Any) -> tuple[Tensor, ...]:
     out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:7]))
     if n > 0 and any(grad is not None for grad in grads):
         workspace = _workspace(tensors, grads, numbers)
+        grads = [aligned(grad) for grad in grads]
         _launch("field_bwd", tensors, [*grads, *out], numbers, [workspace])
     return out
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, backend, extension, target
+from dsd_fast._backend import address, aligned, backend, extension, target
 from dsd_fast.ops._check import check_integer, check_number, check_tensor
 
 # Coherent prime hash: one factor a dimension, the first is 1 so that neighbours along x are close.
@@ -260,15 +260,12 @@ def _launch(
 ) -> None:
     """Runs a compiled kernel on `x` and `tensors`, in the order of csrc/bindings.cpp."""
     spec, n_active = _spec(*args[:-1]), args[-1]
-    # CUDA moves 16 bytes of a table at a time, and a level's features of the others. torch's own
-    # allocations start at far rounder addresses.
-    for tensor in (tensor for tensor in tensors if x.is_cuda and tensor is not None):
-        alignment = 16 if tensor.ndim == 1 else 4 * spec.n_features
-        if address(tensor) % alignment:
-            raise ValueError(
-                f"{kernel}: on CUDA this tensor must start at a multiple of {alignment} bytes, got "
-                f"a view of shape {list(tensor.shape)} that does not; call .clone() on it"
-            )
+    # CUDA moves 16 bytes at a time. torch's own allocations start at far rounder addresses.
+    if x.is_cuda and any(address(tensor) % 16 for tensor in tensors):
+        raise ValueError(
+            f"{kernel}: on CUDA the table must start at a multiple of 16 bytes, got a view that "
+            "does not; call .clone() on it"
+        )
     getattr(extension(), kernel)(
         *(address(tensor) for tensor in (x, *tensors)),
         x.shape[0],
@@ -332,7 +329,8 @@ def _bwd_table_op(x: Tensor, grad_y: Tensor | None, grad_jac: Tensor | None, *ar
     _check_grads("hashgrid_bwd_table", x, grad_y, grad_jac, spec)
     grad_table = x.new_zeros(spec.n_params)
     if x.shape[0] > 0 and not (grad_y is None and grad_jac is None):
-        _launch("hashgrid_bwd_table", x, grad_y, grad_jac, grad_table, args=args)
+        grads = aligned(grad_y), aligned(grad_jac)
+        _launch("hashgrid_bwd_table", x, *grads, grad_table, args=args)
     return grad_table
 
 
@@ -350,7 +348,8 @@ def _bwd_input_op(
     _check_grads("hashgrid_bwd_input", x, grad_y, grad_jac, spec)
     grad_x = torch.empty_like(x)
     if x.shape[0] > 0:
-        _launch("hashgrid_bwd_input", x, table.float(), grad_y, grad_jac, grad_x, args=args)
+        grads = aligned(grad_y), aligned(grad_jac)
+        _launch("hashgrid_bwd_input", x, table.float(), *grads, grad_x, args=args)
     return grad_x
 
 

@@ -162,13 +162,13 @@ def _check_march(
     if jitter is not None:
         check_tensor(op, "jitter", jitter, torch.float32, (n_rays,), device)
     aabb = _check_box(op, aabb, n_cells)
-    step = check_number(op, "step", step)
-    near, far = check_number(op, "near", near), check_number(op, "far", far)
-    if not _SMALLEST <= step < math.inf:
+    step_f, near_f = check_number(op, "step", step), check_number(op, "near", near)
+    far_f = check_number(op, "far", far)
+    if not _SMALLEST <= step_f < math.inf:
         raise ValueError(f"{op}: step must be finite and above 0 in float32, got {step}")
-    if not (math.isfinite(near) and near < far):
+    if not (math.isfinite(near_f) and near < far):
         raise ValueError(f"{op}: near must be finite and below far, got near {near}, far {far}")
-    return aabb, step, near, far
+    return aabb, step_f, near_f, far_f
 
 
 def _check_box(op: str, aabb: Sequence[float], n_cells: int) -> list[float]:
