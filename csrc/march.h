@@ -109,8 +109,8 @@ DSD_HD Walk begin_walk(const MarchParams& p, int64_t ray) {
         entry = larger(entry, smaller(t_low, t_high));
         exit = smaller(exit, larger(t_low, t_high));
     }
-    // Two steps of room at both ends, so that rounding here does not decide which samples exist; the
-    // reference rounds alike, for a ray that grazes the box may round to its inside for ever.
+    // Two steps of room at both ends, so that rounding here does not decide which samples exist;
+    // the reference rounds alike, for a ray that grazes the box may round to its inside for ever.
     w.k = step_index((entry - w.start) / p.step - 2.0f);
     w.last = step_index((exit - w.start) / p.step + 3.0f);
     if (!finite || !moving || w.last - w.k > kMaxRaySteps) w.last = 0;

@@ -356,6 +356,11 @@ def gradients(results: list[Tensor], inputs: list[Tensor], seed: int) -> list[Te
     return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found)]
 
 
+def comparable(kind: str, arguments: dict[str, Any], device: torch.device) -> str:
+    """On CUDA a half table brings operands of float16, which the reference does not have."""
+    return "huge" if device.type == "cuda" and arguments.get("half_table") is not None else kind
+
+
 def assert_agree(
     op: Op, got: list[Tensor], want: list[Tensor], kind: str, loose: bool = False
 ) -> None:
@@ -397,6 +402,7 @@ def test_backends_agree(device, name, kind, data):
         guarded.check(arguments, op.written)
         found.append((results, grads))
     (got, got_grads), (want, want_grads) = found
+    kind = comparable(kind, arguments, device)
     assert_agree(op, got, want, kind, loose=op.loose)
     # The reference's gradients also multiply an infinity by a zero where the kernels skip. With a
     # NaN in the middle of a network the two differ about which weights have to do with it.
@@ -544,7 +550,7 @@ NUMBER_FAULTS = [
     1.0,
     1e-50,
     1e39,
-    2**31,
+    2**50,
     2**70,
     -(2**70),
 ]
@@ -630,4 +636,4 @@ def test_faults_give_an_error_that_names_them(device, name, data):
                 assert torch.equal(after.nan_to_num(7.0), before.nan_to_num(7.0)), n
     got, want = outcomes
     if got is not None and want is not None and not any(r.is_meta for r in (*got, *want)):
-        assert_agree(op, got, want, "odd", loose=True)
+        assert_agree(op, got, want, comparable("odd", arguments, device), loose=True)

@@ -7,7 +7,7 @@ its interval (Max 1995, "Optical models for direct volume rendering").
 Packed samples: all rays' samples one ray after the other, each from near to far; `ray_indices`
 [S] int64 names the ray of each sample and must be sorted and in [0, n_rays). The CPU backend
 refuses other ray indices with a ValueError. On CUDA, where looking would cost a synchronisation,
-they give wrong numbers, but never an access out of bounds.
+they give wrong numbers, but never an access out of bounds, nor more work than R times S samples.
 
 In their place `offsets` [R + 1] int64 may say where each ray begins (`march_packed` and `prune`
 give them). The last entry is the number of samples, and arrays may be longer: what is behind is not
