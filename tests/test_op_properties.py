@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsd_fast import ops
 
@@ -637,3 +638,55 @@ def test_faults_give_an_error_that_names_them(device, name, data):
     got, want = outcomes
     if got is not None and want is not None and not any(r.is_meta for r in (*got, *want)):
         assert_agree(op, got, want, comparable("odd", arguments, device), loose=True)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of the operators beneath, as torch.ops can make them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dsd_fast":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPS)
+@examples(20)
+@given(data=st.data())
+def test_operators_beneath_check_too(device, name, data):
+    """torch.ops reaches them directly, the backward ones too: no access out of bounds."""
+    op, d = OPS[name], Drawn(data.draw, "tame")
+    arguments = Guarded(op.arguments(d), device).arguments
+    inputs = [
+        arguments[n].requires_grad_()
+        for n in op.differentiable
+        if isinstance(arguments.get(n), Tensor) and arguments[n].dtype == torch.float32
+    ]
+    with running("compiled"), Recorder() as recorder:
+        results = call(name, arguments)
+        gradients(results, inputs, seed=1) if inputs else None
+    for func, args in recorder.calls:
+        for _ in range(2):
+            place = d.draw(st.integers(0, len(args) - 1))
+            value = args[place].detach() if isinstance(args[place], Tensor) else args[place]
+            schema = func._schema.arguments[place]
+            if isinstance(value, Tensor):
+                faults = TENSOR_FAULTS
+                if value.dtype == torch.int64 and value.dim() and d.one_of(True, False):
+                    faults = INDEX_FAULTS
+                with suppress(RuntimeError):
+                    value = faults[d.one_of(*faults)](value)
+            elif "Tensor" in str(schema.type):
+                value = torch.zeros(d.one_of(0, 3), 1, device=device)
+            elif isinstance(value, (list, tuple)):
+                value = d.one_of(*SEQUENCES)
+            else:
+                value = d.one_of(*NUMBER_FAULTS)
+            given_args = [a.detach() if isinstance(a, Tensor) else a for a in args]
+            given_args[place] = value
+            # Words of torch's own schema are welcome here.
+            with running("compiled"), suppress(ValueError, TypeError, IndexError, RuntimeError):
+                func(*given_args)

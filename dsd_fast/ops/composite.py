@@ -131,7 +131,7 @@ def composite(
         tensor([[0.8647]])
     """
     n_rays = _check_samples("composite", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
-    check_tensor("composite", "rgbs", rgbs, torch.float32, (sigmas.shape[0], 3), sigmas.device)
+    _check_values("composite", sigmas, n_rays, rgbs=rgbs)
     function = composite_reference if backend(sigmas) == "torch" else _composite_op
     return function(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets)
 
@@ -168,11 +168,9 @@ def composite_full(
     """
     op = "composite_full"
     n_rays = _check_samples(op, sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
-    for name, values in (("rgbs", rgbs), ("normals", normals)):
-        check_tensor(op, name, values, torch.float32, (sigmas.shape[0], 3), sigmas.device)
-    if dirs is not None:
-        check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), sigmas.device)
-        dirs = dirs.detach()
+    check_tensor(op, "normals", normals, torch.float32, (len(sigmas), 3), sigmas.device)
+    _check_values(op, sigmas, n_rays, rgbs=rgbs, dirs=dirs)
+    dirs = None if dirs is None else dirs.detach()
     function = composite_full_reference if backend(sigmas) == "torch" else _composite_full_op
     samples = sigmas, rgbs, normals, t_starts, t_ends
     return Composited(*function(*samples, ray_indices, n_rays, offsets, dirs))
@@ -203,10 +201,38 @@ def _check_samples(
     return n_rays
 
 
-def _check_places(
-    ray_indices: Tensor | None, n_rays: int, offsets: Tensor | None, n_samples: int
+def _check_values(
+    op: str,
+    sigmas: Tensor,
+    n_rays: int,
+    rgbs: Tensor,
+    normals: Tensor | None = None,
+    dirs: Tensor | None = None,
 ) -> None:
-    """Checks the values of what says which sample is of which ray, where that costs no wait."""
+    """Checks the triples of samples and rays."""
+    device = sigmas.device
+    check_tensor(op, "rgbs", rgbs, torch.float32, (len(sigmas), 3), device)
+    if normals is not None:
+        check_tensor(op, "normals", normals, torch.float32, (len(sigmas), 3), device)
+    if dirs is not None:
+        check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), device)
+
+
+def _check_places(
+    op: str,
+    sigmas: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor | None,
+    n_rays: int,
+    offsets: Tensor | None,
+) -> None:
+    """Checks what an operator was given, and where that costs no wait the values of offsets."""
+    given = n_rays if offsets is None else None
+    found = _check_samples(op, sigmas, t_starts, t_ends, ray_indices, given, offsets)
+    if n_rays != found:
+        raise ValueError(f"{op}: n_rays must be {found}, as offsets say, got {n_rays}")
+    n_samples = len(sigmas)
     if offsets is not None and not offsets.is_cuda:
         check_offsets(offsets, n_samples)
     elif ray_indices is not None and not ray_indices.is_cuda:
@@ -242,7 +268,9 @@ def _visibility_op(
     transmittance_threshold: float,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    _check_places(ray_indices, n_rays, offsets, len(sigmas))
+    op, samples = "visibility", (sigmas, t_starts, t_ends)
+    _check_places(op, *samples, ray_indices, n_rays, offsets)
+    check_tensor(op, "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
     offsets = _ray_offsets(ray_indices, n_rays, offsets)
     visible = torch.empty_like(sigmas, dtype=torch.bool)
     extension().visibility(
@@ -298,7 +326,9 @@ def _composite_fwd(
     dirs: Tensor | None = None,
 ) -> Composited:
     """Without normals, z_variance and normal stay unwritten."""
-    _check_places(ray_indices, n_rays, offsets, len(sigmas))
+    op = "composite" if normals is None else "composite_full"
+    _check_places(op, sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
+    _check_values(op, sigmas, n_rays, rgbs=rgbs, normals=normals, dirs=dirs)
     offsets = _ray_offsets(ray_indices, n_rays, offsets)
     out = _empty_outputs(sigmas, n_rays, dirs)
     asked = out if normals is not None else out._replace(z_variance=None, normal=None)
@@ -385,10 +415,23 @@ def _composite_bwd_op(
 
     Weights and transmittances are computed again rather than kept. An absent gradient is zero.
     """
+    op = "composite_bwd"
+    _check_places(op, sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
+    if (normals is None) != (z_variance is None):
+        raise ValueError(f"{op}: normals and z_variance must be given both or neither, got one")
+    _check_values(op, sigmas, n_rays, rgbs=rgbs, normals=normals, dirs=dirs)
     offsets = _ray_offsets(ray_indices, n_rays, offsets)
     grads = [grad_color, grad_opacity, grad_depth, grad_z_variance, grad_normal, grad_weights]
     grads.append(None if dirs is None else grad_orientation)
     grads = [None if grad is None else grad.contiguous() for grad in grads]
+    widths = (3, 1, 1, 1, 3, None, 1)  # of the outputs; the weights have one number a sample
+    for name, width, grad in zip(Composited._fields, widths, grads):
+        if grad is not None:
+            shape = sigmas.shape if width is None else (n_rays, width)
+            check_tensor(op, f"grad_{name}", grad, torch.float32, shape, sigmas.device)
+    for name, values in (("opacity", opacity), ("depth", depth), ("z_variance", z_variance)):
+        if values is not None:
+            check_tensor(op, name, values, torch.float32, (n_rays, 1), sigmas.device)
     grad_sigmas, grad_rgbs = torch.empty_like(sigmas), torch.empty_like(rgbs)
     grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
     extension().composite_bwd(

@@ -243,6 +243,7 @@ def _launch(
 ) -> None:
     points, table, half_table, *weights, n_valid = tensors
     spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
+    _active_levels(kernel, spec, n_active)
     radius, bias_kind, bias_scale, bias_std, activation = numbers[_N_SPEC:]
     read = table
     if half_table is not None:

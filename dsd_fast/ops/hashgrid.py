@@ -260,6 +260,7 @@ def _launch(
 ) -> None:
     """Runs a compiled kernel on `x` and `tensors`, in the order of csrc/bindings.cpp."""
     spec, n_active = _spec(*args[:-1]), args[-1]
+    _active_levels(kernel, spec, n_active)
     # CUDA moves 16 bytes at a time. torch's own allocations start at far rounder addresses.
     if x.is_cuda and any(address(tensor) % 16 for tensor in tensors):
         raise ValueError(

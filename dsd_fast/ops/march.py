@@ -148,7 +148,12 @@ def _check_march(
     near: float,
     far: float,
 ) -> tuple[list[float], float, float, float]:
-    """Gives (aabb, step, near, far) as float32 has them."""
+    """Gives (aabb, step, near, far) as float32 has them.
+
+    Called twice, as all checks of arguments are: by the public functions, where torch would turn a
+    list or a mix of devices away in words of its own, and by the operators, which torch.ops can
+    reach directly.
+    """
     check_tensor(op, "origins", origins, torch.float32, ("R", 3))
     device, n_rays = origins.device, origins.shape[0]
     check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), device)
@@ -231,7 +236,9 @@ def _march_op(
     near: float,
     far: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    marching = _Marching(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    rays = origins, dirs, occupancy
+    aabb, step, near, far = _check_march("march", *rays, aabb, step, jitter, near, far)
+    marching = _Marching(*rays, aabb, step, jitter, near, far)
     marching.count()
     n_samples = int(marching.total)
     ray_indices = origins.new_empty(n_samples, dtype=torch.int64)
@@ -260,7 +267,10 @@ def _march_packed_op(
     far: float,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    marching = _Marching(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    rays = origins, dirs, occupancy
+    aabb, step, near, far = _check_march("march_packed", *rays, aabb, step, jitter, near, far)
+    check_capacity("march_packed", origins.shape[0], capacity)
+    marching = _Marching(*rays, aabb, step, jitter, near, far)
     marching.count()
     packed = empty_packed(origins, marching.n_rays, capacity)
     marching.write(addresses(packed), capacity, wide=False)

@@ -58,21 +58,25 @@ def prune(
         >>> prune(sigmas, t[:-1], t[1:], offsets, 0.1, capacity=3).t_starts
         tensor([1., 0., 0.])
     """
-    check_tensor("prune", "sigmas", sigmas, torch.float32, ("S",))
-    shape, device = sigmas.shape, sigmas.device
-    check_tensor("prune", "t_starts", t_starts, torch.float32, shape, device)
-    check_tensor("prune", "t_ends", t_ends, torch.float32, shape, device)
-    n_rays = check_offsets_tensor("prune", offsets, device)
+    least = check_number("prune", "transmittance_threshold", transmittance_threshold)
+    n_rays = _check_samples(sigmas, t_starts, t_ends, offsets)
+    check_capacity("prune", n_rays, capacity)
     if not isinstance(alpha_threshold, Tensor):
         alpha_threshold = check_number("prune", "alpha_threshold", alpha_threshold)
         alpha_threshold = sigmas.new_full((), alpha_threshold)
-    check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), device)
-    least = check_number("prune", "transmittance_threshold", transmittance_threshold)
-    check_capacity("prune", n_rays, capacity)
+    check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
     function = prune_reference if backend(sigmas) == "torch" else _prune_op
     samples = sigmas.detach(), t_starts.detach(), t_ends.detach(), offsets
     thresholds = alpha_threshold.detach(), least
     return PackedSamples(*function(*samples, *thresholds, capacity=capacity))
+
+
+def _check_samples(sigmas: Tensor, t_starts: Tensor, t_ends: Tensor, offsets: Tensor) -> int:
+    """Gives the number of rays."""
+    check_tensor("prune", "sigmas", sigmas, torch.float32, ("S",))
+    for name, values in (("t_starts", t_starts), ("t_ends", t_ends)):
+        check_tensor("prune", name, values, torch.float32, sigmas.shape, sigmas.device)
+    return check_offsets_tensor("prune", offsets, sigmas.device)
 
 
 @torch.library.custom_op("dsd_fast::prune", mutates_args=())
@@ -85,7 +89,9 @@ def _prune_op(
     transmittance_threshold: float,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_samples, n_rays = len(sigmas), len(offsets) - 1
+    n_samples, n_rays = len(sigmas), _check_samples(sigmas, t_starts, t_ends, offsets)
+    check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
+    check_capacity("prune", n_rays, capacity)
     if not offsets.is_cuda:
         check_offsets(offsets, n_samples)
     visible = torch.empty_like(sigmas, dtype=torch.bool)
