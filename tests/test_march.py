@@ -181,6 +181,17 @@ def test_a_ray_of_too_many_steps_has_no_samples(device, length, box, step, full)
     assert int(march_packed(*on_device, box, step, capacity=3).offsets[-1]) == 0
 
 
+def test_a_ray_that_grazes_the_box_ends_the_same_in_any_company(device):
+    """It leaves at once, by so little that its points round to the inside."""
+    origins = torch.tensor([[-2.0, 0.1, 0.1], [-2.0, 0.1, 0.1]])
+    dirs = torch.tensor([[-1e-40, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    grid = torch.ones(4, 4, 4, dtype=torch.bool)
+    alone = march_reference(origins[:1], dirs[:1], grid, BOX, 0.1)
+    together = march_reference(origins, dirs, grid, BOX, 0.1)
+    assert len(alone[0]) == int((together[0] == 0).sum()) < 5
+    assert_same(march(origins.to(device), dirs.to(device), grid.to(device), BOX, 0.1), together)
+
+
 def test_the_most_steps_of_a_ray(device):
     """One step fewer than the bound gives all samples; one more gives none."""
     origins = torch.tensor([[0.0, 0.1, 0.1]], device=device)

@@ -171,7 +171,7 @@ def _check_march(
     far_f = check_number(op, "far", far)
     if not _SMALLEST <= step_f < math.inf:
         raise ValueError(f"{op}: step must be finite and above 0 in float32, got {step}")
-    if not (math.isfinite(near_f) and near < far):
+    if not (math.isfinite(near_f) and near_f < far_f):
         raise ValueError(f"{op}: near must be finite and below far, got near {near}, far {far}")
     return aabb, step_f, near_f, far_f
 
