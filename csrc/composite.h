@@ -119,8 +119,8 @@ DSD_HD bool visible(const VisibilityParams& p, float transmittance, float alpha)
 
 DSD_HD float mean_depth(float opacity, float depth) { return depth / fmaxf(opacity, kMinOpacity); }
 
-// How far a normal faces away: its product with the ray's direction, at least 0.
-DSD_HD float facing_away(float product) { return product > 0.0f ? product : 0.0f; }
+// How far a normal faces away: its product with the ray's direction, at least 0. A NaN stays one.
+DSD_HD float facing_away(float product) { return product < 0.0f ? 0.0f : product; }
 
 // What is the same for all samples of a ray in the gradients.
 struct RayGrad {

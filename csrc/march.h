@@ -15,6 +15,10 @@ namespace dsd {
 // float counts whole steps exactly up to here; a ray's lattice ends there.
 constexpr int kMaxMarchSteps = 1 << 24;
 
+// A ray that takes more steps from the box's entry to its exit has no samples: as good as standing
+// still, it would walk for seconds. Bounds the work and the samples of a ray.
+constexpr int kMaxRaySteps = 1 << 17;
+
 // Runs of a ray that are kept from counting for writing; behind them a ray is walked again.
 constexpr int kMarchRuns = 4;
 
@@ -87,7 +91,8 @@ DSD_HD float lattice_start(const MarchParams& p, int64_t ray) {
     return p.jitter == nullptr ? p.near : add(p.near, mul(p.jitter[ray], p.step));
 }
 
-// The walk of a ray from the box's entry to its exit; a ray that is not finite has an empty one.
+// The walk of a ray from the box's entry to its exit; a ray that is not finite, or that would take
+// too many steps, has an empty one.
 DSD_HD Walk begin_walk(const MarchParams& p, int64_t ray) {
     Walk w;
     w.start = lattice_start(p, ray);
@@ -104,9 +109,11 @@ DSD_HD Walk begin_walk(const MarchParams& p, int64_t ray) {
         entry = larger(entry, smaller(t_low, t_high));
         exit = smaller(exit, larger(t_low, t_high));
     }
-    // Two steps of room at both ends: rounding here must not decide which samples exist.
+    // Two steps of room at both ends, so that rounding here does not decide which samples exist;
+    // the reference rounds alike, for a ray that grazes the box may round to its inside for ever.
     w.k = step_index((entry - w.start) / p.step - 2.0f);
-    w.last = finite && moving ? step_index((exit - w.start) / p.step + 3.0f) : 0;
+    w.last = step_index((exit - w.start) / p.step + 3.0f);
+    if (!finite || !moving || w.last - w.k > kMaxRaySteps) w.last = 0;
     return w;
 }
 

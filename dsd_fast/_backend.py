@@ -175,3 +175,13 @@ def target(tensor: torch.Tensor) -> tuple[int, int, int]:
 def address(tensor: torch.Tensor | None) -> int:
     """The tensor's data pointer for a binding, 0 for an absent one."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def aligned(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, or a copy where CUDA cannot move 16 bytes of it at a time.
+
+    For gradients, which autograd may hand over as a view that begins anywhere.
+    """
+    if tensor is None or not tensor.is_cuda or address(tensor) % 16 == 0:
+        return tensor
+    return tensor.clone()

@@ -21,7 +21,7 @@ check() {
 }
 
 check memcheck -k "cuda and not compiles_without_graph_breaks" \
-    tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,occupancy}.py
+    tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,occupancy,op_properties}.py
 
 check memcheck -k "grid or field or sums" tests/test_determinism.py
 

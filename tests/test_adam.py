@@ -224,3 +224,15 @@ def test_operator(device, half):
 def test_errors(changes, words):
     with pytest.raises(ValueError, match=f"^adam_step: {words}"):
         adam_step(**{**random_state(9), "lr": 0.1, **changes})
+
+
+def test_tensors_that_share_memory_are_refused(device):
+    for names in (("param", "grad"), ("exp_avg", "exp_avg_sq"), ("param", "half_copy")):
+        state = on(random_state(64), device) | {"half_copy": None}
+        # The second is the first, or the second half of it.
+        shared = state[names[0]].view(torch.float16)[64:] if "half_copy" in names else None
+        state[names[1]] = state[names[0]] if shared is None else shared
+        before = state["param"].clone()
+        with pytest.raises(ValueError, match="must not share memory"):
+            adam_step(**state, lr=0.1)
+        assert torch.equal(state["param"], before)

@@ -333,5 +333,5 @@ def test_errors_name_what_was_expected() -> None:
         fused_field(points, *tensors[:4], tensors[4][:2], field.shape)
     with pytest.raises(ValueError, match="at most 32 columns"):
         fused_field(points, *tensors, FieldShape(GridSpec(16, 4, 9, 4, 1.4)))
-    with pytest.raises(ValueError, match="activation: expected one of"):
+    with pytest.raises(ValueError, match="activation must be one of"):
         fused_field(points, *tensors, field.shape._replace(activation="relu"))

@@ -352,8 +352,8 @@ TABLE = torch.zeros(SMALL.n_params)
         pytest.param(X.T.contiguous().T, TABLE, None, ValueError, "contiguous", id="layout"),
         pytest.param(X, TABLE.to("meta"), None, ValueError, "must be on cpu", id="device"),
         pytest.param([[0.0] * 3], TABLE, None, TypeError, "must be a tensor, got list", id="list"),
-        pytest.param(X, TABLE, 7, ValueError, "must be 0 to 6, got 7", id="levels"),
-        pytest.param(X, TABLE, -1, ValueError, "must be 0 to 6, got -1", id="negative"),
+        pytest.param(X, TABLE, 7, ValueError, "must be at most 6, got 7", id="levels"),
+        pytest.param(X, TABLE, -1, ValueError, "must be at least 0, got -1", id="negative"),
     ],
 )
 @pytest.mark.parametrize("op", [hashgrid, hashgrid_jacobian])

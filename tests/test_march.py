@@ -7,7 +7,13 @@ from torch import Tensor
 
 from dsd_fast.graphs import captured
 from dsd_fast.ops._pack import PackedSamples
-from dsd_fast.ops.march import march, march_packed, march_packed_reference, march_reference
+from dsd_fast.ops.march import (
+    MAX_RAY_STEPS,
+    march,
+    march_packed,
+    march_packed_reference,
+    march_reference,
+)
 
 BOX = (-2.0, -2.0, -2.0, 2.0, 2.0, 2.0)
 
@@ -142,6 +148,61 @@ def test_a_lattice_ends_at_its_last_exact_step(device):
     origins = torch.tensor([[-3.0, 0.0, 0.0]], device=device)
     dirs = torch.tensor([[1.0, 0.0, 0.0]], device=device)
     assert len(march(origins, dirs, grid, BOX, 1e-9)[0]) == 0
+
+
+HUGE = (-1e38,) * 3 + (1e38,) * 3
+
+
+# Each would take 2^24 steps a ray and more, all of them samples where the grid is full.
+@pytest.mark.parametrize("full", [False, True], ids=["empty", "full"])
+@pytest.mark.parametrize(
+    ("length", "box", "step"),
+    [
+        (1e-45, BOX, 0.1),
+        (-1e-39, BOX, 0.1),
+        (1e-30, BOX, 0.1),
+        (1e-5, BOX, 0.1),
+        (1.0, HUGE, 0.1),
+        (1e-42, HUGE, 1e-30),
+        (1e38, HUGE, 1e-6),
+        (1.0, BOX, 2e-38),
+        (1.0, BOX, 1e-5),
+    ],
+)
+def test_a_ray_of_too_many_steps_has_no_samples(device, length, box, step, full):
+    origins, dirs = torch.zeros(4097, 3), torch.full((4097, 3), length)
+    origins[1::3, 0] = 1e-40
+    origins[2::3] = dirs[2::3].sign() * -2.0
+    dirs[::2, 1:] = 0.0
+    grid = torch.full((8, 8, 8), full)
+    assert not len(march_reference(origins, dirs, grid, box, step)[0])
+    on_device = [tensor.to(device) for tensor in (origins, dirs, grid)]
+    assert not len(march(*on_device, box, step)[0])
+    assert int(march_packed(*on_device, box, step, capacity=3).offsets[-1]) == 0
+
+
+def test_a_ray_that_grazes_the_box_ends_the_same_in_any_company(device):
+    """It leaves at once, by so little that its points round to the inside."""
+    origins = torch.tensor([[-2.0, 0.1, 0.1], [-2.0, 0.1, 0.1]])
+    dirs = torch.tensor([[-1e-40, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    grid = torch.ones(4, 4, 4, dtype=torch.bool)
+    alone = march_reference(origins[:1], dirs[:1], grid, BOX, 0.1)
+    together = march_reference(origins, dirs, grid, BOX, 0.1)
+    assert len(alone[0]) == int((together[0] == 0).sum()) < 5
+    assert_same(march(origins.to(device), dirs.to(device), grid.to(device), BOX, 0.1), together)
+
+
+def test_the_most_steps_of_a_ray(device):
+    """One step fewer than the bound gives all samples; one more gives none."""
+    origins = torch.tensor([[0.0, 0.1, 0.1]], device=device)
+    dirs = torch.tensor([[1.0, 0.0, 0.0]], device=device)
+    grid = torch.ones(3, 3, 3, dtype=torch.bool, device=device)
+    # A lattice of whole numbers: nothing rounds. The bound counts 3 steps of room.
+    for width, n_samples in ((MAX_RAY_STEPS - 3, MAX_RAY_STEPS - 3), (MAX_RAY_STEPS - 2, 0)):
+        args = origins, dirs, grid, (0.0, 0.0, 0.0, float(width), 1.0, 1.0), 1.0
+        assert len(march(*args)[0]) == n_samples
+        assert_same(march(*args), march_reference(*args))
+        assert int(march_packed(*args, capacity=5).n_dropped) == max(n_samples - 5, 0)
 
 
 @pytest.mark.parametrize("n_rays", [0, 5])
@@ -320,8 +381,21 @@ ORIGINS, DIRS, GRID = torch.zeros(4, 3), torch.ones(4, 3), torch.ones(2, 2, 2, d
         ({"jitter": torch.zeros(3)}, ValueError, ["jitter", r"\[4\]", r"\[3\]"]),
         ({"aabb": (0, 0, 0, 1, 1)}, ValueError, ["aabb", "six"]),
         ({"aabb": (0, 0, 0, 1, 1, 0)}, ValueError, ["aabb", "low corner"]),
+        ({"aabb": (1, 1, 1, 0, 0, 0)}, ValueError, ["aabb", "low corner"]),
+        ({"aabb": (0, 0, 0, 1, 1, float("nan"))}, ValueError, ["aabb", "finite", "nan"]),
+        ({"aabb": (0, 0, 0, 1, 1, 1e39)}, ValueError, ["aabb", "finite", r"1e\+39"]),
+        ({"aabb": (-3e38,) * 3 + (3e38,) * 3}, ValueError, ["aabb", "edges"]),
+        ({"aabb": (0, 0, 0, 1, 1, 1e-40)}, ValueError, ["aabb", "float32"]),
+        ({"aabb": (0, 0, 0, 1, 1, 10**400)}, TypeError, ["aabb", "six numbers"]),
+        ({"aabb": 3}, TypeError, ["aabb", "six numbers", "got 3"]),
         ({"step": 0.0}, ValueError, ["step", "got 0.0"]),
         ({"step": float("nan")}, ValueError, ["step", "got nan"]),
+        ({"step": 1e-50}, ValueError, ["step", "float32", "got 1e-50"]),
+        ({"step": 1e39}, ValueError, ["step", "float32", r"got 1e\+39"]),
+        ({"step": "0.1"}, TypeError, ["step", "number", "str"]),
+        ({"near": float("-inf")}, ValueError, ["near", "got near -inf"]),
+        ({"near": 1e39, "far": 1e40}, ValueError, ["near", r"got near 1e\+39"]),
+        ({"far": float("nan")}, ValueError, ["far nan"]),
         ({"near": 2.0, "far": 1.0}, ValueError, ["near 2.0", "far 1.0"]),
     ],
 )
@@ -341,5 +415,11 @@ def test_errors(changes, error, words):
 
 
 def test_capacity_errors():
-    with pytest.raises(ValueError, match="march_packed: capacity must be at least 0, got -1"):
-        march_packed(ORIGINS, DIRS, GRID, BOX, 0.1, capacity=-1)
+    for capacity, error, words in (
+        (-1, ValueError, "at least 0, got -1"),
+        (2**60, ValueError, "at most"),
+        (1.5, TypeError, "an integer, got 1.5"),
+        (True, TypeError, "an integer, got bool"),
+    ):
+        with pytest.raises(error, match=f"march_packed: capacity must be {words}"):
+            march_packed(ORIGINS, DIRS, GRID, BOX, 0.1, capacity=capacity)

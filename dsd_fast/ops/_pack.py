@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import check_integer, check_tensor
 
 # Rays of a group (kGroup).
 _GROUP = 256
 
 # Ray indices are int32.
-MAX_RAYS = 1 << 31
+MAX_RAYS = (1 << 31) - 1
+
+# Sizes in bytes stay far from what 64 bits hold.
+MAX_CAPACITY = 1 << 48
 
 
 class PackedSamples(NamedTuple):
@@ -30,11 +33,9 @@ class PackedSamples(NamedTuple):
 
 
 def check_capacity(op: str, n_rays: int, capacity: int) -> None:
-    """Raises ValueError for a capacity below 0 or more rays than can be told apart."""
-    if capacity < 0:
-        raise ValueError(f"{op}: capacity must be at least 0, got {capacity}")
-    if n_rays >= MAX_RAYS:
-        raise ValueError(f"{op}: there must be fewer than 2^31 rays, got {n_rays}")
+    """Raises TypeError or ValueError for a capacity below 0 or too many rays to be told apart."""
+    check_integer(op, "capacity", capacity, 0, MAX_CAPACITY)
+    check_integer(op, "the number of rays", n_rays, 0, MAX_RAYS)
 
 
 def empty_packed(like: Tensor, n_rays: int, capacity: int) -> PackedSamples:
@@ -97,9 +98,7 @@ def check_offsets_tensor(op: str, offsets: Tensor, device: torch.device) -> int:
 
 
 def check_offsets(offsets: Tensor, n_samples: int) -> None:
-    """Raises ValueError for offsets (on the CPU) that do not rise from 0 to at most `n_samples`."""
-    if offsets.device.type != "cpu":
-        return
+    """Raises ValueError for offsets that do not rise from 0 to at most `n_samples`; it waits."""
     rising = bool((offsets[1:] >= offsets[:-1]).all())
     first, last = int(offsets[0]), int(offsets[-1])
     if not rising or first != 0 or last > n_samples:

@@ -1,12 +1,14 @@
 """One step of Adam over a flat parameter, in one pass over its memory."""
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import check_flag, check_number, check_tensor
 
 
 def adam_step(
@@ -48,28 +50,29 @@ def adam_step(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: another shape or device, not contiguous, or a number out of range.
+        ValueError: another shape or device, not contiguous, a number out of range, or (compiled)
+            tensors that share memory.
     """
-    check_tensor("adam_step", "param", param, torch.float32, ("P",))
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        check_tensor("adam_step", name, tensor, torch.float32, param.shape, param.device)
-    check_tensor("adam_step", "step", step, torch.float32, (), param.device)
-    for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if tensor is not None:
-            check_tensor("adam_step", name, tensor, torch.float32, (), param.device)
-    if half_copy is not None:
-        check_tensor("adam_step", "half_copy", half_copy, torch.float16, param.shape, param.device)
+    state = param, grad, exp_avg, exp_avg_sq, step
+    _check_tensors(*state, grad_scale, found_inf, half_copy)
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"adam_step: betas must be two numbers, got {betas!r}")
     beta1, beta2 = betas
+    check_flag("adam_step", "zero_grad", zero_grad)
+    lr, eps = check_number("adam_step", "lr", lr), check_number("adam_step", "eps", eps)
+    for beta in betas:
+        check_number("adam_step", "betas", beta)
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"adam_step: betas must be in [0, 1), got {beta1} and {beta2}")
     if not (lr >= 0.0 and eps >= 0.0):
         raise ValueError(f"adam_step: lr and eps must be at least 0, got {lr} and {eps}")
-    tensors = (param, grad, exp_avg, exp_avg_sq, step)
+    if not (math.isfinite(lr) and math.isfinite(eps)):
+        raise ValueError(f"adam_step: lr and eps must be finite in float32, got {lr} and {eps}")
     numbers = (lr, beta1, beta2, eps)
     if backend(param) == "torch":
-        adam_step_reference(*tensors, lr, betas, eps, grad_scale, found_inf, half_copy, zero_grad)
+        adam_step_reference(*state, lr, betas, eps, grad_scale, found_inf, half_copy, zero_grad)
     else:
-        plain = (tensor.detach() for tensor in tensors)
+        plain = (tensor.detach() for tensor in state)
         torch.ops.dsd_fast.adam_step(*plain, *numbers, grad_scale, found_inf, half_copy, zero_grad)
 
 
@@ -99,6 +102,8 @@ def _adam_step_op(
     half_copy: Tensor | None,
     zero_grad: bool,
 ) -> None:
+    _check_tensors(param, grad, exp_avg, exp_avg_sq, step, grad_scale, found_inf, half_copy)
+    _check_apart(param, grad, exp_avg, exp_avg_sq, half_copy)
     extension().adam_step(
         address(param),
         address(grad),
@@ -120,6 +125,37 @@ def _adam_step_op(
     for tensor in (param, exp_avg, exp_avg_sq, step, half_copy, grad if zero_grad else None):
         if tensor is not None:
             torch.autograd.graph.increment_version(tensor)
+
+
+def _check_tensors(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    half_copy: Tensor | None,
+) -> None:
+    check_tensor("adam_step", "param", param, torch.float32, ("P",))
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_tensor("adam_step", name, tensor, torch.float32, param.shape, param.device)
+    check_tensor("adam_step", "step", step, torch.float32, (), param.device)
+    for name, tensor in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if tensor is not None:
+            check_tensor("adam_step", name, tensor, torch.float32, (), param.device)
+    if half_copy is not None:
+        check_tensor("adam_step", "half_copy", half_copy, torch.float16, param.shape, param.device)
+
+
+def _check_apart(*tensors: Tensor | None) -> None:
+    """Raises ValueError where two tensors share memory: what one gets, the other would lose."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t is not None)
+    if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+        raise ValueError(
+            "adam_step: param, grad, exp_avg, exp_avg_sq and half_copy must not share memory, got "
+            "two that do; .clone() one"
+        )
 
 
 @torch.library.register_fake("dsd_fast::adam_step")

@@ -7,7 +7,7 @@ its interval (Max 1995, "Optical models for direct volume rendering").
 Packed samples: all rays' samples one ray after the other, each from near to far; `ray_indices`
 [S] int64 names the ray of each sample and must be sorted and in [0, n_rays). The CPU backend
 refuses other ray indices with a ValueError. On CUDA, where looking would cost a synchronisation,
-they give wrong numbers, but never an access out of bounds.
+they give wrong numbers, but never an access out of bounds, nor more work than R times S samples.
 
 In their place `offsets` [R + 1] int64 may say where each ray begins (`march_packed` and `prune`
 give them). The last entry is the number of samples, and arrays may be longer: what is behind is not
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
-from dsd_fast.ops._pack import check_offsets, check_offsets_tensor, unpack
+from dsd_fast.ops._check import check_integer, check_number, check_tensor
+from dsd_fast.ops._pack import MAX_RAYS, check_offsets, check_offsets_tensor, unpack
 
 # Floor of the opacity that normalises the weights of the z-variance.
 MIN_OPACITY = 1e-5
@@ -73,8 +73,10 @@ def visibility(
     """
     n_rays = _check_samples("visibility", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
     if not isinstance(alpha_threshold, Tensor):
+        alpha_threshold = check_number("visibility", "alpha_threshold", alpha_threshold)
         alpha_threshold = sigmas.new_full((), alpha_threshold)
     check_tensor("visibility", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
+    least = check_number("visibility", "transmittance_threshold", transmittance_threshold)
     function = visibility_reference if backend(sigmas) == "torch" else _visibility_op
     return function(
         sigmas.detach(),
@@ -83,7 +85,7 @@ def visibility(
         ray_indices,
         n_rays,
         alpha_threshold.detach(),
-        transmittance_threshold,
+        least,
         offsets,
     )
 
@@ -129,7 +131,7 @@ def composite(
         tensor([[0.8647]])
     """
     n_rays = _check_samples("composite", sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
-    check_tensor("composite", "rgbs", rgbs, torch.float32, (sigmas.shape[0], 3), sigmas.device)
+    _check_values("composite", sigmas, n_rays, rgbs=rgbs)
     function = composite_reference if backend(sigmas) == "torch" else _composite_op
     return function(sigmas, rgbs, t_starts, t_ends, ray_indices, n_rays, offsets)
 
@@ -166,11 +168,9 @@ def composite_full(
     """
     op = "composite_full"
     n_rays = _check_samples(op, sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
-    for name, values in (("rgbs", rgbs), ("normals", normals)):
-        check_tensor(op, name, values, torch.float32, (sigmas.shape[0], 3), sigmas.device)
-    if dirs is not None:
-        check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), sigmas.device)
-        dirs = dirs.detach()
+    check_tensor(op, "normals", normals, torch.float32, (len(sigmas), 3), sigmas.device)
+    _check_values(op, sigmas, n_rays, rgbs=rgbs, dirs=dirs)
+    dirs = None if dirs is None else dirs.detach()
     function = composite_full_reference if backend(sigmas) == "torch" else _composite_full_op
     samples = sigmas, rgbs, normals, t_starts, t_ends
     return Composited(*function(*samples, ray_indices, n_rays, offsets, dirs))
@@ -197,23 +197,50 @@ def _check_samples(
     if n_rays is None:
         raise ValueError(f"{op}: either ray_indices and n_rays or offsets are needed, got neither")
     check_tensor(op, "ray_indices", ray_indices, torch.int64, shape, device)
-    if n_rays < 0:
-        raise ValueError(f"{op}: n_rays must be at least 0, got {n_rays}")
+    check_integer(op, "n_rays", n_rays, 0, MAX_RAYS)
     return n_rays
 
 
-def _check_places(
-    ray_indices: Tensor | None, n_rays: int, offsets: Tensor | None, n_samples: int
+def _check_values(
+    op: str,
+    sigmas: Tensor,
+    n_rays: int,
+    rgbs: Tensor,
+    normals: Tensor | None = None,
+    dirs: Tensor | None = None,
 ) -> None:
-    """On the CPU: the values of what says which sample is of which ray."""
-    if offsets is not None:
+    """Checks the triples of samples and rays."""
+    device = sigmas.device
+    check_tensor(op, "rgbs", rgbs, torch.float32, (len(sigmas), 3), device)
+    if normals is not None:
+        check_tensor(op, "normals", normals, torch.float32, (len(sigmas), 3), device)
+    if dirs is not None:
+        check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), device)
+
+
+def _check_places(
+    op: str,
+    sigmas: Tensor,
+    t_starts: Tensor,
+    t_ends: Tensor,
+    ray_indices: Tensor | None,
+    n_rays: int,
+    offsets: Tensor | None,
+) -> None:
+    """Checks what an operator was given, and where that costs no wait the values of offsets."""
+    given = n_rays if offsets is None else None
+    found = _check_samples(op, sigmas, t_starts, t_ends, ray_indices, given, offsets)
+    if n_rays != found:
+        raise ValueError(f"{op}: n_rays must be {found}, as offsets say, got {n_rays}")
+    n_samples = len(sigmas)
+    if offsets is not None and not offsets.is_cuda:
         check_offsets(offsets, n_samples)
-    elif ray_indices is not None:
+    elif ray_indices is not None and not ray_indices.is_cuda:
         _check_ray_indices(ray_indices, n_rays)
 
 
 def _check_ray_indices(ray_indices: Tensor, n_rays: int) -> None:
-    if ray_indices.device.type != "cpu" or ray_indices.numel() == 0:
+    if ray_indices.numel() == 0:
         return
     if not bool((ray_indices[1:] >= ray_indices[:-1]).all()):
         raise ValueError("ray_indices must be sorted: the samples of a ray stand together")
@@ -241,7 +268,9 @@ def _visibility_op(
     transmittance_threshold: float,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    _check_places(ray_indices, n_rays, offsets, len(sigmas))
+    op, samples = "visibility", (sigmas, t_starts, t_ends)
+    _check_places(op, *samples, ray_indices, n_rays, offsets)
+    check_tensor(op, "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
     offsets = _ray_offsets(ray_indices, n_rays, offsets)
     visible = torch.empty_like(sigmas, dtype=torch.bool)
     extension().visibility(
@@ -297,7 +326,9 @@ def _composite_fwd(
     dirs: Tensor | None = None,
 ) -> Composited:
     """Without normals, z_variance and normal stay unwritten."""
-    _check_places(ray_indices, n_rays, offsets, len(sigmas))
+    op = "composite" if normals is None else "composite_full"
+    _check_places(op, sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
+    _check_values(op, sigmas, n_rays, rgbs=rgbs, normals=normals, dirs=dirs)
     offsets = _ray_offsets(ray_indices, n_rays, offsets)
     out = _empty_outputs(sigmas, n_rays, dirs)
     asked = out if normals is not None else out._replace(z_variance=None, normal=None)
@@ -384,10 +415,23 @@ def _composite_bwd_op(
 
     Weights and transmittances are computed again rather than kept. An absent gradient is zero.
     """
+    op = "composite_bwd"
+    _check_places(op, sigmas, t_starts, t_ends, ray_indices, n_rays, offsets)
+    if (normals is None) != (z_variance is None):
+        raise ValueError(f"{op}: normals and z_variance must be given both or neither, got one")
+    _check_values(op, sigmas, n_rays, rgbs=rgbs, normals=normals, dirs=dirs)
     offsets = _ray_offsets(ray_indices, n_rays, offsets)
     grads = [grad_color, grad_opacity, grad_depth, grad_z_variance, grad_normal, grad_weights]
     grads.append(None if dirs is None else grad_orientation)
     grads = [None if grad is None else grad.contiguous() for grad in grads]
+    widths = (3, 1, 1, 1, 3, None, 1)  # of the outputs; the weights have one number a sample
+    for name, width, grad in zip(Composited._fields, widths, grads):
+        if grad is not None:
+            shape = sigmas.shape if width is None else (n_rays, width)
+            check_tensor(op, f"grad_{name}", grad, torch.float32, shape, sigmas.device)
+    for name, values in (("opacity", opacity), ("depth", depth), ("z_variance", z_variance)):
+        if values is not None:
+            check_tensor(op, name, values, torch.float32, (n_rays, 1), sigmas.device)
     grad_sigmas, grad_rgbs = torch.empty_like(sigmas), torch.empty_like(rgbs)
     grad_normals = rgbs.new_empty(0, 3) if normals is None else torch.empty_like(normals)
     extension().composite_bwd(
@@ -540,6 +584,7 @@ def visibility_reference(
 ) -> Tensor:
     """`visibility` in pure torch, any floating dtype and device."""
     if offsets is not None:
+        check_offsets(offsets, len(sigmas))
         rays, size = unpack(offsets), len(sigmas)
         sigmas, t_starts, t_ends = (x[: len(rays)] for x in (sigmas, t_starts, t_ends))
         thresholds = alpha_threshold, transmittance_threshold
@@ -561,6 +606,7 @@ def composite_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`composite` in pure torch, any floating dtype and device, differentiable by autograd."""
     if offsets is not None:
+        check_offsets(offsets, len(sigmas))
         rays, n_rays, size = unpack(offsets), len(offsets) - 1, len(sigmas)
         sigmas, rgbs, t_starts, t_ends = (x[: len(rays)] for x in (sigmas, rgbs, t_starts, t_ends))
         *sums, weights = composite_reference(sigmas, rgbs, t_starts, t_ends, rays, n_rays)
@@ -590,6 +636,7 @@ def composite_full_reference(
 ) -> Composited:
     """`composite_full` in pure torch, any floating dtype and device, differentiable by autograd."""
     if offsets is not None:
+        check_offsets(offsets, len(sigmas))
         rays, size = unpack(offsets), len(sigmas)
         samples = sigmas, rgbs, normals, t_starts, t_ends
         sigmas, rgbs, normals, t_starts, t_ends = (x[: len(rays)] for x in samples)
@@ -605,7 +652,8 @@ def composite_full_reference(
     mean = _ray_sums(share * middle, ray_indices, n_rays)
     orientation = opacity.new_zeros(0, 1)
     if dirs is not None:
-        away = (normals * dirs[ray_indices]).sum(-1, keepdim=True).clamp(min=0.0)
+        product = (normals * dirs[ray_indices]).sum(-1, keepdim=True)
+        away = torch.where(product < 0.0, 0.0, product)  # a NaN stays one, in the gradient too
         orientation = _ray_sums(weights.detach()[:, None] * away**2, ray_indices, n_rays)
     return Composited(
         color=color,

@@ -7,6 +7,7 @@ Under torch.use_deterministic_algorithms(True) they are summed in integers (see 
 in one order: the same samples give the same bits, however many rows there are behind `n_valid`.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsd_fast._backend import address, backend, deterministic, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast._backend import address, aligned, backend, deterministic, extension, target
+from dsd_fast.ops._check import check_flag, check_number, check_tensor
 from dsd_fast.ops.hashgrid import (
     _SPEC,
     GridSpec,
@@ -34,6 +35,8 @@ _BIAS_KINDS = ("constant", "blob_magic3d", "blob_dreamfusion")
 _ACTIVATIONS = ("softplus", "exp", "trunc_exp")
 # Softplus is linear above this input, as in torch.
 _SOFTPLUS_THRESHOLD = 20.0
+# The smallest radius of the box and of a blob: their squares are numbers of float32.
+_SMALLEST = 1e-15
 # trunc_exp: the derivative stops growing at this input.
 _TRUNC_EXP_LIMIT = 15.0
 
@@ -169,17 +172,30 @@ _NUMBERS = f"{_SPEC}, float radius, int bias_kind, float bias_scale, float bias_
 _N_SPEC = 6
 
 
+def _check_shape(shape: object) -> FieldShape:
+    """Raises TypeError or ValueError for numbers that give no field."""
+    op = "fused_field"
+    if not isinstance(shape, FieldShape):
+        raise TypeError(f"{op}: shape must be a FieldShape, got {type(shape).__name__}")
+    if shape.activation not in _ACTIVATIONS:
+        choices = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"{op}: activation must be one of {choices}, got {shape.activation!r}")
+    if isinstance(shape.bias, str) and shape.bias not in _BIAS_KINDS[1:]:
+        choices = ", ".join((*_BIAS_KINDS[1:], "a number"))
+        raise ValueError(f"{op}: bias must be one of {choices}, got {shape.bias!r}")
+    names = ["radius", "blob_scale", "blob_std"]
+    for name in names if isinstance(shape.bias, str) else ["radius", "bias"]:
+        value = check_number(op, name, getattr(shape, name))
+        if not math.isfinite(value):
+            raise ValueError(f"{op}: {name} must be finite in float32, got {value}")
+        if name in ("radius", "blob_std") and value < _SMALLEST:
+            raise ValueError(f"{op}: {name} must be at least {_SMALLEST}, got {value}")
+    return shape
+
+
 @cache
 def _numbers(shape: FieldShape, n_active: int) -> tuple[Any, ...]:
     spec = shape.spec
-    for name, value, choices in (
-        ("bias", shape.bias, (*_BIAS_KINDS[1:], "a number")),
-        ("activation", shape.activation, _ACTIVATIONS),
-    ):
-        if isinstance(value, str) and value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    if not shape.radius > 0:
-        raise ValueError(f"radius: expected a positive number, got {shape.radius}")
     blob = isinstance(shape.bias, str)
     return (
         spec.n_levels,
@@ -196,7 +212,10 @@ def _numbers(shape: FieldShape, n_active: int) -> tuple[Any, ...]:
     )
 
 
-def _check_inputs(tensors: tuple, spec: GridSpec) -> None:
+def _check_inputs(
+    tensors: tuple, spec: GridSpec, dtype: torch.dtype | None = torch.float32
+) -> None:
+    """A `dtype` of None: any floating point one, the same for all."""
     op = "fused_field"
     points, table, half_table, *weights, n_valid = tensors
     width = spec.n_outputs
@@ -205,15 +224,16 @@ def _check_inputs(tensors: tuple, spec: GridSpec) -> None:
             f"{op}: expected at most {_MAX_WIDTH} columns of the encoding (levels times features),"
             f" got {width}"
         )
-    check_tensor(op, "points", points, torch.float32, ["N", 3])
-    check_tensor(op, "table", table, torch.float32, [spec.n_params], points.device)
+    check_tensor(op, "points", points, dtype, ["N", 3])
+    dtype = points.dtype
+    check_tensor(op, "table", table, dtype, [spec.n_params], points.device)
     if half_table is not None:
         check_tensor(op, "half_table", half_table, torch.float16, [spec.n_params], points.device)
     shapes = ([_HIDDEN, width], [1, _HIDDEN], [_HIDDEN, width], [3, _HIDDEN])
     if n_valid is not None:
         check_tensor(op, "n_valid", n_valid, torch.int64, [], points.device)
     for name, weight, shape in zip(("w1d", "w2d", "w1f", "w2f"), weights, shapes):
-        check_tensor(op, name, weight, torch.float32, shape, points.device)
+        check_tensor(op, name, weight, dtype, shape, points.device)
 
 
 def _launch(
@@ -225,6 +245,7 @@ def _launch(
 ) -> None:
     points, table, half_table, *weights, n_valid = tensors
     spec, n_active = _spec(*numbers[: _N_SPEC - 1]), numbers[_N_SPEC - 1]
+    _active_levels(kernel, spec, n_active)
     radius, bias_kind, bias_scale, bias_std, activation = numbers[_N_SPEC:]
     read = table
     if half_table is not None:
@@ -233,8 +254,8 @@ def _launch(
     # Entries, and pairs of neighbours in the gradient, move whole.
     if points.is_cuda and any(address(t) % 16 for t in (read, *others)):
         raise ValueError(
-            f"{kernel}: on CUDA tensors must start at a multiple of 16 bytes, got a view that does "
-            "not; call .clone() on it"
+            f"{kernel}: on CUDA the table must start at a multiple of 16 bytes, got a view that "
+            "does not; call .clone() on it"
         )
     getattr(extension(), kernel)(
         address(points),
@@ -288,7 +309,9 @@ def _field_bwd_op(*args: Any) -> tuple[Tensor, ...]:
             check_tensor(op, f"grad_{name}", grad, torch.float32, shape, tensors[0].device)
     out = tuple(torch.zeros_like(tensor) for tensor in (tensors[1], *tensors[3:7]))
     if n > 0 and any(grad is not None for grad in grads):
-        _launch("field_bwd", tensors, [*grads, *out], numbers, _workspace(tensors, grads, numbers))
+        workspace = _workspace(tensors, grads, numbers)
+        grads = [aligned(grad) for grad in grads]
+        _launch("field_bwd", tensors, [*grads, *out], numbers, workspace)
     return out
 
 
@@ -386,7 +409,12 @@ def fused_field(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or layout.
     """
+    n_active = _active_levels("fused_field", _check_shape(shape).spec, n_active_levels)
+    check_flag("fused_field", "features", features)
+    check_flag("fused_field", "normals", normals)
+    tensors = (points, table, half_table, w1d, w2d, w1f, w2f, n_valid)
     if backend(points) == "torch":
+        _check_inputs(tensors, shape.spec, dtype=None)
         return fused_field_reference(
             points,
             table,
@@ -401,8 +429,6 @@ def fused_field(
             half_table=half_table,
             n_valid=n_valid,
         )
-    n_active = _active_levels("fused_field", shape.spec, n_active_levels)
-    tensors = (points, table, half_table, w1d, w2d, w1f, w2f, n_valid)
     _check_inputs(tensors, shape.spec)
     outputs = _field_op(*tensors, features, normals, *_numbers(shape, n_active))
     return outputs[0], outputs[1] if features else None, outputs[2] if normals else None

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsd_fast._backend import address, backend, deterministic, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast._backend import address, aligned, backend, deterministic, extension, target
+from dsd_fast.ops._check import check_integer, check_number, check_tensor
 
 # Coherent prime hash: one factor a dimension, the first is 1 so that neighbours along x are close.
 _PRIMES = (1, 2654435761, 805459861)
@@ -33,6 +33,8 @@ _FAR_CELL = 2.0**30
 # Compiled feature counts and level limit (csrc/hashgrid.h).
 _FEATURES = (2, 4)
 _MAX_LEVELS = 32
+# The logarithm of the most corners along an edge.
+_FINEST = 24
 
 
 class GridLevel(NamedTuple):
@@ -57,6 +59,7 @@ class GridSpec:
         per_level_scale: growth of the resolution from level to level, at least 1.
 
     Raises:
+        TypeError: a value that is no number, or no integer where it counts something.
         ValueError: a value out of these ranges.
     """
 
@@ -67,6 +70,9 @@ class GridSpec:
     per_level_scale: float
 
     def __post_init__(self) -> None:
+        for name in ("n_levels", "n_features", "log2_table_size", "base_resolution"):
+            check_integer("GridSpec", name, getattr(self, name), -_UINT32, _UINT32)
+        growth = check_number("GridSpec", "per_level_scale", self.per_level_scale)
         if not 1 <= self.n_levels <= _MAX_LEVELS:
             raise ValueError(f"n_levels must be 1 to {_MAX_LEVELS}, got {self.n_levels}")
         if self.n_features not in _FEATURES:
@@ -75,13 +81,15 @@ class GridSpec:
             raise ValueError(f"log2_table_size must be 3 to 28, got {self.log2_table_size}")
         if self.base_resolution < 2:
             raise ValueError(f"base_resolution must be at least 2, got {self.base_resolution}")
-        if not self.per_level_scale >= 1.0:
-            raise ValueError(f"per_level_scale must be at least 1, got {self.per_level_scale}")
-        finest = self.base_resolution * self.per_level_scale ** (self.n_levels - 1)
-        if finest > 2**24:
+        if not 1.0 <= growth < math.inf:
+            raise ValueError(f"per_level_scale must be at least 1 and finite, got {growth}")
+        # In logarithms, for the power may be more than a float holds.
+        finest = math.log2(self.base_resolution)
+        finest += math.log2(growth) * (self.n_levels - 1)
+        if finest > _FINEST + 1e-9:
             raise ValueError(
-                f"the finest level would have {finest:.3g} corners an edge; beyond 2^24 float32 "
-                "coordinates cannot tell cells apart"
+                f"the finest level would have 2^{finest:.1f} corners an edge; beyond 2^{_FINEST} "
+                "float32 coordinates cannot tell cells apart"
             )
 
     @cached_property
@@ -158,7 +166,7 @@ def _corners(x: Tensor, table: Tensor, spec: GridSpec, level: GridLevel) -> tupl
     # fused multiply-add.
     position = (x.double() * level.scale + 0.5).to(x.dtype)
     floor = position.detach().floor()
-    cell = torch.nan_to_num(floor, nan=-_FAR_CELL).clamp(-_FAR_CELL, _FAR_CELL).long()
+    cell = torch.nan_to_num(floor.double(), nan=-_FAR_CELL).clamp(-_FAR_CELL, _FAR_CELL).long()
     offsets = torch.arange(2, device=x.device)
     cx, cy, cz = ((cell[:, d, None] + offsets) & _UINT32 for d in range(3))  # [N, 2]
     if level.hashed:
@@ -212,9 +220,8 @@ def hashgrid_jacobian_reference(
 ) -> tuple[Tensor, Tensor]:
     """`hashgrid_jacobian` in pure torch: any floating dtype and device, by autograd alone."""
     n_active = _active_levels("hashgrid", spec, n_active_levels)
-    if table.dtype == torch.float16 != x.dtype:
-        table = table.to(x.dtype)
     _check_inputs("hashgrid", x, table, spec, dtype=None)
+    table = table.to(x.dtype)
     levels = [_level_reference(x, table, spec, level) for level in spec.levels[:n_active]]
     rest = (spec.n_levels - n_active) * spec.n_features
     values = [value for value, _ in levels] + [x.new_zeros(x.shape[0], rest)]
@@ -226,9 +233,10 @@ def hashgrid_jacobian_reference(
 
 
 def _active_levels(op: str, spec: GridSpec, n_active_levels: int | None) -> int:
+    if not isinstance(spec, GridSpec):
+        raise TypeError(f"{op}: spec must be a GridSpec, got {type(spec).__name__}")
     n_active = spec.n_levels if n_active_levels is None else n_active_levels
-    if not 0 <= n_active <= spec.n_levels:
-        raise ValueError(f"{op}: n_active_levels must be 0 to {spec.n_levels}, got {n_active}")
+    check_integer(op, "n_active_levels", n_active, 0, spec.n_levels)
     return n_active
 
 
@@ -238,8 +246,8 @@ def _check_inputs(
     # Made twice: by the public functions, where torch would turn a list or a mix of devices away in
     # words of its own, and by the operators, which torch.ops can reach directly.
     check_tensor(op, "x", x, dtype, ["N", 3])
-    is_half = isinstance(table, Tensor) and table.dtype == torch.float16
-    table_dtype = torch.float16 if is_half and dtype == torch.float32 else x.dtype
+    is_half = isinstance(table, Tensor) and table.dtype == torch.float16 != x.dtype
+    table_dtype = torch.float16 if is_half else x.dtype
     check_tensor(op, "table", table, table_dtype, [spec.n_params], x.device)
     if is_half and table.requires_grad:
         raise ValueError(
@@ -253,15 +261,13 @@ def _launch(
 ) -> None:
     """Runs a compiled kernel on `x` and `tensors`, in the order of csrc/bindings.cpp."""
     spec, n_active = _spec(*args[:-1]), args[-1]
-    # CUDA moves 16 bytes of a table at a time, and a level's features of the others. torch's own
-    # allocations start at far rounder addresses.
-    for tensor in (tensor for tensor in tensors if x.is_cuda and tensor is not None):
-        alignment = 16 if tensor.ndim == 1 else 4 * spec.n_features
-        if address(tensor) % alignment:
-            raise ValueError(
-                f"{kernel}: on CUDA this tensor must start at a multiple of {alignment} bytes, got "
-                f"a view of shape {list(tensor.shape)} that does not; call .clone() on it"
-            )
+    _active_levels(kernel, spec, n_active)
+    # CUDA moves 16 bytes at a time. torch's own allocations start at far rounder addresses.
+    if x.is_cuda and any(address(tensor) % 16 for tensor in tensors):
+        raise ValueError(
+            f"{kernel}: on CUDA the table must start at a multiple of 16 bytes, got a view that "
+            "does not; call .clone() on it"
+        )
     getattr(extension(), kernel)(
         *(address(tensor) for tensor in (x, *tensors)),
         x.shape[0],
@@ -328,7 +334,8 @@ def _bwd_table_op(x: Tensor, grad_y: Tensor | None, grad_jac: Tensor | None, *ar
         sums = None
         if x.is_cuda and deterministic():
             sums = x.new_empty(extension().hashgrid_sums(spec.n_params), dtype=torch.uint8)
-        _launch("hashgrid_bwd_table", x, grad_y, grad_jac, grad_table, sums, args=args)
+        grads = aligned(grad_y), aligned(grad_jac)
+        _launch("hashgrid_bwd_table", x, *grads, grad_table, sums, args=args)
     return grad_table
 
 
@@ -346,7 +353,8 @@ def _bwd_input_op(
     _check_grads("hashgrid_bwd_input", x, grad_y, grad_jac, spec)
     grad_x = torch.empty_like(x)
     if x.shape[0] > 0:
-        _launch("hashgrid_bwd_input", x, table.float(), grad_y, grad_jac, grad_x, args=args)
+        grads = aligned(grad_y), aligned(grad_jac)
+        _launch("hashgrid_bwd_input", x, table.float(), *grads, grad_x, args=args)
     return grad_x
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import LARGEST, check_number, check_tensor
 from dsd_fast.ops._pack import (
     PackedSamples,
     addresses,
@@ -20,11 +20,17 @@ from dsd_fast.ops._pack import (
 # A ray's lattice ends here: float32 counts whole steps exactly up to 2^24.
 MAX_STEPS = 1 << 24
 
+# A ray that takes more steps from the box's entry to its exit has no samples (kMaxRaySteps).
+MAX_RAY_STEPS = 1 << 17
+
 # A cell's flat index must fit 32 bits.
 MAX_CELLS = 1024
 
 # Runs of samples that the kernels keep of a ray from counting for writing (kMarchRuns).
 _RUNS = 4
+
+# The smallest step; below it float32 loses digits, and its reciprocal is infinite.
+_SMALLEST = float(torch.finfo(torch.float32).tiny)
 
 # The reference looks at rays x steps points at once; this bounds its memory.
 _REFERENCE_POINTS = 1 << 21
@@ -47,8 +53,11 @@ def march(
     the samples that nerfacc's occupancy estimator takes with a fixed step. The reference and the
     compiled backends decide by the same roundings and give the same samples.
 
-    Rays that miss the box, stand still or are not finite have no samples. A lattice ends after
-    2^24 steps, where float32 no longer counts.
+    The work is bounded: a ray takes at most 2^17 steps between where it enters the box, or `near`,
+    and where it leaves it, or `far`. Rays that would take more, as with a direction that is next to
+    nothing or a box that is huge beside the step, have no samples; nor have rays that miss the box,
+    stand still or are not finite, their jitter included. A lattice ends after 2^24 steps, where
+    float32 no longer counts.
 
     Args:
         origins: float32 [R, 3], contiguous, as all tensors here; inside the box or outside.
@@ -75,7 +84,9 @@ def march(
         >>> march(origins, dirs, ball, (-1, -1, -1, 1, 1, 1), step=0.5)[1]
         tensor([2.0000, 2.5000, 3.0000, 3.5000])
     """
-    aabb = _check_march("march", origins, dirs, occupancy, aabb, step, jitter, near, far)
+    aabb, step, near, far = _check_march(
+        "march", origins, dirs, occupancy, aabb, step, jitter, near, far
+    )
     if backend(origins) == "torch":
         return march_reference(origins, dirs, occupancy, aabb, step, jitter, near, far)
     jitter = None if jitter is None else jitter.detach()
@@ -116,7 +127,9 @@ def march_packed(
         >>> march_packed(origins, dirs, ball, box, step=0.5, capacity=6).t_starts
         tensor([2.0000, 2.5000, 3.0000, 3.5000, 0.0000, 0.0000])
     """
-    aabb = _check_march("march_packed", origins, dirs, occupancy, aabb, step, jitter, near, far)
+    aabb, step, near, far = _check_march(
+        "march_packed", origins, dirs, occupancy, aabb, step, jitter, near, far
+    )
     check_capacity("march_packed", origins.shape[0], capacity)
     rays = origins.detach(), dirs.detach(), occupancy, aabb, step
     jitter = None if jitter is None else jitter.detach()
@@ -134,9 +147,13 @@ def _check_march(
     jitter: Tensor | None,
     near: float,
     far: float,
-) -> list[float]:
-    """Gives the box as numbers."""
-    aabb = [float(bound) for bound in aabb]
+) -> tuple[list[float], float, float, float]:
+    """Gives (aabb, step, near, far) as float32 has them.
+
+    Called twice, as all checks of arguments are: by the public functions, where torch would turn a
+    list or a mix of devices away in words of its own, and by the operators, which torch.ops can
+    reach directly.
+    """
     check_tensor(op, "origins", origins, torch.float32, ("R", 3))
     device, n_rays = origins.device, origins.shape[0]
     check_tensor(op, "dirs", dirs, torch.float32, (n_rays, 3), device)
@@ -149,16 +166,33 @@ def _check_march(
         )
     if jitter is not None:
         check_tensor(op, "jitter", jitter, torch.float32, (n_rays,), device)
-    finite = all(math.isfinite(bound) for bound in aabb)
-    if len(aabb) != 6 or not finite or any(lo >= hi for lo, hi in zip(aabb[:3], aabb[3:])):
-        raise ValueError(
-            f"{op}: aabb must be six finite numbers, a low corner below a high one, got {aabb}"
-        )
-    if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"{op}: step must be finite and above 0, got {step}")
-    if not (math.isfinite(near) and near < far):
+    aabb = _check_box(op, aabb, n_cells)
+    step_f, near_f = check_number(op, "step", step), check_number(op, "near", near)
+    far_f = check_number(op, "far", far)
+    if not _SMALLEST <= step_f < math.inf:
+        raise ValueError(f"{op}: step must be finite and above 0 in float32, got {step}")
+    if not (math.isfinite(near_f) and near_f < far_f):
         raise ValueError(f"{op}: near must be finite and below far, got near {near}, far {far}")
-    return aabb
+    return aabb, step_f, near_f, far_f
+
+
+def _check_box(op: str, aabb: Sequence[float], n_cells: int) -> list[float]:
+    """Gives the box as numbers. Its edges and its cells must be what float32 can tell."""
+    try:
+        box = [float(bound) for bound in aabb]
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{op}: aabb must be six numbers, got {aabb!r}") from None
+    edges = [high - low for low, high in zip(box[:3], box[3:])]
+    if len(box) != 6 or not all(abs(number) <= LARGEST for number in (*box, *edges)):
+        raise ValueError(
+            f"{op}: aabb must be six finite numbers, with edges of at most {LARGEST:.3g}, got {box}"
+        )
+    if not all(edge > 0 and n_cells / edge <= LARGEST for edge in edges):
+        raise ValueError(
+            f"{op}: aabb must be a low corner below a high one, with cells that float32 can count, "
+            f"got {box}"
+        )
+    return box
 
 
 class _Marching:
@@ -202,7 +236,9 @@ def _march_op(
     near: float,
     far: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    marching = _Marching(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    rays = origins, dirs, occupancy
+    aabb, step, near, far = _check_march("march", *rays, aabb, step, jitter, near, far)
+    marching = _Marching(*rays, aabb, step, jitter, near, far)
     marching.count()
     n_samples = int(marching.total)
     ray_indices = origins.new_empty(n_samples, dtype=torch.int64)
@@ -231,7 +267,10 @@ def _march_packed_op(
     far: float,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    marching = _Marching(origins, dirs, occupancy, aabb, step, jitter, near, far)
+    rays = origins, dirs, occupancy
+    aabb, step, near, far = _check_march("march_packed", *rays, aabb, step, jitter, near, far)
+    check_capacity("march_packed", origins.shape[0], capacity)
+    marching = _Marching(*rays, aabb, step, jitter, near, far)
     marching.count()
     packed = empty_packed(origins, marching.n_rays, capacity)
     marching.write(addresses(packed), capacity, wide=False)
@@ -265,16 +304,17 @@ def march_reference(
     if jitter is not None:
         start = start + jitter * step_t
 
-    # entry and exit only bound the search, so they need no care at grazing rays
+    # The search ends where the kernels' does, two steps of room at both ends: a ray that grazes the
+    # box may round to its inside for ever.
     moving = dirs != 0
     safe_dirs = torch.where(moving, dirs, 1)
     t_low, t_high = (low - origins) / safe_dirs, (high - origins) / safe_dirs
     entry = torch.where(moving, torch.minimum(t_low, t_high), -math.inf).amax(-1).clamp(min=near)
     exit_ = torch.where(moving, torch.maximum(t_low, t_high), math.inf).amin(-1).clamp(max=far)
-    first = torch.floor((entry - start) / step_t - 2).clamp(min=0)
-    last = torch.ceil((exit_ - start) / step_t + 2).clamp(max=MAX_STEPS)
+    first = torch.floor((entry - start) / step_t - 2).clamp(0, MAX_STEPS)
+    last = torch.floor((exit_ - start) / step_t + 3).clamp(0, MAX_STEPS)
     valid = torch.isfinite(origins).all(-1) & torch.isfinite(dirs).all(-1) & torch.isfinite(start)
-    valid &= moving.any(-1) & (first < last)
+    valid &= moving.any(-1) & (first < last) & (last - first <= MAX_RAY_STEPS)
     rays = valid.nonzero()[:, 0]
 
     found: list[tuple[Tensor, Tensor]] = []  # (ray, lattice index) of the samples
@@ -287,7 +327,9 @@ def march_reference(
         middle = 0.5 * (t_start + t_end)
         points = origins[chunk, None] + dirs[chunk, None] * middle[..., None]
         cells = (points - low) * cells_per_unit
-        inside = ((cells >= 0) & (cells < n_cells)).all(-1) & (middle < far) & (k < MAX_STEPS)
+        inside = (
+            ((cells >= 0) & (cells < n_cells)).all(-1) & (middle < far) & (k < last[chunk, None])
+        )
         i = torch.where(inside[..., None], cells, 0).long()
         hit = inside & occupancy[i[..., 0], i[..., 1], i[..., 2]]
         row, column = hit.nonzero(as_tuple=True)

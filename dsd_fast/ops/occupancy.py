@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import check_number, check_tensor
 
 
 def occupancy_update(occs: Tensor, indices: Tensor, values: Tensor, decay: float = 0.95) -> None:
@@ -29,11 +29,7 @@ def occupancy_update(occs: Tensor, indices: Tensor, values: Tensor, decay: float
         IndexError: an index outside the grid, on the CPU. On CUDA, where looking would cost a
             synchronisation, such an index is passed over.
     """
-    check_tensor("occupancy_update", "occs", occs, torch.float32, ("C",))
-    check_tensor("occupancy_update", "indices", indices, torch.int64, ("K",), occs.device)
-    check_tensor("occupancy_update", "values", values, torch.float32, indices.shape, occs.device)
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"occupancy_update: decay must be in [0, 1], got {decay}")
+    _check_update(occs, indices, values, decay)
     if backend(occs) == "torch":
         occupancy_update_reference(occs, indices, values, decay)
     else:
@@ -54,19 +50,37 @@ def occupancy_threshold(occs: Tensor, max_threshold: float = 0.01) -> tuple[Tens
 
     Raises:
         TypeError: `occs` is no tensor or not float32.
-        ValueError: another shape, no cells, or not contiguous.
+        ValueError: another shape, no cells, not contiguous, or a `max_threshold` of NaN.
     """
-    check_tensor("occupancy_threshold", "occs", occs, torch.float32, ("C",))
-    if occs.shape[0] == 0:
-        raise ValueError("occupancy_threshold: occs must have at least one cell, got shape [0]")
+    _check_cells(occs)
+    max_threshold = check_number("occupancy_threshold", "max_threshold", max_threshold)
+    if math.isnan(max_threshold):
+        raise ValueError("occupancy_threshold: max_threshold must be a number, got nan")
     if backend(occs) == "torch":
         return occupancy_threshold_reference(occs, max_threshold)
     return _occupancy_threshold_op(occs.detach(), max_threshold)
 
 
+def _check_update(occs: Tensor, indices: Tensor, values: Tensor, decay: float) -> None:
+    check_tensor("occupancy_update", "occs", occs, torch.float32, ("C",))
+    check_tensor("occupancy_update", "indices", indices, torch.int64, ("K",), occs.device)
+    check_tensor("occupancy_update", "values", values, torch.float32, indices.shape, occs.device)
+    check_number("occupancy_update", "decay", decay)
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"occupancy_update: decay must be in [0, 1], got {decay}")
+
+
+def _check_cells(occs: Tensor) -> None:
+    check_tensor("occupancy_threshold", "occs", occs, torch.float32, ("C",))
+    if occs.shape[0] == 0:
+        raise ValueError("occupancy_threshold: occs must have at least one cell, got shape [0]")
+
+
 @torch.library.custom_op("dsd_fast::occupancy_update", mutates_args=("occs",))
 def _occupancy_update_op(occs: Tensor, indices: Tensor, values: Tensor, decay: float) -> None:
-    _check_indices(indices, occs.shape[0])
+    _check_update(occs, indices, values, decay)
+    if not indices.is_cuda:
+        _check_indices(indices, occs.shape[0])
     peaks = torch.full_like(occs, -math.inf)
     extension().occupancy_update(
         address(occs),
@@ -87,6 +101,7 @@ def _(occs: Tensor, indices: Tensor, values: Tensor, decay: float) -> None:
 
 @torch.library.custom_op("dsd_fast::occupancy_threshold", mutates_args=())
 def _occupancy_threshold_op(occs: Tensor, max_threshold: float) -> tuple[Tensor, Tensor]:
+    _check_cells(occs)
     binary = torch.empty_like(occs, dtype=torch.bool)
     threshold = occs.new_empty(())
     extension().occupancy_threshold(
@@ -106,7 +121,7 @@ def _(occs: Tensor, max_threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def _check_indices(indices: Tensor, n_cells: int) -> None:
-    if indices.device.type != "cpu" or indices.numel() == 0:
+    if indices.numel() == 0:
         return
     low, high = (int(bound) for bound in indices.aminmax())
     if low < 0 or high >= n_cells:
@@ -131,5 +146,5 @@ def occupancy_threshold_reference(
     occs: Tensor, max_threshold: float = 0.01
 ) -> tuple[Tensor, Tensor]:
     """`occupancy_threshold` in pure torch, any floating dtype and device."""
-    threshold = occs.mean().clamp(max=max_threshold)
+    threshold = occs.mean(dtype=torch.float64).to(occs.dtype).clamp(max=max_threshold)
     return occs > threshold, threshold

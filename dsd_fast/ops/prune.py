@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast._backend import address, backend, extension, target
-from dsd_fast.ops._check import check_tensor
+from dsd_fast.ops._check import check_number, check_tensor
 from dsd_fast.ops._pack import (
     PackedSamples,
     addresses,
@@ -58,19 +58,25 @@ def prune(
         >>> prune(sigmas, t[:-1], t[1:], offsets, 0.1, capacity=3).t_starts
         tensor([1., 0., 0.])
     """
-    check_tensor("prune", "sigmas", sigmas, torch.float32, ("S",))
-    shape, device = sigmas.shape, sigmas.device
-    check_tensor("prune", "t_starts", t_starts, torch.float32, shape, device)
-    check_tensor("prune", "t_ends", t_ends, torch.float32, shape, device)
-    n_rays = check_offsets_tensor("prune", offsets, device)
-    if not isinstance(alpha_threshold, Tensor):
-        alpha_threshold = sigmas.new_full((), alpha_threshold)
-    check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), device)
+    least = check_number("prune", "transmittance_threshold", transmittance_threshold)
+    n_rays = _check_samples(sigmas, t_starts, t_ends, offsets)
     check_capacity("prune", n_rays, capacity)
+    if not isinstance(alpha_threshold, Tensor):
+        alpha_threshold = check_number("prune", "alpha_threshold", alpha_threshold)
+        alpha_threshold = sigmas.new_full((), alpha_threshold)
+    check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
     function = prune_reference if backend(sigmas) == "torch" else _prune_op
     samples = sigmas.detach(), t_starts.detach(), t_ends.detach(), offsets
-    thresholds = alpha_threshold.detach(), transmittance_threshold
+    thresholds = alpha_threshold.detach(), least
     return PackedSamples(*function(*samples, *thresholds, capacity=capacity))
+
+
+def _check_samples(sigmas: Tensor, t_starts: Tensor, t_ends: Tensor, offsets: Tensor) -> int:
+    """Gives the number of rays."""
+    check_tensor("prune", "sigmas", sigmas, torch.float32, ("S",))
+    for name, values in (("t_starts", t_starts), ("t_ends", t_ends)):
+        check_tensor("prune", name, values, torch.float32, sigmas.shape, sigmas.device)
+    return check_offsets_tensor("prune", offsets, sigmas.device)
 
 
 @torch.library.custom_op("dsd_fast::prune", mutates_args=())
@@ -83,8 +89,11 @@ def _prune_op(
     transmittance_threshold: float,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n_samples, n_rays = len(sigmas), len(offsets) - 1
-    check_offsets(offsets, n_samples)
+    n_samples, n_rays = len(sigmas), _check_samples(sigmas, t_starts, t_ends, offsets)
+    check_tensor("prune", "alpha_threshold", alpha_threshold, torch.float32, (), sigmas.device)
+    check_capacity("prune", n_rays, capacity)
+    if not offsets.is_cuda:
+        check_offsets(offsets, n_samples)
     visible = torch.empty_like(sigmas, dtype=torch.bool)
     working = scratch(sigmas, n_rays)
     packed = empty_packed(sigmas, n_rays, capacity)
@@ -123,6 +132,7 @@ def prune_reference(
     capacity: int,
 ) -> PackedSamples:
     """`prune` in pure torch, any floating dtype and device; it waits for the device."""
+    check_offsets(offsets, len(sigmas))
     rays, n_rays = unpack(offsets), len(offsets) - 1
     sigmas, t_starts, t_ends = (values[: len(rays)] for values in (sigmas, t_starts, t_ends))
     thresholds = alpha_threshold, transmittance_threshold
