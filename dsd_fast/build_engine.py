@@ -151,12 +151,7 @@ def shape_of(folder: PipelineFolder) -> UNetShape:
 def _read_unet(folder: PipelineFolder, dtype: torch.dtype) -> torch.nn.Module:
     with quiet():
         import diffusers
-    unet = load_component(
-        diffusers.UNet2DConditionModel,
-        folder.path / "unet",
-        variant=folder.variants["unet"],
-        torch_dtype=dtype,
-    )
+    unet = load_component(diffusers.UNet2DConditionModel, folder.path / "unet", dtype)
     return unet.eval().requires_grad_(False)
 
 

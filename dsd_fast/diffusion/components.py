@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,8 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dsd_fast.diffusion import int8
-from dsd_fast.diffusion.networks import multiview_unet
+from dsd_fast.diffusion import families, int8
+from dsd_fast.diffusion.model_files import (
+    Weights,
+    brief,
+    find_weights,
+    headers,
+    listing,
+    read_json,
+)
+from dsd_fast.diffusion.model_settings import known, read_settings
+from dsd_fast.diffusion.networks import Network, multiview_unet
 from dsd_fast.diffusion.noise_path import NoisePath
 
 _CONFIGS = {
@@ -24,8 +35,9 @@ _CONFIGS = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-_WEIGHTS["text_encoder"] = "model"
+# Names of weights without their endings, by piece; and of those that are not here.
+WEIGHTS = {"text_encoder": "model", "image_encoder": "model"}
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 # The tokenizer is either one file (transformers 5) or a vocabulary with its merges.
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # What a view model's folder may call its camera projection.
@@ -43,6 +55,10 @@ _FOREIGN_UNET_KEYS = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
+# Pictures of up to 1024 pixels.
+_LARGEST_LATENT = 128
+# A layer has more tensors than this.
+_TENSORS_PER_LAYER = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,6 @@ class PipelineFolder:
     path: Path
     configs: dict[str, dict[str, Any]]
     weights: dict[str, list[Path]]
-    variants: dict[str, str | None]
     # Where each piece lies.
     places: dict[str, Path]
 
@@ -69,29 +84,29 @@ def inspect_folder(path: Path) -> PipelineFolder:
             was found there instead.
         ValueError: a configuration is unreadable, or describes a model that is not supported.
     """
-    if not path.is_dir():
-        what = "a file, not a folder" if path.exists() else "nothing"
-        raise FileNotFoundError(
-            f"model folder {path}: expected a diffusers StableDiffusionPipeline folder, "
-            f"found {what}"
-        )
-    _require(path, "model_index.json", "it is the mark of a diffusers pipeline folder")
+    index = _read_index(path, "StableDiffusionPipeline folder")
+    families.refuse_pipeline(path, index)
+    if any((path / name).is_dir() for name in PROJECTIONS):
+        families.refuse_pipeline(path, {"_class_name": "Zero1to3Pipeline"})
+    places = {piece: path / piece for piece in _CONFIGS}
     configs = {}
     for piece, name in _CONFIGS.items():
         _require(path, f"{piece}/{name}")
-        configs[piece] = _read_json(path / piece / name)
+        configs[piece] = read_settings(path / piece / name, piece)
     tokenizer = path / "tokenizer"
     if not any(all((tokenizer / f).is_file() for f in files) for files in _TOKENIZER_FILES):
         raise FileNotFoundError(
             f"{tokenizer}: expected tokenizer.json, or vocab.json and merges.txt; "
-            f"found {_listing(tokenizer)}"
+            f"found {listing(tokenizer)}"
         )
-    weights, variants = {}, {}
-    for piece, stem in _WEIGHTS.items():
-        weights[piece], variants[piece] = _find_weights(path / piece, stem)
+    weights = {
+        piece: find_weights(path / piece, stem_of(piece)).files
+        for piece in ("unet", "vae", "text_encoder")
+    }
     _check_configs(path, configs)
-    places = {piece: path / piece for piece in _CONFIGS}
-    return PipelineFolder(path, configs, weights, variants, places)
+    check_tokenizer(tokenizer, configs["text_encoder"].get("vocab_size", 49408))
+    families.warn_of_distilled(path, index, configs["unet"], configs["scheduler"])
+    return PipelineFolder(path, configs, weights, places)
 
 
 def inspect_view_folder(path: Path) -> PipelineFolder:
@@ -104,37 +119,34 @@ def inspect_view_folder(path: Path) -> PipelineFolder:
     Raises:
         FileNotFoundError, ValueError: as `inspect_folder`.
     """
-    if not path.is_dir():
-        what = "a file, not a folder" if path.exists() else "nothing"
-        raise FileNotFoundError(
-            f"view model {path}: expected a folder with unet, vae, scheduler and a camera "
-            f"projection, as diffusers stores Zero-1-to-3; found {what}"
-        )
-    _require(path, "model_index.json", "it is the mark of a diffusers pipeline folder")
+    index = _read_index(path, "folder with unet, vae, scheduler and a camera projection")
     projections = [name for name in PROJECTIONS if (path / name).is_dir()]
     if not projections:
         raise FileNotFoundError(
             f"view model {path}: expected a folder {' or '.join(PROJECTIONS)}, found "
-            f"{_listing(path)}; a text-to-image model cannot say what other views look like"
+            f"{listing(path)}; a text-to-image model cannot say what other views look like"
         )
     places = {name: path / name for name in ("unet", "vae", "scheduler", "image_encoder")}
     places["projection"] = path / projections[0]
-    elsewhere = _read_json(path / "model_index.json").get(_VAE_FOLDER)
-    if elsewhere is not None:
-        places["vae"] = (path / str(elsewhere)).resolve()
+    if (elsewhere := index.get(_VAE_FOLDER)) is not None:
+        places["vae"] = (path / elsewhere).resolve()
+        if not places["vae"].is_relative_to(path.resolve().parent):
+            raise ValueError(
+                f"{path / 'model_index.json'}: {_VAE_FOLDER}: expected a folder in this model's or "
+                f"beside it, got {elsewhere!r:.80}"
+            )
     if projections[0] == PROJECTIONS[0]:
         del places["image_encoder"]
 
-    configs, weights, variants = {}, {}, {}
+    configs, weights = {}, {}
     for piece, place in places.items():
         if piece != "projection":
             name = _CONFIGS.get(piece, "config.json")
             _require(place, name)
-            configs[piece] = _read_json(place / name)
+            configs[piece] = read_settings(place / name, piece)
         if piece != "scheduler":
-            stem = "model" if piece == "image_encoder" else "diffusion_pytorch_model"
-            weights[piece], variants[piece] = _find_weights(place, stem)
-    _check_classes(path, configs)
+            weights[piece] = find_weights(place, stem_of(piece)).files
+    _check_classes(places, configs)
     channels = configs["vae"].get("latent_channels", 4)
     found = tuple(configs["unet"].get(key, 4) for key in ("in_channels", "out_channels"))
     if found != (2 * channels, channels):
@@ -142,46 +154,187 @@ def inspect_view_folder(path: Path) -> PipelineFolder:
             f"{path}: the unet has {found[0]} input and {found[1]} output channels; expected "
             f"{2 * channels} and {channels}: noisy latents beside those of the reference picture"
         )
-    _check_levels(configs)
-    return PipelineFolder(path, configs, weights, variants, places)
+    _check_levels(places, configs)
+    return PipelineFolder(path, configs, weights, places)
 
 
-def load_component(cls: type, folder: Path, *, variant: str | None = None, **kwargs: Any) -> Any:
-    """`cls.from_pretrained` on a local folder, without console output, and complete or refused.
+def _read_index(path: Path, what: str) -> dict[str, Any]:
+    """model_index.json of a folder; errors say what it was to be."""
+    if not path.is_dir():
+        found = "a file, not a folder" if path.exists() else "nothing"
+        raise FileNotFoundError(f"model folder {path}: expected a diffusers {what}, found {found}")
+    file = path / "model_index.json"
+    if not file.is_file() and (path / "config.json").is_file():
+        families.refuse_single_piece(path, read_json(path / "config.json"))
+    _require(path, file.name, "it is the mark of a diffusers pipeline folder")
+    return read_settings(file, "index")
 
+
+def stem_of(piece: str) -> str:
+    """Name of a piece's weights, without variant and ending."""
+    return WEIGHTS.get(piece, DIFFUSERS_WEIGHTS)
+
+
+def load_component(cls: type, folder: Path, dtype: torch.dtype) -> Any:
+    """A network from its folder: on the CPU, without console output, and complete or refused.
+
+    Args:
+        cls: a class of diffusers, CLIPTextModel or CLIPVisionModelWithProjection. Those of
+            transformers attend by torch's own function, whatever their configuration names.
     Raises:
-        ValueError: weights that cannot be read, or that leave a parameter without a value (the
-            libraries would fill it at random and only warn).
+        ValueError: a configuration that describes no network, or weights that cannot be read, do
+            not fit it, leave a parameter without a value (the libraries would fill it at random
+            and only warn) or are not finite.
+        FileNotFoundError: a missing file.
     """
-    if variant == int8.VARIANT:
-        return _from_int8(cls, folder, **kwargs)
-    if variant is not None:
-        kwargs["variant"] = variant
-    with quiet():
+    config, weights = _read_piece(cls, folder)
+    _outline(cls, folder, config, weights)
+    if weights.variant == int8.VARIANT:
+        module, missing = _from_int8(cls, folder, config, weights, dtype)
+    else:
+        module, missing = _from_pretrained(cls, folder, config, weights, dtype)
+    _refuse_missing(folder, missing)
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{folder}: {name} is not finite in {dtype}: the weights are damaged")
+    return module
+
+
+def outline(cls: type, folder: Path) -> Network:
+    """`load_component` without weights, on the meta device: what of the errors needs none."""
+    return _outline(cls, folder, *_read_piece(cls, folder))
+
+
+def _read_piece(cls: type, folder: Path) -> tuple[dict[str, Any], Weights]:
+    """What a network of a class is made from, of its configuration, and its weights' files."""
+    piece = {"CLIPTextModel": "text_encoder", "CLIPVisionModelWithProjection": "image_encoder"}
+    name = piece.get(cls.__name__, "network")
+    _require(folder, "config.json")
+    config = known(read_settings(folder / "config.json", name), name)
+    return config, find_weights(folder, stem_of(name))
+
+
+def _build(cls: type, config: dict[str, Any]) -> Network:
+    """The network of a configuration; only what its class knows by name is passed."""
+    names = {name for name in config if not name.startswith("_")}
+    if config_class := getattr(cls, "config_class", None):
+        chosen = config_class(**{name: config[name] for name in names})
+        return cls._from_config(chosen, attn_implementation=_ATTENTION)
+    names &= set(inspect.signature(cls.__init__).parameters)
+    return cls(**{name: config[name] for name in names})
+
+
+# Named, for by itself transformers takes what a configuration names, if need be from the hub.
+_ATTENTION = "sdpa"
+
+
+def _outline(cls: type, folder: Path, config: dict[str, Any], weights: Weights) -> Network:
+    try:
+        shapes = headers(weights.files, integers=weights.variant == int8.VARIANT)
+    except ValueError as error:
+        raise ValueError(f"cannot load {cls.__name__} from {error}") from error
+    file = folder / "config.json"
+    layers = _layers(config)
+    if layers * _TENSORS_PER_LAYER > len(shapes):
+        raise ValueError(
+            f"{file}: {', '.join(_LAYER_KEYS & config.keys())}: these ask for {layers} layers or "
+            f"more, and the weights in {weights.files[0].name} hold {len(shapes)} tensors"
+        )
+    try:
+        with quiet(), torch.device("meta"):
+            network = _build(cls, config)
+    # The libraries raise many unrelated types (TypeError, KeyError, ZeroDivisionError, ...).
+    except Exception as error:
+        raise ValueError(f"{file} describes no {cls.__name__}: {brief(error)}") from error
+    for name, tensor in network.state_dict().items():
+        # transformers 5 names its text model's tensors without the model.
+        found = next((shapes[n] for n in (name, f"text_model.{name}") if n in shapes), None)
+        if found is not None and found != tuple(tensor.shape):
+            raise ValueError(
+                f"{folder}: {name} has shape {list(found)} in its weights, its config.json asks "
+                f"for {list(tensor.shape)}"
+            )
+    return network
+
+
+_LAYER_KEYS = {
+    "block_out_channels",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_encoder_blocks",
+    "num_decoder_blocks",
+    "num_hidden_layers",
+}
+
+
+def _layers(config: dict[str, Any]) -> int:
+    """Layers that a configuration asks for at least; to be bounded before they are built."""
+
+    def total(value: Any, levels: int = 1) -> int:
+        return sum(map(total, value)) if isinstance(value, list) else levels * value
+
+    levels = len(config.get("block_out_channels", [0]))
+    depth = [config.get(key) or 0 for key in sorted(_LAYER_KEYS) if "transformer" in key]
+    return max(
+        total(config.get("layers_per_block", 0), levels),
+        *(total(value) for value in depth),
+        *(total(config.get(key, 0)) for key in ("num_encoder_blocks", "num_decoder_blocks")),
+        total(config.get("num_hidden_layers", 0)),
+    )
+
+
+def _from_pretrained(
+    cls: type, folder: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
+    """The network, and what its weights lack.
+
+    It is read from a folder of links, in which there is nothing but what was checked, under the
+    names that the libraries know.
+    """
+    is_clip = hasattr(cls, "config_class") and cls.config_class is not None
+    options = {"attn_implementation": _ATTENTION} if is_clip else {}
+    stem = "model" if is_clip else DIFFUSERS_WEIGHTS
+    with tempfile.TemporaryDirectory(prefix="dsd_fast-") as temporary, quiet():
+        staged = Path(temporary)
+        (staged / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        names = [f"{stem}.safetensors"]
+        if len(weights.files) > 1:
+            count = len(weights.files)
+            names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+            tensors = {t: name for name, file in zip(names, weights.files) for t in headers([file])}
+            index = {"metadata": {"total_size": 0}, "weight_map": tensors}
+            (staged / f"{stem}.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+        for name, file in zip(names, weights.files):
+            (staged / name).symlink_to(file.resolve())
         try:
             module, info = cls.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **kwargs
+                staged,
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=True,
+                torch_dtype=dtype,
+                **options,
             )
-        # The readers raise many unrelated types (OSError, SafetensorError, KeyError, ...).
         except Exception as error:
-            raise ValueError(f"cannot load {cls.__name__} from {folder}: {error}") from error
-    _refuse_missing(folder, info["missing_keys"])
-    return module
+            raise ValueError(f"cannot load {cls.__name__} from {folder}: {brief(error)}") from error
+    return module, info["missing_keys"]
 
 
-def _from_int8(cls: type, folder: Path, torch_dtype: torch.dtype) -> Any:
+def _from_int8(
+    cls: type, folder: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
     """The same of a network of diffusers whose weights are kept in 8 bits (`int8`)."""
-    (file,) = folder.glob(f"*.{int8.VARIANT}.safetensors")
     try:
-        state = {k: v.to(torch_dtype) for k, v in int8.unpack(load_file(file)).items()}
+        packed = {k: v for file in weights.files for k, v in load_file(file).items()}
+        state = {k: v.to(dtype) for k, v in int8.unpack(packed).items()}
         # No numbers are drawn for weights that are replaced.
         with quiet(), torch.device("meta"):
-            module = cls.from_config(cls.load_config(folder, local_files_only=True))
+            module = _build(cls, config)
         missing, _ = module.load_state_dict(state, strict=False, assign=True)
     except Exception as error:
-        raise ValueError(f"cannot load {cls.__name__} from {folder}: {error}") from error
-    _refuse_missing(folder, missing)
-    return module
+        raise ValueError(f"cannot load {cls.__name__} from {folder}: {brief(error)}") from error
+    return module, missing
 
 
 def _refuse_missing(folder: Path, missing: Iterable[str]) -> None:
@@ -216,14 +369,16 @@ def quiet() -> Iterator[None]:
                     lib.enable_progress_bar()
 
 
-def latent_size(unet_config: dict[str, Any]) -> int:
-    """Side of the latents a UNet was trained on."""
+def latent_size(unet_config: dict[str, Any], where: Path | str = "unet/config.json") -> int:
+    """Side of the latents a UNet was trained on; ValueError, naming `where`, for what is none."""
     name = "image_size" if is_multiview(unet_config) else "sample_size"
     size = unet_config.get(name)
     if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    if not isinstance(size, int):
-        raise ValueError(f"unet/config.json: {name} must be one square size, got {size!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= _LARGEST_LATENT:
+        raise ValueError(
+            f"{where}: {name} must be one square size of 1 to {_LARGEST_LATENT}, got {size!r:.80}"
+        )
     return size
 
 
@@ -232,95 +387,133 @@ def is_multiview(unet_config: dict[str, Any]) -> bool:
     return unet_config.get("_class_name") == multiview_unet.CLASS_NAME
 
 
+def check_tokenizer(folder: Path, vocabulary: int) -> None:
+    """ValueError for a CLIP tokenizer's files that are damaged, naming file and place.
+
+    Args:
+        vocabulary: tokens that the text encoder has embeddings of.
+    """
+    whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    if whole.is_file():
+        model = read_json(whole).get("model")
+        tokens = model.get("vocab") if isinstance(model, dict) else None
+        _check_vocabulary(whole, "model.vocab: ", tokens, vocabulary)
+    if not vocab.is_file():
+        return
+    tokens = read_json(vocab)
+    _check_vocabulary(vocab, "", tokens, vocabulary)
+    if not merges.is_file():
+        return
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{merges} is not readable text: {brief(error)}") from error
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r")
+        if line.startswith("#version") or not line:
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= tokens.keys():
+            raise ValueError(
+                f"{merges}: line {number}: expected two tokens that {vocab.name} has, and their "
+                f"joint, got {line!r:.80}: the files are damaged or of different tokenizers"
+            )
+
+
+def _check_vocabulary(file: Path, key: str, tokens: Any, vocabulary: int) -> None:
+    if not isinstance(tokens, dict) or not tokens:
+        raise ValueError(
+            f"{file}: {key}expected an object of tokens and numbers, got {tokens!r:.80}"
+        )
+    for token, number in tokens.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < vocabulary:
+            raise ValueError(
+                f"{file}: {key}{token!r:.80}: expected a number under {vocabulary}, the text "
+                f"encoder's vocab_size, got {number!r:.80}"
+            )
+
+
 def _require(root: Path, name: str, why: str = "") -> None:
     file = root / name
     if not file.is_file():
         reason = f" ({why})" if why else ""
         raise FileNotFoundError(
             f"model folder {root}: expected {name}{reason}, "
-            f"found {_listing(file.parent)} in {file.parent}"
+            f"found {listing(file.parent)} in {file.parent}"
         )
 
 
-def _listing(folder: Path) -> str:
-    if not folder.is_dir():
-        return "no such folder"
-    names = sorted(entry.name for entry in folder.iterdir())
-    if len(names) > 8:
-        names = [*names[:8], f"and {len(names) - 8} more"]
-    return ", ".join(names) if names else "nothing"
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _find_weights(folder: Path, stem: str) -> tuple[list[Path], str | None]:
-    """Safetensors files of one piece, and the file name variant they carry, if any: "fp16", or that
-    of `int8`."""
-    for variant in (None, "fp16", int8.VARIANT):
-        infix = f".{variant}" if variant else ""
-        single = folder / f"{stem}{infix}.safetensors"
-        if single.is_file():
-            return [single], variant
-        index = folder / f"{stem}.safetensors.index{infix}.json"
-        if index.is_file():
-            shards = [folder / s for s in sorted(set(_read_json(index)["weight_map"].values()))]
-            for shard in shards:
-                _require(folder, shard.name, f"a shard named in {index.name}")
-            return shards, variant
-    raise FileNotFoundError(
-        f"{folder}: expected {stem}.safetensors, found {_listing(folder)}; weights in another "
-        "format can be converted with save_pretrained(..., safe_serialization=True)"
-    )
-
-
-def _check_classes(path: Path, configs: dict[str, dict[str, Any]]) -> None:
+def _check_classes(places: dict[str, Path], configs: dict[str, dict[str, Any]]) -> None:
     """UNet and VAE of known classes, conditioned on what guidance provides."""
     for piece, allowed in _CLASSES.items():
         name = configs[piece].get("_class_name")
         if name not in allowed:
             raise ValueError(
-                f"{path / piece}: {piece} of class {name!r} is not supported, "
+                f"{places[piece]}: {piece} of class {name!r:.80} is not supported, "
                 f"expected {' or '.join(allowed)}"
             )
-    unet = configs["unet"]
+    unet, where = configs["unet"], places["unet"] / "config.json"
     for key, allowed_values in _FOREIGN_UNET_KEYS.items():
         if unet.get(key) not in allowed_values:
             raise ValueError(
-                f"{path / 'unet'}: {key} = {unet[key]!r} is not supported; expected a UNet "
+                f"{places['unet']}: {key} = {unet[key]!r} is not supported; expected a UNet "
                 "conditioned on text embeddings alone, as in Stable Diffusion 1 and 2"
             )
     if is_multiview(unet):
-        multiview_unet.check_config(unet, str(path / "unet" / "config.json"))
-    latent_size(unet)
+        multiview_unet.check_config(unet, str(where))
+    else:
+        families.latents_of_old_folder(where, unet)
+    latent_size(unet, where)
+    vae_factor(configs["vae"], places["vae"] / "config.json")
 
 
-def _check_levels(configs: dict[str, dict[str, Any]]) -> None:
-    NoisePath.of_scheduler(configs["scheduler"])
+def _check_levels(places: dict[str, Path], configs: dict[str, dict[str, Any]]) -> None:
+    where = places["scheduler"] / _CONFIGS["scheduler"]
+    families.refuse_scheduler(where, configs["scheduler"])
+    try:
+        NoisePath.of_scheduler(configs["scheduler"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
-    _check_classes(path, configs)
-    unet, vae = configs["unet"], configs["vae"]
+    places = {piece: path / piece for piece in configs}
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     channels = vae.get("latent_channels", 4)
+    if not is_multiview(unet):
+        families.refuse_unet(places["unet"] / "config.json", unet, channels)
+    _check_classes(places, configs)
     for key in ("in_channels", "out_channels"):
         if unet.get(key, 4) != channels:
             raise ValueError(
                 f"{path}: the unet has {key} = {unet.get(key, 4)} and the vae {channels} latent "
-                "channels; they must be equal (inpainting and depth models are not supported)"
+                "channels; they must be equal"
             )
-    width = configs["text_encoder"].get("hidden_size")
+    if (kind := text.get("model_type", "clip_text_model")) not in ("clip_text_model", "clip"):
+        raise ValueError(
+            f"{places['text_encoder'] / 'config.json'}: model_type: expected clip_text_model, got "
+            f"{kind!r:.80}: text encoders other than CLIP's are not supported"
+        )
+    width = text.get("hidden_size", 512)
     wanted = unet.get("context_dim" if is_multiview(unet) else "cross_attention_dim", 1280)
-    if width is not None and wanted != width:
+    if wanted != width:
         raise ValueError(
             f"{path}: the unet reads text embeddings of width {wanted}, "
             f"the text encoder gives {width}"
         )
-    _check_levels(configs)
+    _check_levels(places, configs)
+
+
+def vae_factor(config: dict[str, Any], where: Path) -> int:
+    """Image pixels per latent pixel: every encoder block but one halves the image.
+
+    Raises ValueError, naming `where`, for a configuration that lists no blocks.
+    """
+    tiny = config["_class_name"] == "AutoencoderTiny"
+    blocks = config.get("encoder_block_out_channels" if tiny else "block_out_channels")
+    if not blocks:
+        raise ValueError(f"{where} does not list its encoder blocks")
+    return 2 ** (len(blocks) - 1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from dsd_fast.diffusion.components import (
     PROJECTIONS,
@@ -17,9 +18,13 @@ from dsd_fast.diffusion.components import (
     is_multiview,
     latent_size,
     load_component,
+    outline,
     quiet,
+    vae_factor,
 )
+from dsd_fast.diffusion.condition import Condition, forward
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.model_files import brief
 from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.networks.multiview_unet import N_VIEWS, load_multiview_unet
 from dsd_fast.diffusion.noise_path import NoisePath
@@ -76,7 +81,7 @@ def load_model(
     """
     folder = inspect_folder(resolve(path_or_id))
     unet, vae, others = _networks(folder, device, dtype, n_views)
-    text = ClipText(folder.path, others["device"], folder.variants["text_encoder"])
+    text = ClipText(folder.path, others["device"])
     return _released(DiffusionModel(unet, vae, text, **others, engine=engine))
 
 
@@ -109,8 +114,7 @@ def load_view_model(
         encoder = load_component(
             CLIPVisionModelWithProjection,
             folder.places["image_encoder"],
-            variant=folder.variants["image_encoder"],
-            torch_dtype=next(vae.parameters()).dtype,
+            next(vae.parameters()).dtype,
         )
         encoder = encoder.to(others["device"]).eval().requires_grad_(False)
         features = encoder.config.projection_dim
@@ -144,21 +148,21 @@ def _networks(
     with quiet():
         import diffusers
 
-    def read(piece: str, piece_dtype: torch.dtype) -> Network:
-        cls = getattr(diffusers, folder.configs[piece]["_class_name"])
-        return load_component(
-            cls, folder.places[piece], variant=folder.variants[piece], torch_dtype=piece_dtype
-        )
+    def class_of(piece: str) -> type:
+        return getattr(diffusers, folder.configs[piece]["_class_name"])
 
     def placed(network: Network) -> Network:
         # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
         return network.to(device, memory_format=torch.channels_last)
 
+    # What does not fit is found before gigabytes are read.
+    _try_vae(folder, outline(class_of("vae"), folder.places["vae"]))
     if n_views > 1:
         unet = load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)
     else:
-        unet = read("unet", dtype)
-    vae = read("vae", vae_dtype)
+        _try_unet(folder, outline(class_of("unet"), folder.places["unet"]))
+        unet = load_component(class_of("unet"), folder.places["unet"], dtype)
+    vae = load_component(class_of("vae"), folder.places["vae"], vae_dtype)
     return (
         placed(unet),
         placed(vae),
@@ -166,7 +170,7 @@ def _networks(
             "noise_path": NoisePath.of_scheduler(folder.configs["scheduler"]),
             "latent_channels": vae.config.latent_channels,
             "latent_size": latent_size(folder.configs["unet"]),
-            "vae_factor": _vae_factor(folder),
+            "vae_factor": _factor(folder),
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": folder.configs["vae"].get("shift_factor") or 0.0,
             "device": device,
@@ -199,7 +203,7 @@ def picture_shape(path_or_id: str | Path) -> PictureShape:
     folder = inspect_folder(resolve(path_or_id))
     side = latent_size(folder.configs["unet"])
     channels = int(folder.configs["vae"].get("latent_channels", 4))
-    return PictureShape(channels, side, side * _vae_factor(folder))
+    return PictureShape(channels, side, side * _factor(folder))
 
 
 def resolve(path_or_id: str | Path, hub_files: Sequence[str] = _HUB_FILES) -> Path:
@@ -261,11 +265,40 @@ def _check_views(folder: PipelineFolder, n_views: int) -> None:
     )
 
 
-def _vae_factor(folder: PipelineFolder) -> int:
-    """Image pixels per latent pixel: every encoder block but one halves the image."""
-    config = folder.configs["vae"]
-    tiny = config["_class_name"] == "AutoencoderTiny"
-    blocks = config.get("encoder_block_out_channels" if tiny else "block_out_channels")
-    if not blocks:
-        raise ValueError(f"{folder.path / 'vae' / 'config.json'} does not list its encoder blocks")
-    return 2 ** (len(blocks) - 1)
+def _factor(folder: PipelineFolder) -> int:
+    return vae_factor(folder.configs["vae"], folder.places["vae"] / "config.json")
+
+
+def _try_unet(folder: PipelineFolder, unet: Network) -> None:
+    """ValueError for a UNet that cannot be called as guidance calls it: a call without numbers."""
+    config, side = folder.configs["unet"], latent_size(folder.configs["unet"])
+    where = folder.places["unet"] / "config.json"
+    text = torch.empty(1, 77, config.get("cross_attention_dim", 1280), device="meta")
+    latents = torch.empty(1, config.get("in_channels", 4), side, side, device="meta")
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    expected = (1, config.get("out_channels", 4), side, side)
+    _expect(where, expected, lambda: forward(unet, latents, t, Condition(text)))
+
+
+def _try_vae(folder: PipelineFolder, vae: Network) -> None:
+    """The same of a VAE's encoder."""
+    config, side = folder.configs["vae"], latent_size(folder.configs["unet"])
+    where = folder.places["vae"] / "config.json"
+    picture = torch.empty(1, 3, *[side * _factor(folder)] * 2, device="meta")
+    expected = (1, config.get("latent_channels", 4), side, side)
+
+    def encoded() -> Tensor:
+        found = vae.encode(picture)
+        return found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
+
+    _expect(where, expected, encoded)
+
+
+def _expect(where: Path, shape: tuple[int, ...], call: Callable[[], Tensor]) -> None:
+    try:
+        with quiet(), torch.no_grad():
+            found = tuple(call().shape)
+    except Exception as error:
+        raise ValueError(f"{where} describes a network that fails: {brief(error)}") from error
+    if found != shape:
+        raise ValueError(f"{where}: the network gives {list(found)}, expected {list(shape)}")

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsd_fast.diffusion.model_files import brief, headers
+
 CLASS_NAME = "MultiViewUNetModel"
 # Views of one object; the distributed models are trained on so many, and no configuration says so.
 N_VIEWS = 4
@@ -219,38 +221,52 @@ def load_multiview_unet(
         ValueError: a configuration that is not supported, files that cannot be read, or weights
             that are not this network's.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    with torch.device("meta"):
-        unet = MultiViewUNet(config)
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            read = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {file}: {error}") from error
-        weights |= {name: tensor.to(dtype) for name, tensor in read.items()}
-    wanted = unet.state_dict()
     folder = files[0].parent
-    missing = sorted(set(wanted) - set(weights))
+    try:
+        shapes = headers(files)
+    except ValueError as error:
+        raise ValueError(f"cannot read {error}") from error
+    check_config(config, str(folder / "config.json"))
+    # Layers have more than one tensor: a configuration that asks for more is not even built.
+    blocks, levels = config["num_res_blocks"], len(config["channel_mult"])
+    layers = blocks * levels if isinstance(blocks, int) else sum(blocks)
+    if layers * config.get("transformer_depth", 1) > len(shapes):
+        raise ValueError(
+            f"{folder / 'config.json'}: num_res_blocks and transformer_depth ask for more layers "
+            f"than the {len(shapes)} tensors of the weights can be"
+        )
+    try:
+        with torch.device("meta"):
+            unet = MultiViewUNet(config)
+    except (RuntimeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no UNet: {brief(error)}") from error
+    wanted = unet.state_dict()
+    missing = sorted(set(wanted) - set(shapes))
     if missing:
         raise ValueError(
             f"{folder}: the weights lack {len(missing)} of the tensors that its config.json asks "
             f"for, first {missing[0]!r}"
         )
-    unknown = sorted(set(weights) - set(wanted))
+    unknown = sorted(set(shapes) - set(wanted))
     if unknown:
         raise ValueError(
             f"{folder}: the weights hold {len(unknown)} tensors that its config.json does not ask "
             f"for, first {unknown[0]!r}: it describes another network"
         )
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
+    for name, shape in shapes.items():
+        if shape != tuple(wanted[name].shape):
             raise ValueError(
-                f"{folder}: {name} has shape {list(tensor.shape)}, its config.json asks for "
+                f"{folder}: {name} has shape {list(shape)}, its config.json asks for "
                 f"{list(wanted[name].shape)}"
             )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{folder}: {name} is not finite in {dtype}: the weights are damaged")
     unet.load_state_dict(weights, assign=True)
     return unet
 
