@@ -6,22 +6,31 @@ Folders are changed at random, by seed, and opened: they work, or one message sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import build_tiny_model, build_tiny_multiview, build_tiny_view_model
 
-from dsd_fast.diffusion import embed_views, load_model, load_view_model
+from dsd_fast.diffusion import embed_views, families, load_model, load_view_model
 from dsd_fast.diffusion.condition import Condition
-from dsd_fast.diffusion.loader import resolve
+from dsd_fast.diffusion.loader import picture_shape, resolve
 
 N_TRIALS = int(os.environ.get("DSD_FUZZ_FOLDERS", "60"))
 # What commands turn into a line and exit code 2.
@@ -34,7 +43,8 @@ HOSTILE = (
     [], [1], [1, 2], [0, 0], [10**9] * 4, ["abc"] * 3, [[1]], {}, {"a": 1}, [None], [True],
 )  # fmt: skip
 TEXTS = (
-    b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"[]", b"null", b"NaN", b"\xff\xfe{}", b"\0" * 100,
+    b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"[]", b"null", b"NaN", b"\xff\xfe{}",
+    b"\0" * 100,
     b'{"a": NaN}', b'{"sample_size": ' + b"9" * 5000 + b"}", b'{"a": "\\ud800"}', b"<html></html>",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", b"\xef\xbb\xbf{}",
 )  # fmt: skip
@@ -311,3 +321,382 @@ def test_changed_folders_work_or_are_refused(
         shutil.rmtree(folder)
     assert not failures, "\n".join(failures)
     assert refused
+
+
+# ---- the hub ----
+
+
+class Hub:
+    """A hub on this computer: an HTTP server with the calls that huggingface_hub makes.
+
+    `served` has what was fetched, for the repositories are folders below `root`.
+    """
+
+    SHA = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.served = root, []
+        self.card: dict[str, Any] = {}
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(handler) -> None:
+                self.answer(handler, body=False)
+
+            def do_GET(handler) -> None:
+                self.answer(handler, body=True)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: bool) -> None:
+        path = unquote(urlsplit(handler.path).path)
+        headers, content = {"X-Repo-Commit": self.SHA}, b""
+        if m := re.fullmatch(r"/api/models/(\w+/[\w-]+)(/revision/\w+|/tree/\w+)?", path):
+            folder, what = self.root / m[1], m[2] or ""
+            if not folder.is_dir():
+                headers["X-Error-Code"] = "RepoNotFound"
+                return self.send(handler, 404, headers, b"{}", body)
+            names = sorted(f for f in folder.rglob("*") if f.is_file())
+            entries = [
+                {"type": "file", "oid": self.tag(f), "size": f.stat().st_size, "name": f}
+                for f in names
+            ]
+            for entry in entries:
+                name = entry.pop("name").relative_to(folder).as_posix()
+                entry["path"] = entry["rfilename"] = name
+            listing = {"id": m[1], "sha": self.SHA, "siblings": entries, "tags": [], **self.card}
+            content = json.dumps(entries if what.startswith("/tree") else listing).encode()
+        elif m := re.fullmatch(r"/(\w+/[\w-]+)/resolve/\w+/(.+)", path):
+            file = self.root / m[1] / m[2]
+            if not file.is_file():
+                headers["X-Error-Code"] = "EntryNotFound"
+                return self.send(handler, 404, headers, b"", body)
+            content = file.read_bytes()
+            headers["ETag"] = f'"{self.tag(file)}"'
+            if body:
+                self.served.append(m[2])
+        else:
+            return self.send(handler, 404, headers, b"", body)
+        return self.send(handler, 200, headers, content, body)
+
+    def tag(self, file: Path) -> str:
+        return hashlib.sha1(file.read_bytes()).hexdigest()
+
+    @staticmethod
+    def send(
+        handler: BaseHTTPRequestHandler, status: int, headers: dict, content: bytes, body: bool
+    ) -> None:
+        handler.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        if body:
+            handler.wfile.write(content)
+
+    def weights(self) -> set[str]:
+        return {name for name in self.served if name.endswith((".safetensors", ".bin"))}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub, and a cache that is empty: what HF_ENDPOINT and HF_HOME set at the import."""
+    from huggingface_hub import constants
+
+    server = Hub(tmp_path / "hub")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(constants.ENDPOINT, server.url)
+    )
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+STEMS = (
+    ("unet", "diffusion_pytorch_model"),
+    ("vae", "diffusion_pytorch_model"),
+    ("text_encoder", "model"),
+)
+
+
+def test_a_repository_is_fetched_with_its_full_weights(bases, hub, tmp_path, caplog) -> None:
+    repository = shutil.copytree(bases["text"], hub.root / "org" / "tiny")
+    for piece, stem in STEMS:
+        for other in (f"{stem}.fp16.safetensors", f"{stem}.non_ema.safetensors", f"{stem}.bin"):
+            (repository / piece / other).write_bytes(b"not to be read")
+    hub.card = {"cardData": {"license": "openrail"}}
+    model = load_model("org/tiny")
+    assert hub.weights() == {f"{piece}/{stem}.safetensors" for piece, stem in STEMS}
+    assert re.search(r"downloading org/tiny: 3 files.* GiB, licence openrail, to", caplog.text)
+    assert model.model_hash == load_model(bases["text"]).model_hash
+    # The second time nothing is fetched, and nothing said.
+    hub.served.clear()
+    caplog.clear()
+    load_model("org/tiny")
+    assert not hub.weights() and "downloading" not in caplog.text
+    # The cache's folder is a model too, with or without its reference.
+    root = tmp_path / "cache" / "models--org--tiny"
+    assert load_model(root).path == model.path == root / "snapshots" / hub.SHA
+    shutil.rmtree(root / "refs")
+    assert load_model(root / "snapshots").path == model.path
+    shutil.rmtree(root / "snapshots" / hub.SHA)
+    with pytest.raises(FileNotFoundError, match=r"snapshot.*org/tiny"):
+        load_model(root)
+
+
+def test_a_repository_of_half_precision_alone(bases, hub) -> None:
+    repository = shutil.copytree(bases["text"], hub.root / "org" / "half")
+    for piece, stem in STEMS:
+        file = repository / piece / f"{stem}.safetensors"
+        file.rename(file.with_name(f"{stem}.fp16.safetensors"))
+    model = load_model("org/half")
+    assert hub.weights() == {f"{piece}/{stem}.fp16.safetensors" for piece, stem in STEMS}
+    assert model.model_hash == load_model(bases["text"]).model_hash
+
+
+@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "no hub"])
+def test_a_cache_that_diffusers_filled_is_used_offline(bases, hub, monkeypatch, offline) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    repository = shutil.copytree(bases["text"], hub.root / "org" / "both")
+    for piece, stem in STEMS:
+        file = repository / piece / f"{stem}.safetensors"
+        shutil.copy(file, file.with_name(f"{stem}.fp16.safetensors"))
+    huggingface_hub.snapshot_download(
+        "org/both", allow_patterns=["*.json", "*.txt", "*.fp16.safetensors"]
+    )
+    if offline == "no hub":
+        hub.server.shutdown()
+        hub.server.server_close()
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_model("org/both").model_hash == load_model(bases["text"]).model_hash
+    with pytest.raises(ConnectionError, match=r"'org/other'.*local"):
+        load_model("org/other")
+
+
+def test_a_repository_of_pickles_is_refused_before_it_is_fetched(bases, hub) -> None:
+    repository = shutil.copytree(bases["text"], hub.root / "org" / "pickles")
+    file = repository / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(FileNotFoundError, match=r"pickle.*convert the model once.*\n.*org/pickles"):
+        load_model("org/pickles")
+    assert not hub.weights()
+
+
+def test_a_repository_of_another_family_is_refused_before_it_is_fetched(bases, hub) -> None:
+    repository = shutil.copytree(bases["text"], hub.root / "org" / "xl")
+    edit(repository / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    with pytest.raises(ValueError, match="Stable Diffusion XL"):
+        load_model("org/xl")
+    assert not hub.weights()
+
+
+def test_a_view_model_of_the_hub(bases, hub) -> None:
+    shutil.copytree(bases["view"], hub.root / "org" / "views")
+    assert load_view_model("org/views").model_hash == load_view_model(bases["view"]).model_hash
+
+
+# ---- names of weights ----
+
+SHARD_NAMES = (
+    ("{stem}-{n}", "{stem}.safetensors.index.json"),
+    ("{stem}.fp16-{n}", "{stem}.safetensors.index.fp16.json"),
+    ("{stem}-{n}.fp16", "{stem}.fp16.safetensors.index.json"),
+    ("{stem}-{n}.fp16", "{stem}.safetensors.index.fp16.json"),
+    ("{stem}.fp16-{n}", None),
+    # An index that has the other spelling of its shards.
+    ("{stem}-{n}.fp16", "{stem}.safetensors.index.fp16.json of {stem}.fp16-{n}"),
+)
+
+
+@pytest.mark.parametrize(("name", "index"), SHARD_NAMES)
+def test_shards_by_all_their_names(bases, tmp_path, name: str, index: str | None) -> None:
+    folder = shutil.copytree(bases["text"], tmp_path / "shards")
+    for piece, stem in STEMS:
+        whole = folder / piece / f"{stem}.safetensors"
+        tensors = load_file(whole)
+        whole.unlink()
+        places = {}
+        for i in range(2):
+            part = {key: tensors[key] for key in sorted(tensors)[i::2]}
+            number = f"0000{i + 1}-of-00002"
+            file = name.format(stem=stem, n=number) + ".safetensors"
+            save_file(part, folder / piece / file, metadata={"format": "pt"})
+            named = name if " of " not in (index or "") else (index or "").split(" of ")[1]
+            places |= dict.fromkeys(part, named.format(stem=stem, n=number) + ".safetensors")
+        if index is not None:
+            file = index.split(" of ")[0].format(stem=stem)
+            replace(folder / piece / file, {"metadata": {}, "weight_map": places})
+    use("text", folder)
+    model, whole_model = load_model(folder), load_model(bases["text"])
+    for a, b in zip(model.unet.parameters(), whole_model.unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "name", ["../vae/x.safetensors", "/x.safetensors", "a/b.safetensors", "..", "x.bin", 5, None]
+)
+def test_an_index_names_files_beside_it_alone(bases, tmp_path, name: object) -> None:
+    folder = copy(bases["text"], tmp_path / "model")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    replace(index, {"weight_map": {"conv_in.weight": name}})
+    with pytest.raises(ValueError, match=r"index\.json: weight_map: 'conv_in.weight': expected"):
+        load_model(folder)
+
+
+def test_the_line_for_pickles_converts_them(bases, tmp_path) -> None:
+    folder = shutil.copytree(bases["text"], tmp_path / "pickled model")
+    for piece, stem in STEMS:
+        file = folder / piece / f"{stem}.safetensors"
+        name = "pytorch_model" if stem == "model" else stem
+        torch.save(load_file(file), folder / piece / f"{name}.bin")
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="is a pickle, which can run anything") as error:
+        load_model(folder)
+    told, line = str(error.value).split("\n")
+    assert line.startswith("python -c ")
+    subprocess.run(
+        line.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, cwd=tmp_path
+    )
+    new = tmp_path / shlex.split(told.rpartition("--model ")[2].rstrip(":"))[0]
+    assert load_model(new).encode_prompt(["a chair"]).shape == (1, 77, 16)
+
+
+# ---- what a model is ----
+
+
+def test_no_configuration_chooses_code(bases, tmp_path, monkeypatch) -> None:
+    """Kernels of the hub, code and quantisers that a text encoder's configuration names."""
+    import huggingface_hub
+
+    folder = copy(bases["text"], tmp_path / "model")
+    edit(
+        folder / "text_encoder" / "config.json",
+        _attn_implementation="kernels-community/flash-attn3",
+        attn_implementation="kernels-community/flash-attn3",
+        auto_map={"AutoModel": "evil.Model"},
+        quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True},
+    )
+    for piece in ("unet", "vae"):
+        edit(folder / piece / "config.json", quantization_config={"quant_method": "gguf"})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, refuse)
+    model = load_model(folder)
+    expected = load_model(bases["text"]).encode_prompt(["a chair"])
+    assert torch.equal(model.encode_prompt(["a chair"]), expected)
+    _, encoder = model._text_encoder._loaded
+    assert encoder.config._attn_implementation == "sdpa"
+
+
+SD1 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
+
+
+@pytest.mark.parametrize(
+    ("unet", "size"),
+    [
+        ({"sample_size": 32, "_diffusers_version": "0.6.0"}, 64),
+        ({"sample_size": 32, "_diffusers_version": "0.8.1"}, 64),
+        ({"sample_size": 32, **SD1}, 64),
+        ({"sample_size": 32}, 32),
+        ({"sample_size": 32, "_diffusers_version": "0.9.0"}, 32),
+        ({"sample_size": 32, "_diffusers_version": "0.42.1", **SD1}, 32),
+        ({"sample_size": 96, "_diffusers_version": "0.8.1"}, 96),
+    ],
+)
+def test_latents_of_folders_before_diffusers_0_9(tmp_path, caplog, unet: dict, size: int) -> None:
+    given = dict(unet)
+    families.latents_of_old_folder(tmp_path / "config.json", unet)
+    assert unet["sample_size"] == size
+    assert ("is taken for 64, as diffusers does" in caplog.text) == (given["sample_size"] != size)
+
+
+def test_an_old_folder_is_loaded_with_64(bases, tmp_path, caplog) -> None:
+    folder = copy(bases["text"], tmp_path / "old")
+    edit(folder / "unet" / "config.json", sample_size=32, _diffusers_version="0.6.0")
+    assert picture_shape(folder) == (4, 64, 128)
+    assert load_model(folder).latent_size == 64
+    assert caplog.text.count("is taken for 64") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "latent consistency model"),
+        ("unet/config.json", {"in_channels": 9}, "an inpainting model.*expected.*Stable Diffusion"),
+        ("unet/config.json", {"in_channels": 5}, "a depth model, which needs a depth map"),
+        ("unet/config.json", {"in_channels": 7}, "an upscaler"),
+        ("unet/config.json", {"in_channels": 8}, "--task single-view --image"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "Stable Diffusion XL's UNet"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "Stable Diffusion 3"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "second text encoder"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "Flux, a transformer"),
+        ("model_index.json", {"_class_name": "Zero1to3StableDiffusionPipeline"}, "single-view"),
+        ("model_index.json", {"_class_name": "StableVideoDiffusionPipeline"}, "videos"),
+        ("model_index.json", {"_class_name": "PixArtAlphaPipeline"}, "another kind of network"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "no betas",
+        ),
+        ("text_encoder/config.json", {"model_type": "t5"}, "model_type: expected clip_text_model"),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}, "tokenizer_class"),
+    ],
+)
+def test_other_families_are_named(bases, tmp_path, file: str, entries: dict, message: str) -> None:
+    folder = copy(bases["text"], tmp_path / "model")
+    edit(folder / file, **entries)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(folder)
+    assert Path(file).name in str(error.value)
+
+
+def test_a_pipeline_is_named_before_its_pieces_are_missed(bases, tmp_path) -> None:
+    folder = copy(bases["text"], tmp_path / "model")
+    edit(folder / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(ValueError, match="Stable Diffusion 3, a transformer in place of a UNet"):
+        load_model(folder)
+    with pytest.raises(ValueError, match="--task single-view --image PICTURE"):
+        load_model(bases["view"])
+    with pytest.raises(FileNotFoundError, match="text-to-image model cannot say"):
+        load_view_model(bases["text"])
+    with pytest.raises(ValueError, match="'UNet2DConditionModel': this is one piece"):
+        load_model(bases["text"] / "unet")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "sign"),
+    [
+        ("sd-turbo", {}, "its name has 'turbo'"),
+        ("model", {"_class_name": "LCMScheduler"}, "LCMScheduler"),
+        (
+            "model",
+            {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+            "'trailing'",
+        ),
+        ("model", {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, None),
+        ("turbocharger", {}, None),
+    ],
+)
+def test_what_may_be_distilled_is_said(bases, tmp_path, caplog, name, scheduler, sign) -> None:
+    folder = copy(bases["text"], tmp_path / name)
+    edit(folder / "scheduler" / "scheduler_config.json", **scheduler)
+    load_model(folder)
+    assert ("may be a model distilled" in caplog.text) == (sign is not None)
+    assert (sign or "") in caplog.text

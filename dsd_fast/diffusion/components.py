@@ -40,8 +40,11 @@ WEIGHTS = {"text_encoder": "model", "image_encoder": "model"}
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 # The tokenizer is either one file (transformers 5) or a vocabulary with its merges.
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# What has weights, of a text-to-image model and of a model of views.
+TEXT_PIECES = ("unet", "vae", "text_encoder")
 # What a view model's folder may call its camera projection.
 PROJECTIONS = ("camera_projection", "clip_camera_projection", "cc_projection")
+VIEW_PIECES = ("unet", "vae", "image_encoder", *PROJECTIONS)
 # In model_index.json: a folder to take the VAE from, relative to the model's own.
 _VAE_FOLDER = "_vae_folder"
 _CLASSES = {
@@ -84,11 +87,17 @@ def inspect_folder(path: Path) -> PipelineFolder:
             was found there instead.
         ValueError: a configuration is unreadable, or describes a model that is not supported.
     """
+    configs = inspect_configs(path)
+    weights = {piece: find_weights(path / piece, stem_of(piece)).files for piece in TEXT_PIECES}
+    return PipelineFolder(path, configs, weights, {piece: path / piece for piece in configs})
+
+
+def inspect_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """What of `inspect_folder` needs no weights: configurations by piece, and the tokenizer."""
     index = _read_index(path, "StableDiffusionPipeline folder")
     families.refuse_pipeline(path, index)
     if any((path / name).is_dir() for name in PROJECTIONS):
         families.refuse_pipeline(path, {"_class_name": "Zero1to3Pipeline"})
-    places = {piece: path / piece for piece in _CONFIGS}
     configs = {}
     for piece, name in _CONFIGS.items():
         _require(path, f"{piece}/{name}")
@@ -99,14 +108,10 @@ def inspect_folder(path: Path) -> PipelineFolder:
             f"{tokenizer}: expected tokenizer.json, or vocab.json and merges.txt; "
             f"found {listing(tokenizer)}"
         )
-    weights = {
-        piece: find_weights(path / piece, stem_of(piece)).files
-        for piece in ("unet", "vae", "text_encoder")
-    }
     _check_configs(path, configs)
     check_tokenizer(tokenizer, configs["text_encoder"].get("vocab_size", 49408))
     families.warn_of_distilled(path, index, configs["unet"], configs["scheduler"])
-    return PipelineFolder(path, configs, weights, places)
+    return configs
 
 
 def inspect_view_folder(path: Path) -> PipelineFolder:
@@ -119,6 +124,17 @@ def inspect_view_folder(path: Path) -> PipelineFolder:
     Raises:
         FileNotFoundError, ValueError: as `inspect_folder`.
     """
+    places, configs = inspect_view_configs(path)
+    weights = {
+        piece: find_weights(place, stem_of(piece)).files
+        for piece, place in places.items()
+        if piece != "scheduler"
+    }
+    return PipelineFolder(path, configs, weights, places)
+
+
+def inspect_view_configs(path: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """What of `inspect_view_folder` needs no weights: places and configurations by piece."""
     index = _read_index(path, "folder with unet, vae, scheduler and a camera projection")
     projections = [name for name in PROJECTIONS if (path / name).is_dir()]
     if not projections:
@@ -137,15 +153,12 @@ def inspect_view_folder(path: Path) -> PipelineFolder:
             )
     if projections[0] == PROJECTIONS[0]:
         del places["image_encoder"]
-
-    configs, weights = {}, {}
+    configs = {}
     for piece, place in places.items():
         if piece != "projection":
             name = _CONFIGS.get(piece, "config.json")
             _require(place, name)
             configs[piece] = read_settings(place / name, piece)
-        if piece != "scheduler":
-            weights[piece] = find_weights(place, stem_of(piece)).files
     _check_classes(places, configs)
     channels = configs["vae"].get("latent_channels", 4)
     found = tuple(configs["unet"].get(key, 4) for key in ("in_channels", "out_channels"))
@@ -155,7 +168,7 @@ def inspect_view_folder(path: Path) -> PipelineFolder:
             f"{2 * channels} and {channels}: noisy latents beside those of the reference picture"
         )
     _check_levels(places, configs)
-    return PipelineFolder(path, configs, weights, places)
+    return places, configs
 
 
 def _read_index(path: Path, what: str) -> dict[str, Any]:

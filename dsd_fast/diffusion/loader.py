@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from dsd_fast.diffusion import hub
 from dsd_fast.diffusion.components import (
-    PROJECTIONS,
+    TEXT_PIECES,
+    VIEW_PIECES,
     PipelineFolder,
+    inspect_configs,
     inspect_folder,
+    inspect_view_configs,
     inspect_view_folder,
     is_multiview,
     latent_size,
@@ -36,21 +40,6 @@ EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "prior"
 _VIEWS_FOLDER = _EMBEDDED_FOLDER.parent / "view_prior"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Only what is read: no pickles, no second precision, no safety checker.
-_HUB_FILES = [
-    "model_index.json",
-    "tokenizer/*",
-    "scheduler/*.json",
-    *(f"{piece}/*.json" for piece in ("unet", "vae", "text_encoder")),
-    *(f"{piece}/*.safetensors" for piece in ("unet", "vae", "text_encoder")),
-]
-_VIEW_HUB_FILES = [
-    "model_index.json",
-    "scheduler/*.json",
-    *(f"{piece}/*.json" for piece in ("unet", "vae", "image_encoder", *PROJECTIONS)),
-    *(f"{piece}/*.safetensors" for piece in ("unet", "vae", "image_encoder", *PROJECTIONS)),
-]
-_HUB_IGNORED = ["*.fp16.*", "*non_ema*"]
 
 
 def load_model(
@@ -103,7 +92,7 @@ def load_view_model(
         FileNotFoundError, ValueError, ConnectionError: as `load_model`.
     """
     embedded = str(path_or_id) == EMBEDDED
-    path = _embedded(_VIEWS_FOLDER) if embedded else resolve(path_or_id, _VIEW_HUB_FILES)
+    path = _embedded(_VIEWS_FOLDER) if embedded else resolve(path_or_id, views=True)
     folder = inspect_view_folder(path)
     unet, vae, others = _networks(folder, device, dtype)
     encoder = None
@@ -206,18 +195,24 @@ def picture_shape(path_or_id: str | Path) -> PictureShape:
     return PictureShape(channels, side, side * _factor(folder))
 
 
-def resolve(path_or_id: str | Path, hub_files: Sequence[str] = _HUB_FILES) -> Path:
+def resolve(path_or_id: str | Path, *, views: bool = False) -> Path:
     """The local folder of a model: a folder wins over a hub id of the same spelling.
 
-    Of a hub id the files whose names match `hub_files` are downloaded.
+    Args:
+        path_or_id: as for `load_model`; a folder of the hub's cache stands for its snapshot.
+        views: whether a hub id is of a model for `load_view_model`.
+    Raises:
+        ConnectionError, FileNotFoundError, ValueError: as `hub.download`.
     """
     text = str(path_or_id)
     if text == EMBEDDED:
         return _embedded(_EMBEDDED_FOLDER)
     path = Path(path_or_id).expanduser()
     if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(text):
-        return path
-    return _download(text, hub_files)
+        return hub.of_cache(path)
+    if views:
+        return hub.download(text, VIEW_PIECES, inspect_view_configs)
+    return hub.download(text, TEXT_PIECES, inspect_configs)
 
 
 def _embedded(folder: Path) -> Path:
@@ -227,24 +222,6 @@ def _embedded(folder: Path) -> Path:
             "package, or pass a folder of another model with --model"
         )
     return folder
-
-
-def _download(hub_id: str, files: Sequence[str]) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=list(files), ignore_patterns=_HUB_IGNORED
-            )
-        )
-    # Offline mode, no network, no such repository and no permission have unrelated types there.
-    except Exception as error:
-        raise ConnectionError(
-            f"model {hub_id!r}: there is no such local folder, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
-            "; pass the path of a local Stable Diffusion folder, or 'embedded'"
-        ) from error
 
 
 def _check_views(folder: PipelineFolder, n_views: int) -> None:

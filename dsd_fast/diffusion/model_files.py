@@ -69,7 +69,10 @@ def listing(folder: Path) -> str:
     """Names of what a folder holds, the first eight, for messages."""
     if not folder.is_dir():
         return "no such folder"
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(
+        entry.name if entry.exists() else f"{entry.name} (a link to nothing)"
+        for entry in folder.iterdir()
+    )
     if len(names) > 8:
         names = [*names[:8], f"and {len(names) - 8} more"]
     return ", ".join(names) if names else "nothing"

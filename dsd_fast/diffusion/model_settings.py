@@ -31,13 +31,13 @@ Beta = Annotated[float, Interval(gt=0, lt=1)]
 
 
 # One for each level.
-Widths = Annotated[tuple[Width, ...], Len(1, 16)]
-Names = Annotated[tuple[Name, ...], Len(1, 16)]
-Counts = Annotated[tuple[Blocks, ...], Len(1, 16)]
-Choices = Annotated[tuple[bool, ...], Len(1, 16)]
-LevelHeads = Annotated[tuple[Heads, ...], Len(1, 16)]
+Widths = Annotated[tuple[Width, ...], Len(0, 16)]
+Names = Annotated[tuple[Name, ...], Len(0, 16)]
+Counts = Annotated[tuple[Blocks, ...], Len(0, 16)]
+Choices = Annotated[tuple[bool, ...], Len(0, 16)]
+LevelHeads = Annotated[tuple[Heads, ...], Len(0, 16)]
 EachLevel = Blocks | Counts
-EachLayer = Annotated[tuple[EachLevel, ...], Len(1, 16)]
+EachLayer = Annotated[tuple[EachLevel, ...], Len(0, 16)]
 
 
 @dataclass
