@@ -28,7 +28,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import build_tiny_model, build_tiny_multiview, build_tiny_view_model
 
-from dsd_fast.diffusion import embed_views, families, load_model, load_view_model
+from dsd_fast import convert
+from dsd_fast.diffusion import (
+    components,
+    embed_views,
+    families,
+    load_model,
+    load_view_model,
+    model_settings,
+    single_file,
+)
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.loader import picture_shape, resolve
 
@@ -700,3 +709,248 @@ def test_what_may_be_distilled_is_said(bases, tmp_path, caplog, name, scheduler,
     load_model(folder)
     assert ("may be a model distilled" in caplog.text) == (sign is not None)
     assert (sign or "") in caplog.text
+
+
+# ---- one file ----
+
+
+def original_names(folder: Path, text: str) -> dict[str, torch.Tensor]:
+    """The weights of a folder under the names of a checkpoint in one file.
+
+    Args:
+        text: "clip" for Stable Diffusion 1's names of its text encoder, "open_clip" for 2's.
+    """
+    parts = {piece: load_file(folder / piece / f"{stem}.safetensors") for piece, stem in STEMS}
+    made = {f"model.diffusion_model.{_unet_name(n)}": t for n, t in parts["unet"].items()}
+    for name, tensor in parts["vae"].items():
+        new, matrix = _vae_name(name), ".attentions." in name and tensor.ndim == 2
+        made[f"first_stage_model.{new}"] = tensor[:, :, None, None] if matrix else tensor
+    own = {n.removeprefix("text_model."): t for n, t in parts["text_encoder"].items()}
+    if text == "clip":
+        made |= {f"cond_stage_model.transformer.text_model.{n}": t for n, t in own.items()}
+    else:
+        made |= {f"cond_stage_model.model.{n}": t for n, t in _open_clip(own).items()}
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def _renamed(name: str, pairs: dict[str, str]) -> str:
+    for old, new in pairs.items():
+        name = re.sub(old, new, name)
+    return name
+
+
+def _unet_name(name: str) -> str:
+    layers = 1  # a level, of the tiny model
+    if m := re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name):
+        first = int(m[2]) * (layers + 1)
+        place = {
+            ("down", "resnets"): f"input_blocks.{1 + first + int(m[4])}.0.",
+            ("down", "attentions"): f"input_blocks.{1 + first + int(m[4])}.1.",
+            ("down", "downsamplers"): f"input_blocks.{1 + first + layers}.0.op.",
+            ("up", "resnets"): f"output_blocks.{first + int(m[4])}.0.",
+            ("up", "attentions"): f"output_blocks.{first + int(m[4])}.1.",
+            # Its first level up, with the one upsampler, has no attention.
+            ("up", "upsamplers"): f"output_blocks.{first + layers}.1.conv.",
+        }[m[1], m[3]]
+        name = place + m[5].removeprefix("conv.")
+    names = {
+        r"^mid_block\.resnets\.0": "middle_block.0",
+        r"^mid_block\.attentions\.0": "middle_block.1",
+        r"^mid_block\.resnets\.1": "middle_block.2",
+        r"^time_embedding\.linear_1": "time_embed.0",
+        r"^time_embedding\.linear_2": "time_embed.2",
+        r"^conv_in": "input_blocks.0.0",
+        r"^conv_norm_out": "out.0",
+        r"^conv_out": "out.2",
+    }
+    inner = {
+        r"\.norm1\.(weight|bias)$": r".in_layers.0.\1",
+        r"\.conv1": ".in_layers.2",
+        r"\.norm2\.(weight|bias)$": r".out_layers.0.\1",
+        r"\.conv2": ".out_layers.3",
+        r"\.time_emb_proj": ".emb_layers.1",
+        r"\.conv_shortcut": ".skip_connection",
+    }
+    return _renamed(name, names | ({} if "transformer_blocks" in name else inner))
+
+
+def _vae_name(name: str) -> str:
+    levels = 2
+    if m := re.match(r"decoder\.up_blocks\.(\d)(.*)", name):
+        name = f"decoder.up.{levels - 1 - int(m[1])}{m[2]}"
+    names = {
+        r"down_blocks": "down",
+        r"mid_block\.resnets\.0": "mid.block_1",
+        r"mid_block\.resnets\.1": "mid.block_2",
+        r"mid_block\.attentions\.0": "mid.attn_1",
+        r"resnets": "block",
+        r"(down|up)samplers\.0": r"\1sample",
+        r"conv_norm_out": "norm_out",
+        r"conv_shortcut": "nin_shortcut",
+        r"attn_1\.group_norm": "attn_1.norm",
+        r"attn_1\.to_(q|k|v)": r"attn_1.\1",
+        r"attn_1\.to_out\.0": "attn_1.proj_out",
+    }
+    return _renamed(name, names)
+
+
+def _open_clip(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = {
+        r"^embeddings\.token_embedding": "token_embedding",
+        r"^embeddings\.position_embedding\.weight": "positional_embedding",
+        r"^final_layer_norm": "ln_final",
+        r"^encoder\.layers": "transformer.resblocks",
+        r"self_attn\.out_proj": "attn.out_proj",
+        r"layer_norm1": "ln_1",
+        r"layer_norm2": "ln_2",
+        r"mlp\.fc1": "mlp.c_fc",
+        r"mlp\.fc2": "mlp.c_proj",
+    }
+    made = {_renamed(n, names): t for n, t in own.items() if not re.search(r"\.[qkv]_proj", n)}
+    for end in ("weight", "bias"):
+        qkv = [own[f"encoder.layers.0.self_attn.{part}_proj.{end}"] for part in "qkv"]
+        made[f"transformer.resblocks.0.attn.in_proj_{end}"] = torch.cat(qkv)
+    return made
+
+
+@pytest.fixture(scope="module")
+def single(bases, tmp_path_factory) -> dict[str, Path]:
+    """The tiny model in one file, with either text encoder's names."""
+    folder = tmp_path_factory.mktemp("single")
+    found = {}
+    for text in ("clip", "open_clip"):
+        found[text] = folder / f"{text}.safetensors"
+        extra = {"model_ema.num_updates": torch.tensor(5), "alphas_cumprod": torch.ones(3)}
+        save_file(original_names(bases["text"], text) | extra, found[text])
+    return found
+
+
+@pytest.mark.parametrize("text", ["clip", "open_clip"])
+def test_one_file_becomes_the_folder_that_it_was(bases, single, tmp_path, text: str) -> None:
+    argv = ["--file", str(single[text]), "--output", str(tmp_path / "new")]
+    assert convert.main([*argv, "--like", str(bases["text"])]) == 0
+    model, expected = load_model(tmp_path / "new"), load_model(bases["text"])
+    for piece in ("unet", "vae"):
+        mine, theirs = (getattr(m, piece).state_dict() for m in (model, expected))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    prompts = ["a chair", ""]
+    assert torch.equal(model.encode_prompt(prompts), expected.encode_prompt(prompts))
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+    # What is there is not written over.
+    assert convert.main(argv) == 2
+
+
+def test_a_file_is_a_model_and_converted_once(bases, single, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("DSD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(single_file, "_kind", lambda *_, **__: "Stable Diffusion 1")
+    monkeypatch.setattr(
+        single_file, "_write_settings", lambda to, _: single_file._copy_settings(bases["text"], to)
+    )
+    file = tmp_path / "model.ckpt"  # what is inside counts, and not the name
+    shutil.copy(single["clip"], file)
+    first = load_model(str(file))
+    assert caplog.text.count("converting") == 1 and first.path.parent == tmp_path / "cache/models"
+    assert load_model(file).path == first.path
+    assert picture_shape(file) == (4, 8, 16)
+    assert caplog.text.count("converting") == 1
+
+
+def test_a_pickled_file_is_refused_with_the_line_that_converts(bases, single, tmp_path) -> None:
+    file = tmp_path / "a model.ckpt"
+    torch.save({"state_dict": load_file(single["clip"]), "global_step": 5}, file)
+    with pytest.raises(ValueError, match="is a pickle, which can run anything") as error:
+        load_model(file)
+    line = str(error.value).split("\n")[1]
+    code = shlex.split(line)[2]
+    exec(code, {})
+    assert load_file(file.with_suffix(".safetensors")).keys() == load_file(single["clip"]).keys()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_unet_x.lora_down.weight": (4, 4)}, "a LoRA"),
+        ({"cc_projection.weight": (4, 4), "model.diffusion_model.x": (1,)}, "Zero-1-to-3"),
+        ({"conditioner.embedders.1.model.x": (4,)}, "Stable Diffusion XL"),
+        ({"model.diffusion_model.joint_blocks.0.x": (4,)}, "Stable Diffusion 3"),
+        ({"double_blocks.0.img_attn.x": (4,)}, "Flux"),
+        ({"control_model.time_embed.0.weight": (4,)}, "a ControlNet"),
+        ({"down_blocks.0.x": (4,)}, "one piece of a folder"),
+        ({"x": (4,)}, r"found no tensors model.diffusion_model.\*, first_stage_model.\*"),
+    ],
+)
+def test_other_files_are_named(tmp_path, tensors: dict, message: str) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_file_that_does_not_fit_leaves_nothing(bases, single, tmp_path) -> None:
+    weights = load_file(single["clip"])
+    like, output = bases["text"], tmp_path / "new"
+    cases: list[tuple[dict, str]] = [
+        (
+            {n: t for n, t in weights.items() if "time_embed.0" not in n},
+            r"lacks 2 tensors of its u",
+        ),
+        (weights | {"first_stage_model.quant_conv.bias": torch.zeros(5)}, "quant_conv.bias has sh"),
+        (
+            weights | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)},
+            "inpainting",
+        ),
+    ]
+    for i, (changed, message) in enumerate(cases):
+        file = tmp_path / f"{i}.safetensors"
+        save_file(changed, file)
+        with pytest.raises(ValueError, match=message):
+            single_file.convert(file, output, like)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        single_file.convert(file, output, like)
+    with pytest.raises(ValueError, match=r"320 channels.*--like"):
+        single_file.convert(single["clip"], output)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".safetensors"] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "unet", "text"),
+    [
+        ("Stable Diffusion 1", 859_520_964, 123_060_480),
+        ("Stable Diffusion 2", 865_910_724, 340_387_840),
+    ],
+)
+def test_the_configurations_of_the_package(tmp_path, kind: str, unet: int, text: int) -> None:
+    """Numbers of parameters and of tokens are those that are known of the models."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    single_file._write_settings(tmp_path, kind)
+    components.inspect_configs(tmp_path)
+    counts = []
+    for cls, piece in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
+        config = json.loads((tmp_path / piece / "config.json").read_text())
+        with torch.device("meta"):
+            counts.append(sum(p.numel() for p in components._build(cls, config).parameters()))
+    config = model_settings.read_settings(tmp_path / "text_encoder" / "config.json", "text_encoder")
+    with torch.device("meta"):
+        encoder = components._build(CLIPTextModel, model_settings.known(config, "text_encoder"))
+    counts.append(sum(p.numel() for p in encoder.parameters()))
+    assert counts == [unet, 83_653_863, text]
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    padding = 49407 if kind.endswith("1") else 0
+    tokens = tokenizer("a photo of a cat", padding="max_length", max_length=9)["input_ids"]
+    assert tokens == [49406, 320, 1125, 539, 320, 2368, 49407, padding, padding]
+
+
+def test_noise_and_velocity_are_told_apart() -> None:
+    def noise(latents: torch.Tensor, t: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        return (latents + 0.3 * torch.randn_like(latents),)
+
+    def velocity(latents: torch.Tensor, t: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        return (0.07 * latents - 0.5 * torch.randn_like(latents),)
+
+    assert not single_file.predicts_velocity(noise, 16)
+    assert single_file.predicts_velocity(velocity, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from dsd_fast.diffusion import families, int8
 from dsd_fast.diffusion.model_files import (
+    FLOATS,
     Weights,
     brief,
     find_weights,
@@ -242,8 +244,9 @@ _ATTENTION = "sdpa"
 
 
 def _outline(cls: type, folder: Path, config: dict[str, Any], weights: Weights) -> Network:
+    is_int8 = weights.variant == int8.VARIANT
     try:
-        shapes = headers(weights.files, integers=weights.variant == int8.VARIANT)
+        shapes = headers(weights.files, FLOATS | {"I8"} if is_int8 else FLOATS)
     except ValueError as error:
         raise ValueError(f"cannot load {cls.__name__} from {error}") from error
     file = folder / "config.json"
@@ -319,7 +322,7 @@ def _from_pretrained(
             index = {"metadata": {"total_size": 0}, "weight_map": tensors}
             (staged / f"{stem}.safetensors.index.json").write_text(json.dumps(index), "utf-8")
         for name, file in zip(names, weights.files):
-            (staged / name).symlink_to(file.resolve())
+            _link(staged / name, file.resolve())
         try:
             module, info = cls.from_pretrained(
                 staged,
@@ -332,6 +335,14 @@ def _from_pretrained(
         except Exception as error:
             raise ValueError(f"cannot load {cls.__name__} from {folder}: {brief(error)}") from error
     return module, info["missing_keys"]
+
+
+def _link(place: Path, file: Path) -> None:
+    """A link to a file, or a copy where the system gives no links."""
+    try:
+        place.symlink_to(file)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def _from_int8(

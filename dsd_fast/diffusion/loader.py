@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion import hub
+from dsd_fast.diffusion import hub, single_file
 from dsd_fast.diffusion.components import (
     TEXT_PIECES,
     VIEW_PIECES,
@@ -199,7 +199,8 @@ def resolve(path_or_id: str | Path, *, views: bool = False) -> Path:
     """The local folder of a model: a folder wins over a hub id of the same spelling.
 
     Args:
-        path_or_id: as for `load_model`; a folder of the hub's cache stands for its snapshot.
+        path_or_id: as for `load_model`; a folder of the hub's cache stands for its snapshot, and
+            a file for the folder that it is converted to (`single_file.folder_of`).
         views: whether a hub id is of a model for `load_view_model`.
     Raises:
         ConnectionError, FileNotFoundError, ValueError: as `hub.download`.
@@ -208,6 +209,8 @@ def resolve(path_or_id: str | Path, *, views: bool = False) -> Path:
     if text == EMBEDDED:
         return _embedded(_EMBEDDED_FOLDER)
     path = Path(path_or_id).expanduser()
+    if path.is_file() and not views:
+        return single_file.folder_of(path)
     if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(text):
         return hub.of_cache(path)
     if views:

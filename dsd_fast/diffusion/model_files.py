@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ _DEEPEST_JSON = 32
 _MOST_DIGITS = 40
 # What is looked for in file names between stem and ".safetensors", the preferred one first.
 VARIANTS = (None, "fp16", "bf16", int8.VARIANT)
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+# Of weights.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _LFS_MARK = b"version https://git-lfs"
 
 
@@ -209,16 +210,17 @@ def _respelled(name: str) -> str:
     return name
 
 
-def headers(files: Sequence[Path], integers: bool = False) -> dict[str, tuple[int, ...]]:
+def headers(
+    files: Sequence[Path], kinds: Collection[str] | None = FLOATS
+) -> dict[str, tuple[int, ...]]:
     """Shapes by tensor name over safetensors files, whose data is not read.
 
     Args:
-        integers: whether int8 weights are expected beside floating ones.
+        kinds: dtypes that tensors may have, in safetensors' words; None for any.
     Raises:
-        ValueError: a file that is damaged, or weights that are no floating numbers.
+        ValueError: a file that is damaged, or a tensor of another dtype.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    allowed = _FLOATS | {"I8"} if integers else _FLOATS
     for file in files:
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
@@ -227,9 +229,10 @@ def headers(files: Sequence[Path], integers: bool = False) -> dict[str, tuple[in
                     shapes[name] = tuple(piece.get_shape())
                     kind = str(piece.get_dtype())
                     # A table of positions is no weight: old text encoders keep it.
-                    if kind not in allowed and not name.endswith("position_ids"):
+                    fits = kinds is None or kind in kinds or name.endswith("position_ids")
+                    if not fits:
                         raise ValueError(
-                            f"{file}: {name}: expected {', '.join(sorted(allowed))}, got {kind}"
+                            f"{file}: {name}: expected {', '.join(sorted(kinds or ()))}, got {kind}"
                         )
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file}: {_damage(file, error)}") from error
