@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -62,8 +63,6 @@ _FOREIGN_UNET_KEYS = {
 }
 # Pictures of up to 1024 pixels.
 _LARGEST_LATENT = 128
-# A layer has more tensors than this.
-_TENSORS_PER_LAYER = 4
 
 
 @dataclass(frozen=True)
@@ -205,10 +204,16 @@ def load_component(cls: type, folder: Path, dtype: torch.dtype) -> Any:
     config, weights = _read_piece(cls, folder)
     _outline(cls, folder, config, weights)
     if weights.variant == int8.VARIANT:
-        module, missing = _from_int8(cls, folder, config, weights, dtype)
+        module, missing, others = _from_int8(cls, folder, config, weights, dtype)
     else:
-        module, missing = _from_pretrained(cls, folder, config, weights, dtype)
+        module, missing, others = _from_pretrained(cls, folder, config, weights, dtype)
     _refuse_missing(folder, missing)
+    others = sorted(name for name in others if not name.endswith("position_ids"))
+    if others:
+        families.say_once(
+            f"{folder}: its weights hold {len(others)} tensors that its config.json does not ask "
+            f"for, first {others[0]!r}: they are left out"
+        )
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{folder}: {name} is not finite in {dtype}: the weights are damaged")
@@ -250,12 +255,7 @@ def _outline(cls: type, folder: Path, config: dict[str, Any], weights: Weights) 
     except ValueError as error:
         raise ValueError(f"cannot load {cls.__name__} from {error}") from error
     file = folder / "config.json"
-    layers = _layers(config)
-    if layers * _TENSORS_PER_LAYER > len(shapes):
-        raise ValueError(
-            f"{file}: {', '.join(_LAYER_KEYS & config.keys())}: these ask for {layers} layers or "
-            f"more, and the weights in {weights.files[0].name} hold {len(shapes)} tensors"
-        )
+    _refuse_layers(file, config, shapes)
     try:
         with quiet(), torch.device("meta"):
             network = _build(cls, config)
@@ -273,37 +273,46 @@ def _outline(cls: type, folder: Path, config: dict[str, Any], weights: Weights) 
     return network
 
 
-_LAYER_KEYS = {
-    "block_out_channels",
-    "layers_per_block",
-    "transformer_layers_per_block",
-    "reverse_transformer_layers_per_block",
-    "num_encoder_blocks",
-    "num_decoder_blocks",
-    "num_hidden_layers",
+# Settings that say how often something is repeated, and the tensors that count it.
+_REPEATED = {
+    "layers_per_block": r"(?:encoder\.)?(down_blocks\.\d+\.resnets\.\d+)\.conv1\.weight",
+    "transformer_layers_per_block": r".*\.transformer_blocks\.(\d+)\..*",
+    "reverse_transformer_layers_per_block": r".*\.transformer_blocks\.(\d+)\..*",
+    "num_encoder_blocks": r"encoder\.layers\.(\d+)\..*",
+    "num_decoder_blocks": r"decoder\.layers\.(\d+)\..*",
+    "num_hidden_layers": r".*\blayers\.(\d+)\..*",
 }
 
 
-def _layers(config: dict[str, Any]) -> int:
-    """Layers that a configuration asks for at least; to be bounded before they are built."""
+def _refuse_layers(file: Path, config: dict[str, Any], names: Iterable[str]) -> None:
+    """ValueError for more layers than there are weights for: nobody waits for them to be built."""
+    for key, pattern in _REPEATED.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        counted = {m[1] for name in names if (m := re.fullmatch(pattern, name))}
+        if "transformer" in key:
+            asked = max(_flat(value), default=0)
+        elif key == "layers_per_block" and isinstance(value, int):
+            asked = value * len(config.get("block_out_channels", ()))
+        else:
+            asked = sum(_flat(value))
+        # A UNet may have no transformer at all, and the default of one layer.
+        if asked > len(counted) and (counted or "transformer" not in key):
+            raise ValueError(
+                f"{file}: {key} = {value!r:.80} asks for {asked} layers, the weights hold "
+                f"{len(counted)}"
+            )
 
-    def total(value: Any, levels: int = 1) -> int:
-        return sum(map(total, value)) if isinstance(value, list) else levels * value
 
-    levels = len(config.get("block_out_channels", [0]))
-    depth = [config.get(key) or 0 for key in sorted(_LAYER_KEYS) if "transformer" in key]
-    return max(
-        total(config.get("layers_per_block", 0), levels),
-        *(total(value) for value in depth),
-        *(total(config.get(key, 0)) for key in ("num_encoder_blocks", "num_decoder_blocks")),
-        total(config.get("num_hidden_layers", 0)),
-    )
+def _flat(value: Any) -> list[int]:
+    return [n for item in value for n in _flat(item)] if isinstance(value, list) else [value]
 
 
 def _from_pretrained(
     cls: type, folder: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype
-) -> tuple[Any, list[str]]:
-    """The network, and what its weights lack.
+) -> tuple[Any, list[str], list[str]]:
+    """The network, what its weights lack, and what they have beside.
 
     It is read from a folder of links, in which there is nothing but what was checked, under the
     names that the libraries know.
@@ -334,7 +343,7 @@ def _from_pretrained(
             )
         except Exception as error:
             raise ValueError(f"cannot load {cls.__name__} from {folder}: {brief(error)}") from error
-    return module, info["missing_keys"]
+    return module, info["missing_keys"], info["unexpected_keys"]
 
 
 def _link(place: Path, file: Path) -> None:
@@ -347,7 +356,7 @@ def _link(place: Path, file: Path) -> None:
 
 def _from_int8(
     cls: type, folder: Path, config: dict[str, Any], weights: Weights, dtype: torch.dtype
-) -> tuple[Any, list[str]]:
+) -> tuple[Any, list[str], list[str]]:
     """The same of a network of diffusers whose weights are kept in 8 bits (`int8`)."""
     try:
         packed = {k: v for file in weights.files for k, v in load_file(file).items()}
@@ -355,10 +364,10 @@ def _from_int8(
         # No numbers are drawn for weights that are replaced.
         with quiet(), torch.device("meta"):
             module = _build(cls, config)
-        missing, _ = module.load_state_dict(state, strict=False, assign=True)
+        missing, others = module.load_state_dict(state, strict=False, assign=True)
     except Exception as error:
         raise ValueError(f"cannot load {cls.__name__} from {folder}: {brief(error)}") from error
-    return module, missing
+    return module, missing, others
 
 
 def _refuse_missing(folder: Path, missing: Iterable[str]) -> None:

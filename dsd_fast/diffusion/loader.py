@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,8 +41,21 @@ EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "prior"
 _VIEWS_FOLDER = _EMBEDDED_FOLDER.parent / "view_prior"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_URL = re.compile(r"https?://[\w.-]+/([\w.-]+/[\w.-]+)")
 
 
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """ValueErrors of files that may not be read, or cannot be."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError):
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot read the model: {error}") from error
+
+
+@_os_errors()
 def load_model(
     path_or_id: str | Path,
     device: torch.device | str = "cpu",
@@ -54,8 +68,9 @@ def load_model(
 
     Args:
         path_or_id: a folder in diffusers' StableDiffusionPipeline format, a hub id "owner/name"
-            (downloaded once, then read from the local cache), or "embedded" for the prior that
-            ships with the package.
+            (downloaded once, then read from the local cache), a checkpoint of Stable Diffusion 1 or
+            2 in one safetensors file (converted once), or "embedded" for the prior that ships with
+            the package.
         dtype: of the UNet; default float16 on CUDA, float32 elsewhere. bfloat16 is 1.8 times as
             fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
             which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
@@ -64,8 +79,8 @@ def load_model(
             (a folder whose UNet is a MultiViewUNetModel), which needs cameras beside the text.
     Raises:
         FileNotFoundError: a missing folder or piece, named before anything is loaded.
-        ValueError: unsupported configuration, weights that do not fit it, or a model of another
-            number of views.
+        ValueError: unsupported or damaged configuration, weights that do not fit it, or a model of
+            another kind or number of views; names the file, and the key where there is one.
         ConnectionError: a hub id that can be neither found nor downloaded.
     """
     folder = inspect_folder(resolve(path_or_id))
@@ -74,6 +89,7 @@ def load_model(
     return _released(DiffusionModel(unet, vae, text, **others, engine=engine))
 
 
+@_os_errors()
 def load_view_model(
     path_or_id: str | Path,
     device: torch.device | str = "cpu",
@@ -187,6 +203,7 @@ class PictureShape(NamedTuple):
     image_size: int
 
 
+@_os_errors()
 def picture_shape(path_or_id: str | Path) -> PictureShape:
     """What `load_model` would say of a model's pictures, without its weights. Errors: as there."""
     folder = inspect_folder(resolve(path_or_id))
@@ -208,7 +225,14 @@ def resolve(path_or_id: str | Path, *, views: bool = False) -> Path:
     text = str(path_or_id)
     if text == EMBEDDED:
         return _embedded(_EMBEDDED_FOLDER)
-    path = Path(path_or_id).expanduser()
+    if url := _HUB_URL.match(text):
+        raise ValueError(f"model {text!r:.200}: expected no address; pass the hub id, {url[1]}")
+    try:
+        path = Path(path_or_id).expanduser()
+        path.exists()
+    # No such user; a name that is too long, a folder that must not be read.
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"model {text!r:.200} is no path: {brief(error)}") from error
     if path.is_file() and not views:
         return single_file.folder_of(path)
     if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(text):

@@ -66,7 +66,7 @@ class UNet:
     act_fn: Name = "silu"
     norm_num_groups: Width | None = 32
     norm_eps: Tiny = 1e-5
-    cross_attention_dim: Width | Widths = 1280
+    cross_attention_dim: Width = 1280
     transformer_layers_per_block: EachLevel | EachLayer = 1
     reverse_transformer_layers_per_block: EachLayer | None = None
     encoder_hid_dim: None = None
