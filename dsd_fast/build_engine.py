@@ -41,7 +41,7 @@ class BuildCommand:
     itself in the default output folder; elsewhere, through the environment variable DSD_CACHE.
     """
 
-    # A Stable Diffusion folder, a hub id, or "embedded".
+    # A Stable Diffusion folder or file, a hub id, or "embedded".
     model: str = "embedded"
     # "auto" takes tensorrt_rtx where it is installed and supports the GPU, else tensorrt.
     library: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"

@@ -11,7 +11,8 @@ MVDream is distributed, so a state dict fits as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,14 +230,7 @@ def load_multiview_unet(
     except ValueError as error:
         raise ValueError(f"cannot read {error}") from error
     check_config(config, str(folder / "config.json"))
-    # Layers have more than one tensor: a configuration that asks for more is not even built.
-    blocks, levels = config["num_res_blocks"], len(config["channel_mult"])
-    layers = blocks * levels if isinstance(blocks, int) else sum(blocks)
-    if layers * config.get("transformer_depth", 1) > len(shapes):
-        raise ValueError(
-            f"{folder / 'config.json'}: num_res_blocks and transformer_depth ask for more layers "
-            f"than the {len(shapes)} tensors of the weights can be"
-        )
+    _refuse_layers(config, folder / "config.json", shapes)
     try:
         with torch.device("meta"):
             unet = MultiViewUNet(config)
@@ -269,6 +263,22 @@ def load_multiview_unet(
             raise ValueError(f"{folder}: {name} is not finite in {dtype}: the weights are damaged")
     unet.load_state_dict(weights, assign=True)
     return unet
+
+
+def _refuse_layers(config: Mapping[str, Any], file: Path, names: Iterable[str]) -> None:
+    """ValueError for far more layers than there are weights for, which nobody waits for."""
+    blocks, levels = config["num_res_blocks"], len(config["channel_mult"])
+    blocks = blocks * levels if isinstance(blocks, int) else sum(blocks)
+    for key, asked, pattern in (
+        ("num_res_blocks", blocks + levels, r"input_blocks\.(\d+)\."),
+        ("transformer_depth", config.get("transformer_depth", 1), r".*transformer_blocks\.(\d+)\."),
+    ):
+        found = {m[1] for name in names if (m := re.match(pattern, name))}
+        if asked > 2 * max(1, len(found)):
+            raise ValueError(
+                f"{file}: {key} = {config[key]!r} asks for {asked} layers, the weights hold "
+                f"{len(found)}"
+            )
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
