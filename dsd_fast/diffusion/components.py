@@ -189,12 +189,13 @@ def stem_of(piece: str) -> str:
     return WEIGHTS.get(piece, DIFFUSERS_WEIGHTS)
 
 
-def load_component(cls: type, folder: Path, dtype: torch.dtype) -> Any:
+def load_component(cls: type, folder: Path, dtype: torch.dtype, *, outlined: bool = False) -> Any:
     """A network from its folder: on the CPU, without console output, and complete or refused.
 
     Args:
         cls: a class of diffusers, CLIPTextModel or CLIPVisionModelWithProjection. Those of
             transformers attend by torch's own function, whatever their configuration names.
+        outlined: whether `outline` has found nothing wrong before.
     Raises:
         ValueError: a configuration that describes no network, or weights that cannot be read, do
             not fit it, leave a parameter without a value (the libraries would fill it at random
@@ -202,7 +203,8 @@ def load_component(cls: type, folder: Path, dtype: torch.dtype) -> Any:
         FileNotFoundError: a missing file.
     """
     config, weights = _read_piece(cls, folder)
-    _outline(cls, folder, config, weights)
+    if not outlined:
+        _outline(cls, folder, config, weights)
     if weights.variant == int8.VARIANT:
         module, missing, others = _from_int8(cls, folder, config, weights, dtype)
     else:

@@ -166,8 +166,8 @@ def _networks(
         unet = load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)
     else:
         _try_unet(folder, outline(class_of("unet"), folder.places["unet"]))
-        unet = load_component(class_of("unet"), folder.places["unet"], dtype)
-    vae = load_component(class_of("vae"), folder.places["vae"], vae_dtype)
+        unet = load_component(class_of("unet"), folder.places["unet"], dtype, outlined=True)
+    vae = load_component(class_of("vae"), folder.places["vae"], vae_dtype, outlined=True)
     return (
         placed(unet),
         placed(vae),
