@@ -390,6 +390,8 @@ def test_what_may_not_be_read_is_a_message(bases, monkeypatch) -> None:
         ("vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean: expected nothing"),
         ("scheduler/scheduler_config.json", {"beta_end": "x"}, "beta_end: expected a number"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "json: .*1000 numbers"),
+        ("tokenizer/vocab.json", {"a": 5}, "several tokens one number"),
+        ("tokenizer/vocab.json", {"a": 514}, "'a': expected a number under 514"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": -1}, "model_max_length: expected"),
     ],
 )
@@ -398,7 +400,7 @@ def test_the_file_and_the_key_are_named(bases, tmp_path, file, entries, message)
     edit(folder / file, **entries)
     begun = time.process_time()
     with pytest.raises(ValueError, match=message) as error:
-        embed_views(load_model(folder), "a chair")
+        load_model(folder)
     assert str(folder / Path(file).parent) in str(error.value)
     assert time.process_time() - begun < 2
 

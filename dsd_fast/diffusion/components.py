@@ -469,6 +469,8 @@ def _check_vocabulary(file: Path, key: str, tokens: Any, vocabulary: int) -> Non
                 f"{file}: {key}{token!r:.80}: expected a number under {vocabulary}, the text "
                 f"encoder's vocab_size, got {number!r:.80}"
             )
+    if len(set(tokens.values())) < len(tokens):
+        raise ValueError(f"{file}: {key or 'it '}gives several tokens one number")
 
 
 def _require(root: Path, name: str, why: str = "") -> None:
