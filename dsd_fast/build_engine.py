@@ -18,7 +18,6 @@ from dsd_fast.diffusion.components import (
     PipelineFolder,
     inspect_folder,
     latent_size,
-    load_component,
     quiet,
 )
 from dsd_fast.diffusion.engines import cache, tensorrt_library
@@ -27,6 +26,7 @@ from dsd_fast.diffusion.engines.onnx_export import export_unet
 from dsd_fast.diffusion.engines.tensorrt import DEFAULT_ROWS, engine_key
 from dsd_fast.diffusion.engines.tensorrt_library import Capability, Library
 from dsd_fast.diffusion.loader import resolve
+from dsd_fast.diffusion.network_loading import load_component
 from dsd_fast.run.command import run_command
 from dsd_fast.run.progress import memory_mib
 

@@ -34,6 +34,7 @@ from dsd_fast.diffusion import (
     load_model,
     load_view_model,
     model_settings,
+    network_loading,
     single_file,
 )
 from dsd_fast.diffusion.condition import Condition
@@ -657,7 +658,7 @@ def test_shards_by_all_their_names(bases, tmp_path, name: str, index: str | None
     assert len(components.inspect_folder(folder).weight_files) == 5
     for cls, (piece, stem) in ((UNet2DConditionModel, STEMS[0]), (CLIPTextModel, STEMS[2])):
         wanted = load_file(bases["text"] / piece / f"{stem}.safetensors")
-        network = components.load_component(cls, folder / piece, torch.float32)
+        network = network_loading.load_component(cls, folder / piece, torch.float32)
         for tensor, parameter in network.named_parameters():
             found = wanted[tensor if tensor in wanted else f"text_model.{tensor}"]
             assert torch.equal(parameter, found)
@@ -1041,10 +1042,12 @@ def test_the_configurations_of_the_package(tmp_path, kind: str, unet: int, text:
     for cls, piece in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
         config = json.loads((tmp_path / piece / "config.json").read_text())
         with torch.device("meta"):
-            counts.append(sum(p.numel() for p in components._build(cls, config).parameters()))
+            counts.append(sum(p.numel() for p in network_loading._build(cls, config).parameters()))
     config = model_settings.read_settings(tmp_path / "text_encoder" / "config.json", "text_encoder")
     with torch.device("meta"):
-        encoder = components._build(CLIPTextModel, model_settings.known(config, "text_encoder"))
+        encoder = network_loading._build(
+            CLIPTextModel, model_settings.known(config, "text_encoder")
+        )
     counts.append(sum(p.numel() for p in encoder.parameters()))
     assert counts == [unet, 83_653_863, text]
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")

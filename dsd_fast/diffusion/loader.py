@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsd_fast.diffusion import hub, single_file
 from dsd_fast.diffusion.components import (
+    ENCODERS,
     TEXT_PIECES,
     VIEW_PIECES,
     PipelineFolder,
@@ -22,14 +23,13 @@ from dsd_fast.diffusion.components import (
     inspect_view_folder,
     is_multiview,
     latent_size,
-    load_component,
-    outline,
     quiet,
     vae_factor,
 )
 from dsd_fast.diffusion.condition import Condition, forward
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.model_files import brief
+from dsd_fast.diffusion.network_loading import load_component, outline
 from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.networks.multiview_unet import N_VIEWS, load_multiview_unet
 from dsd_fast.diffusion.noise_path import NoisePath
@@ -152,6 +152,7 @@ def _networks(
     _check_views(folder, n_views)
     with quiet():
         import diffusers
+        import transformers
 
     def class_of(piece: str) -> type:
         return getattr(diffusers, folder.configs[piece]["_class_name"])
@@ -161,6 +162,9 @@ def _networks(
         return network.to(device, memory_format=torch.channels_last)
 
     # What does not fit is found before gigabytes are read.
+    for piece, name in ENCODERS.items():
+        if piece in folder.configs:
+            outline(getattr(transformers, name), folder.places[piece])
     _try_vae(folder, outline(class_of("vae"), folder.places["vae"]))
     if n_views > 1:
         unet = load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)

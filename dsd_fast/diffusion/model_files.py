@@ -1,4 +1,4 @@
-"""The files of a model folder, which may be anybody's: JSON and safetensors, read with bounds.
+"""The files of a model folder, which may be anybody's: JSON, safetensors, words; read with bounds.
 
 Nothing here runs what a file says, follows a name out of its folder or opens a pickle, and what is
 damaged costs a message that names the file.
@@ -237,6 +237,57 @@ def headers(
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file}: {_damage(file, error)}") from error
     return shapes
+
+
+def check_tokenizer(folder: Path, vocabulary: int) -> None:
+    """ValueError for a CLIP tokenizer's files that are damaged, naming file and place.
+
+    Args:
+        vocabulary: tokens that the text encoder has embeddings of.
+    """
+    whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
+    if whole.is_file():
+        model = read_json(whole).get("model")
+        tokens = model.get("vocab") if isinstance(model, dict) else None
+        _check_vocabulary(whole, "model.vocab: ", tokens, vocabulary)
+    if not vocab.is_file():
+        return
+    tokens = read_json(vocab)
+    _check_vocabulary(vocab, "", tokens, vocabulary)
+    if not merges.is_file():
+        return
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{merges} is not readable text: {brief(error)}") from error
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r")
+        if line.startswith("#version") or not line:
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= tokens.keys():
+            raise ValueError(
+                f"{merges}: line {number}: expected two tokens that {vocab.name} has, and their "
+                f"joint, got {line!r:.80}: the files are damaged or of different tokenizers"
+            )
+
+
+def _check_vocabulary(file: Path, key: str, tokens: Any, vocabulary: int) -> None:
+    if not isinstance(tokens, dict) or not tokens:
+        raise ValueError(
+            f"{file}: {key}expected an object of tokens and numbers, got {tokens!r:.80}"
+        )
+    for token, number in tokens.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < vocabulary:
+            raise ValueError(
+                f"{file}: {key}{token!r:.80}: expected a number under {vocabulary}, the text "
+                f"encoder's vocab_size, got {number!r:.80}"
+            )
+    if len(set(tokens.values())) < len(tokens):
+        raise ValueError(f"{file}: {key or 'it '}gives several tokens one number")
 
 
 def _damage(file: Path, error: Exception) -> str:

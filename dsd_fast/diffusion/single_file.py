@@ -22,15 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsd_fast.diffusion.components import (
-    DIFFUSERS_WEIGHTS,
-    inspect_configs,
-    load_component,
-    outline,
-    quiet,
-)
+from dsd_fast.diffusion.components import inspect_configs, quiet, stem_of
 from dsd_fast.diffusion.families import refuse_unet
 from dsd_fast.diffusion.model_files import brief, headers, read_json
+from dsd_fast.diffusion.network_loading import load_component, outline
 from dsd_fast.diffusion.networks import Network
 
 log = logging.getLogger(__name__)
@@ -292,9 +287,8 @@ def _write_weights(file: Path, folder: Path) -> None:
             "laid out as those of Stable Diffusion 1 or 2"
         ) from error
     for piece, tensors in made.items():
-        stem = "model" if piece == "text_encoder" else DIFFUSERS_WEIGHTS
         kept = {n: t.clone().contiguous() for n, t in tensors.items() if isinstance(t, Tensor)}
-        save_file(kept, folder / piece / f"{stem}.safetensors", metadata={"format": "pt"})
+        save_file(kept, folder / piece / f"{stem_of(piece)}.safetensors", metadata={"format": "pt"})
 
 
 def _settle_prediction(folder: Path) -> None:

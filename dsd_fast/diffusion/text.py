@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion.components import load_component, quiet
+from dsd_fast.diffusion.components import quiet
 from dsd_fast.diffusion.model_files import brief
+from dsd_fast.diffusion.network_loading import load_component
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
