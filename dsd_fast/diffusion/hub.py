@@ -16,6 +16,8 @@ from dsd_fast.diffusion.model_files import brief, choose_weights, of_pickles
 log = logging.getLogger(__name__)
 
 _GIB = 2**30
+# How long the hub may take to say what a repository has.
+_SECONDS = 15.0
 
 
 def download(hub_id: str, pieces: Sequence[str], check: Callable[[Path], object]) -> Path:
@@ -36,7 +38,7 @@ def download(hub_id: str, pieces: Sequence[str], check: Callable[[Path], object]
     import huggingface_hub
 
     try:
-        info = huggingface_hub.HfApi().model_info(hub_id, files_metadata=True)
+        info = huggingface_hub.HfApi().model_info(hub_id, files_metadata=True, timeout=_SECONDS)
     # Offline mode, no network, no such repository and no permission have unrelated types there.
     except Exception as error:
         return _cached(hub_id, error)
