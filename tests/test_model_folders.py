@@ -370,6 +370,8 @@ def test_what_may_not_be_read_is_a_message(bases, monkeypatch) -> None:
         ("unet/config.json", {"layers_per_block": 2}, "asks for 4 layers, the weights hold 2"),
         ("unet/config.json", {"layers_per_block": [64, 64]}, "asks for 128 layers"),
         ("unet/config.json", {"transformer_layers_per_block": 64}, "asks for 64 layers"),
+        ("vae/config.json", {"block_out_channels": [8]}, "down_block_types: expected 1 values"),
+        ("unet/config.json", {"attention_head_dim": [2]}, "attention_head_dim: expected 2 values"),
         ("vae/config.json", {"layers_per_block": 64}, "asks for 128 layers"),
         ("text_encoder/config.json", {"num_hidden_layers": 64}, "asks for 64 layers"),
         (

@@ -233,6 +233,15 @@ class Index:
     _vae_folder: Text | None = None
 
 
+# Lists with a value for each level.
+_OF_LEVELS = (
+    "down_block_types",
+    "up_block_types",
+    "layers_per_block",
+    "attention_head_dim",
+    "transformer_layers_per_block",
+    "only_cross_attention",
+)
 _OF_CLASS = {
     "UNet2DConditionModel": UNet,
     multiview_unet.CLASS_NAME: MultiView,
@@ -272,6 +281,14 @@ def read_settings(file: Path, piece: str) -> dict[str, Any]:
             convert(kind, name, config[name], f"{file}: {name}")
         except ConfigError as error:
             raise ValueError(brief(error)) from None
+    levels = len(config.get("block_out_channels", ()))
+    for name in _OF_LEVELS if levels else ():
+        value = config.get(name)
+        if isinstance(value, list) and len(value) != levels:
+            raise ValueError(
+                f"{file}: {name}: expected {levels} values, as many as block_out_channels has, "
+                f"got {len(value)}"
+            )
     return config
 
 
