@@ -129,12 +129,8 @@ def inspect_view_configs(path: Path) -> tuple[dict[str, Path], dict[str, dict[st
     places = {name: path / name for name in ("unet", "vae", "scheduler", "image_encoder")}
     places["projection"] = path / projections[0]
     if (elsewhere := index.get(_VAE_FOLDER)) is not None:
+        # Anywhere on this computer: what is read there are a VAE's settings and tensors, as here.
         places["vae"] = (path / elsewhere).resolve()
-        if not places["vae"].is_relative_to(path.resolve().parent):
-            raise ValueError(
-                f"{path / 'model_index.json'}: {_VAE_FOLDER}: expected a folder in this model's or "
-                f"beside it, got {elsewhere!r:.80}"
-            )
     if projections[0] == PROJECTIONS[0]:
         del places["image_encoder"]
     configs = {}
