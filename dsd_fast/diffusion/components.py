@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ def inspect_view_configs(path: Path) -> tuple[dict[str, Path], dict[str, dict[st
     places["projection"] = path / projections[0]
     if (elsewhere := index.get(_VAE_FOLDER)) is not None:
         # Anywhere on this computer: what is read there are a VAE's settings and tensors, as here.
-        places["vae"] = (path / elsewhere).resolve()
+        places["vae"] = Path(os.path.realpath(path / elsewhere))
     if projections[0] == PROJECTIONS[0]:
         del places["image_encoder"]
     configs = {}
