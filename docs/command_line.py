@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
         (),
         "See [single views](../tutorials/picture.md#score-against-the-true-object).",
     ),
+    "dsd_fast.convert": ((), "See [one file](../tutorials/stable-diffusion.md#one-file)."),
     "dsd_fast.build_engine": ((), "See [engines](../guides/engines.md#building-ahead-of-time)."),
 }
 # Its commands have flags of their own.

@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "compare methods, prompts and seeds: figures and pictures on one page",
     "evaluate.truth": "score runs from one picture against true views of its object",
     "info": "what was built, what was found, what each missing piece would bring",
+    "convert": "a checkpoint in one file to a model's folder",
     "build_engine": "TensorRT engines of a model's UNet",
     "prior": "make, judge or replace the diffusion models in the package",
 }

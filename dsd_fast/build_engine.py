@@ -19,7 +19,6 @@ from dsd_fast.diffusion.components import (
     PipelineFolder,
     inspect_folder,
     latent_size,
-    load_component,
     quiet,
 )
 from dsd_fast.diffusion.engines import cache, tensorrt_library
@@ -28,6 +27,7 @@ from dsd_fast.diffusion.engines.onnx_export import export_unet
 from dsd_fast.diffusion.engines.tensorrt import DEFAULT_ROWS, engine_key
 from dsd_fast.diffusion.engines.tensorrt_library import Capability, Library
 from dsd_fast.diffusion.loader import resolve
+from dsd_fast.diffusion.network_loading import load_component
 from dsd_fast.ranges import AnyPath
 from dsd_fast.run.command import run_command
 from dsd_fast.run.progress import memory_mib
@@ -46,7 +46,7 @@ class BuildCommand:
     itself in the default output folder; elsewhere, through the environment variable DSD_CACHE.
     """
 
-    # A Stable Diffusion folder, a hub id, or "embedded".
+    # A Stable Diffusion folder or file, a hub id, or "embedded".
     model: str = "embedded"
     # "auto" takes tensorrt_rtx where it is installed and supports the GPU, else tensorrt.
     library: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
@@ -156,12 +156,7 @@ def shape_of(folder: PipelineFolder) -> UNetShape:
 def _read_unet(folder: PipelineFolder, dtype: torch.dtype) -> torch.nn.Module:
     with quiet():
         import diffusers
-    unet = load_component(
-        diffusers.UNet2DConditionModel,
-        folder.path / "unet",
-        variant=folder.variants["unet"],
-        torch_dtype=dtype,
-    )
+    unet = load_component(diffusers.UNet2DConditionModel, folder.path / "unet", dtype)
     return unet.eval().requires_grad_(False)
 
 

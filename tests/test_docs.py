@@ -46,6 +46,7 @@ NOT_RUN = {
     "mkdocs": "has a test of its own",
     "python -m pytest": "would run this test",
     "python -m dsd_fast.build_engine": "TensorRT",
+    "python -m dsd_fast.convert": "a checkpoint of gigabytes",
     "python -m dsd_fast.prior": "3D models of a Debian package, EGL, and hours of a GPU",
     "python -m dsd_fast.evaluate.truth": "true views, which take those 3D models",
     "python -m benchmarks.comparison": "dozens of whole runs",

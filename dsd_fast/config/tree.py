@@ -154,7 +154,8 @@ class TrainConfig:
     task: Annotated[str, _TASK.check, _TASK.flag] = "text"
     # Random seed: other seeds give other objects.
     seed: ranges.Seed = 0
-    # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, or a hub id.
+    # Diffusion model: "embedded", a Stable Diffusion folder in diffusers format, a hub id, or a
+    # checkpoint in one safetensors file.
     model: str = "embedded"
     # Starting values: "embedded" suits the model that ships with the package, "dsd" and
     # "dsd-low-res" are the official ones for Stable Diffusion, "mvdream" those of MVDream.

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
+from dsd_fast.diffusion import hub, single_file
 from dsd_fast.diffusion.components import (
-    PROJECTIONS,
+    ENCODERS,
+    TEXT_PIECES,
+    VIEW_PIECES,
     PipelineFolder,
+    inspect_configs,
     inspect_folder,
+    inspect_view_configs,
     inspect_view_folder,
     is_multiview,
     latent_size,
-    load_component,
     quiet,
+    vae_factor,
 )
+from dsd_fast.diffusion.condition import Condition, forward
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.model_files import brief
+from dsd_fast.diffusion.network_loading import load_component, outline
 from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.networks.multiview_unet import N_VIEWS, load_multiview_unet
 from dsd_fast.diffusion.noise_path import NoisePath
@@ -31,23 +41,21 @@ EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "prior"
 _VIEWS_FOLDER = _EMBEDDED_FOLDER.parent / "view_prior"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Only what is read: no pickles, no second precision, no safety checker.
-_HUB_FILES = [
-    "model_index.json",
-    "tokenizer/*",
-    "scheduler/*.json",
-    *(f"{piece}/*.json" for piece in ("unet", "vae", "text_encoder")),
-    *(f"{piece}/*.safetensors" for piece in ("unet", "vae", "text_encoder")),
-]
-_VIEW_HUB_FILES = [
-    "model_index.json",
-    "scheduler/*.json",
-    *(f"{piece}/*.json" for piece in ("unet", "vae", "image_encoder", *PROJECTIONS)),
-    *(f"{piece}/*.safetensors" for piece in ("unet", "vae", "image_encoder", *PROJECTIONS)),
-]
-_HUB_IGNORED = ["*.fp16.*", "*non_ema*"]
+_HUB_URL = re.compile(r"https?://[\w.-]+/([\w.-]+/[\w.-]+)")
 
 
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """ValueErrors of files that may not be read, or cannot be."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError):
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot read the model: {error}") from error
+
+
+@_os_errors()
 def load_model(
     path_or_id: str | Path,
     device: torch.device | str = "cpu",
@@ -60,8 +68,9 @@ def load_model(
 
     Args:
         path_or_id: a folder in diffusers' StableDiffusionPipeline format, a hub id "owner/name"
-            (downloaded once, then read from the local cache), or "embedded" for the prior that
-            ships with the package.
+            (downloaded once, then read from the local cache), a checkpoint of Stable Diffusion 1 or
+            2 in one safetensors file (converted once), or "embedded" for the prior that ships with
+            the package.
         dtype: of the UNet; default float16 on CUDA, float32 elsewhere. bfloat16 is 1.8 times as
             fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
             which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
@@ -70,16 +79,17 @@ def load_model(
             (a folder whose UNet is a MultiViewUNetModel), which needs cameras beside the text.
     Raises:
         FileNotFoundError: a missing folder or piece, named before anything is loaded.
-        ValueError: unsupported configuration, weights that do not fit it, or a model of another
-            number of views.
+        ValueError: unsupported or damaged configuration, weights that do not fit it, or a model of
+            another kind or number of views; names the file, and the key where there is one.
         ConnectionError: a hub id that can be neither found nor downloaded.
     """
     folder = inspect_folder(resolve(path_or_id))
     unet, vae, others = _networks(folder, device, dtype, n_views)
-    text = ClipText(folder.path, others["device"], folder.variants["text_encoder"])
+    text = ClipText(folder.path, others["device"])
     return _released(DiffusionModel(unet, vae, text, **others, engine=engine))
 
 
+@_os_errors()
 def load_view_model(
     path_or_id: str | Path,
     device: torch.device | str = "cpu",
@@ -98,7 +108,7 @@ def load_view_model(
         FileNotFoundError, ValueError, ConnectionError: as `load_model`.
     """
     embedded = str(path_or_id) == EMBEDDED
-    path = _embedded(_VIEWS_FOLDER) if embedded else resolve(path_or_id, _VIEW_HUB_FILES)
+    path = _embedded(_VIEWS_FOLDER) if embedded else resolve(path_or_id, views=True)
     folder = inspect_view_folder(path)
     unet, vae, others = _networks(folder, device, dtype)
     encoder = None
@@ -109,8 +119,7 @@ def load_view_model(
         encoder = load_component(
             CLIPVisionModelWithProjection,
             folder.places["image_encoder"],
-            variant=folder.variants["image_encoder"],
-            torch_dtype=next(vae.parameters()).dtype,
+            next(vae.parameters()).dtype,
         )
         encoder = encoder.to(others["device"]).eval().requires_grad_(False)
         features = encoder.config.projection_dim
@@ -143,22 +152,26 @@ def _networks(
     _check_views(folder, n_views)
     with quiet():
         import diffusers
+        import transformers
 
-    def read(piece: str, piece_dtype: torch.dtype) -> Network:
-        cls = getattr(diffusers, folder.configs[piece]["_class_name"])
-        return load_component(
-            cls, folder.places[piece], variant=folder.variants[piece], torch_dtype=piece_dtype
-        )
+    def class_of(piece: str) -> type:
+        return getattr(diffusers, folder.configs[piece]["_class_name"])
 
     def placed(network: Network) -> Network:
         # The fast convolutions, of tensor cores and of oneDNN, want the channels innermost.
         return network.to(device, memory_format=torch.channels_last)
 
+    # What does not fit is found before gigabytes are read.
+    for piece, name in ENCODERS.items():
+        if piece in folder.configs:
+            outline(getattr(transformers, name), folder.places[piece])
+    _try_vae(folder, outline(class_of("vae"), folder.places["vae"]))
     if n_views > 1:
         unet = load_multiview_unet(folder.configs["unet"], folder.weights["unet"], dtype)
     else:
-        unet = read("unet", dtype)
-    vae = read("vae", vae_dtype)
+        _try_unet(folder, outline(class_of("unet"), folder.places["unet"]))
+        unet = load_component(class_of("unet"), folder.places["unet"], dtype, outlined=True)
+    vae = load_component(class_of("vae"), folder.places["vae"], vae_dtype, outlined=True)
     return (
         placed(unet),
         placed(vae),
@@ -166,7 +179,7 @@ def _networks(
             "noise_path": NoisePath.of_scheduler(folder.configs["scheduler"]),
             "latent_channels": vae.config.latent_channels,
             "latent_size": latent_size(folder.configs["unet"]),
-            "vae_factor": _vae_factor(folder),
+            "vae_factor": _factor(folder),
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": folder.configs["vae"].get("shift_factor") or 0.0,
             "device": device,
@@ -194,26 +207,43 @@ class PictureShape(NamedTuple):
     image_size: int
 
 
+@_os_errors()
 def picture_shape(path_or_id: str | Path) -> PictureShape:
     """What `load_model` would say of a model's pictures, without its weights. Errors: as there."""
     folder = inspect_folder(resolve(path_or_id))
     side = latent_size(folder.configs["unet"])
     channels = int(folder.configs["vae"].get("latent_channels", 4))
-    return PictureShape(channels, side, side * _vae_factor(folder))
+    return PictureShape(channels, side, side * _factor(folder))
 
 
-def resolve(path_or_id: str | Path, hub_files: Sequence[str] = _HUB_FILES) -> Path:
+def resolve(path_or_id: str | Path, *, views: bool = False) -> Path:
     """The local folder of a model: a folder wins over a hub id of the same spelling.
 
-    Of a hub id the files whose names match `hub_files` are downloaded.
+    Args:
+        path_or_id: as for `load_model`; a folder of the hub's cache stands for its snapshot, and
+            a file for the folder that it is converted to (`single_file.folder_of`).
+        views: whether a hub id is of a model for `load_view_model`.
+    Raises:
+        ConnectionError, FileNotFoundError, ValueError: as `hub.download`.
     """
     text = str(path_or_id)
     if text == EMBEDDED:
         return _embedded(_EMBEDDED_FOLDER)
-    path = Path(path_or_id).expanduser()
+    if url := _HUB_URL.match(text):
+        raise ValueError(f"model {text!r:.200}: expected no address; pass the hub id, {url[1]}")
+    try:
+        path = Path(path_or_id).expanduser()
+        path.exists()
+    # No such user; a name that is too long, a folder that must not be read.
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"model {text!r:.200} is no path: {brief(error)}") from error
+    if path.is_file() and not views:
+        return single_file.folder_of(path)
     if path.exists() or not isinstance(path_or_id, str) or not _HUB_ID.fullmatch(text):
-        return path
-    return _download(text, hub_files)
+        return hub.of_cache(path)
+    if views:
+        return hub.download(text, VIEW_PIECES, inspect_view_configs)
+    return hub.download(text, TEXT_PIECES, inspect_configs)
 
 
 def _embedded(folder: Path) -> Path:
@@ -223,24 +253,6 @@ def _embedded(folder: Path) -> Path:
             "package, or pass a folder of another model with --model"
         )
     return folder
-
-
-def _download(hub_id: str, files: Sequence[str]) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=list(files), ignore_patterns=_HUB_IGNORED
-            )
-        )
-    # Offline mode, no network, no such repository and no permission have unrelated types there.
-    except Exception as error:
-        raise ConnectionError(
-            f"model {hub_id!r}: there is no such local folder, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})"
-            "; pass the path of a local Stable Diffusion folder, or 'embedded'"
-        ) from error
 
 
 def _check_views(folder: PipelineFolder, n_views: int) -> None:
@@ -261,11 +273,40 @@ def _check_views(folder: PipelineFolder, n_views: int) -> None:
     )
 
 
-def _vae_factor(folder: PipelineFolder) -> int:
-    """Image pixels per latent pixel: every encoder block but one halves the image."""
-    config = folder.configs["vae"]
-    tiny = config["_class_name"] == "AutoencoderTiny"
-    blocks = config.get("encoder_block_out_channels" if tiny else "block_out_channels")
-    if not blocks:
-        raise ValueError(f"{folder.path / 'vae' / 'config.json'} does not list its encoder blocks")
-    return 2 ** (len(blocks) - 1)
+def _factor(folder: PipelineFolder) -> int:
+    return vae_factor(folder.configs["vae"], folder.places["vae"] / "config.json")
+
+
+def _try_unet(folder: PipelineFolder, unet: Network) -> None:
+    """ValueError for a UNet that cannot be called as guidance calls it: a call without numbers."""
+    config, side = folder.configs["unet"], latent_size(folder.configs["unet"])
+    where = folder.places["unet"] / "config.json"
+    text = torch.empty(1, 77, config.get("cross_attention_dim", 1280), device="meta")
+    latents = torch.empty(1, config.get("in_channels", 4), side, side, device="meta")
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    expected = (1, config.get("out_channels", 4), side, side)
+    _expect(where, expected, lambda: forward(unet, latents, t, Condition(text)))
+
+
+def _try_vae(folder: PipelineFolder, vae: Network) -> None:
+    """The same of a VAE's encoder."""
+    config, side = folder.configs["vae"], latent_size(folder.configs["unet"])
+    where = folder.places["vae"] / "config.json"
+    picture = torch.empty(1, 3, *[side * _factor(folder)] * 2, device="meta")
+    expected = (1, config.get("latent_channels", 4), side, side)
+
+    def encoded() -> Tensor:
+        found = vae.encode(picture)
+        return found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
+
+    _expect(where, expected, encoded)
+
+
+def _expect(where: Path, shape: tuple[int, ...], call: Callable[[], Tensor]) -> None:
+    try:
+        with quiet(), torch.no_grad():
+            found = tuple(call().shape)
+    except Exception as error:
+        raise ValueError(f"{where} describes a network that fails: {brief(error)}") from error
+    if found != shape:
+        raise ValueError(f"{where}: the network gives {list(found)}, expected {list(shape)}")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dsd_fast.diffusion.components import load_component, quiet
+from dsd_fast.diffusion.components import quiet
+from dsd_fast.diffusion.model_files import brief
+from dsd_fast.diffusion.network_loading import load_component
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -119,21 +122,25 @@ class ClipText:
     in the embeddings for the whole run.
     """
 
-    def __init__(self, folder: Path, device: torch.device, variant: str | None = None):
+    def __init__(self, folder: Path, device: torch.device):
         self.folder = folder
         self.device = device
-        self.variant = variant
         self._loaded: tuple | None = None
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [K,L,D] float32 of prompts.
+
+        Raises:
+            ValueError: files that are damaged, or a prompt of more tokens than the model reads.
+        """
         if self._loaded is None:
             self._loaded = self._load()
         tokenizer, encoder = self._loaded
         limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         for prompt in prompts:
             # Both ends of the sequence are counted: the model reads them as tokens.
-            count = len(tokenizer(prompt, verbose=False)["input_ids"])
+            count = len(self._tokens(prompt, verbose=False)[0])
             if count > limit:
                 raise ValueError(
                     f"the prompt has {count} tokens, the model reads {limit} (view suffix and the "
@@ -145,11 +152,24 @@ class ClipText:
                 "the model does not know %s: expect little of what it stands for",
                 ", ".join(repr(word) for word in spelled),
             )
-        tokens = tokenizer(
-            list(prompts), padding="max_length", max_length=limit, return_tensors="pt"
-        )
+        rows = [self._tokens(p, padding="max_length", max_length=limit)[0] for p in prompts]
+        largest, known = max(map(max, rows)), encoder.config.vocab_size
+        if largest >= known or {len(row) for row in rows} != {limit}:
+            raise ValueError(
+                f"{self.folder / 'tokenizer'}: it gives token {largest} and rows of "
+                f"{len(rows[0])}; the text encoder knows {known} tokens and reads {limit}"
+            )
         with torch.autocast(self.device.type, enabled=False):
-            return encoder(tokens["input_ids"].to(self.device))[0].float()
+            embeddings = encoder(torch.tensor(rows, device=self.device))[0].float()
+        if not bool(torch.isfinite(embeddings).all()):
+            raise ValueError(f"{self.folder / 'text_encoder'}: its embeddings are not finite")
+        return embeddings
+
+    def _tokens(self, prompt: str, **options: Any) -> list[list[int]]:
+        """Token rows of a prompt; ValueError where the tokenizer's files do not let it work."""
+        assert self._loaded is not None
+        with self._errors_of_the_tokenizer():
+            return self._loaded[0]([prompt], **options)["input_ids"]
 
     def release(self) -> None:
         self._loaded = None
@@ -160,10 +180,25 @@ class ClipText:
         with quiet():
             from transformers import CLIPTextModel, CLIPTokenizer
 
-            tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
-        encoder = load_component(CLIPTextModel, self.folder / "text_encoder", variant=self.variant)
-        encoder = encoder.to(self.device, torch.float32).eval().requires_grad_(False)
-        return tokenizer, encoder
+            with self._errors_of_the_tokenizer():
+                tokenizer = CLIPTokenizer.from_pretrained(
+                    self.folder / "tokenizer", local_files_only=True
+                )
+        encoder = load_component(CLIPTextModel, self.folder / "text_encoder", torch.float32)
+        return tokenizer, encoder.to(self.device).eval().requires_grad_(False)
+
+    @contextmanager
+    def _errors_of_the_tokenizer(self) -> Iterator[None]:
+        try:
+            yield
+        # They are of any type, and panics of its Rust code are no Exceptions.
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                f"{self.folder / 'tokenizer'}: its files are damaged or do not belong together: "
+                f"{type(error).__name__}: {brief(error)}"
+            ) from error
 
 
 def _spelled_words(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
+from dsd_fast.diffusion.model_files import headers
 from dsd_fast.diffusion.networks import Network
 from dsd_fast.diffusion.reference_picture import POSE_WIDTH, CameraProjection, latent_features
 
@@ -117,12 +118,23 @@ def load_projection(files: list[Path], features: int | None) -> CameraProjection
     Raises:
         ValueError: other tensors, or of another width.
     """
+    try:
+        headers(files)
+    except ValueError as error:
+        raise ValueError(f"cannot read {error}") from error
     state = {k: v.float() for file in files for k, v in load_file(file).items()}
     named = {name.rpartition(".")[2]: value for name, value in state.items()}
     weight, bias = named.get("weight"), named.get("bias")
     if len(state) != 2 or weight is None or bias is None or weight.ndim != 2:
         raise ValueError(
             f"{files[0]}: expected the weight and bias of one linear layer, got {sorted(state)}"
+        )
+    if bias.shape != weight.shape[:1] or not all(
+        bool(torch.isfinite(x).all()) for x in (weight, bias)
+    ):
+        raise ValueError(
+            f"{files[0]}: expected a finite weight [outputs,inputs] and bias [outputs], got "
+            f"{list(weight.shape)} and {list(bias.shape)}"
         )
     width = weight.shape[1] - POSE_WIDTH
     if features is not None and width != features:

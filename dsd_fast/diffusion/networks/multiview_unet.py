@@ -11,13 +11,16 @@ MVDream is distributed, so a state dict fits as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dsd_fast.diffusion.model_files import brief, headers
 
 CLASS_NAME = "MultiViewUNetModel"
 # Views of one object; the distributed models are trained on so many, and no configuration says so.
@@ -219,40 +222,63 @@ def load_multiview_unet(
         ValueError: a configuration that is not supported, files that cannot be read, or weights
             that are not this network's.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    with torch.device("meta"):
-        unet = MultiViewUNet(config)
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            read = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {file}: {error}") from error
-        weights |= {name: tensor.to(dtype) for name, tensor in read.items()}
-    wanted = unet.state_dict()
     folder = files[0].parent
-    missing = sorted(set(wanted) - set(weights))
+    try:
+        shapes = headers(files)
+    except ValueError as error:
+        raise ValueError(f"cannot read {error}") from error
+    check_config(config, str(folder / "config.json"))
+    _refuse_layers(config, folder / "config.json", shapes)
+    try:
+        with torch.device("meta"):
+            unet = MultiViewUNet(config)
+    except (RuntimeError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no UNet: {brief(error)}") from error
+    wanted = unet.state_dict()
+    missing = sorted(set(wanted) - set(shapes))
     if missing:
         raise ValueError(
             f"{folder}: the weights lack {len(missing)} of the tensors that its config.json asks "
             f"for, first {missing[0]!r}"
         )
-    unknown = sorted(set(weights) - set(wanted))
+    unknown = sorted(set(shapes) - set(wanted))
     if unknown:
         raise ValueError(
             f"{folder}: the weights hold {len(unknown)} tensors that its config.json does not ask "
             f"for, first {unknown[0]!r}: it describes another network"
         )
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
+    for name, shape in shapes.items():
+        if shape != tuple(wanted[name].shape):
             raise ValueError(
-                f"{folder}: {name} has shape {list(tensor.shape)}, its config.json asks for "
+                f"{folder}: {name} has shape {list(shape)}, its config.json asks for "
                 f"{list(wanted[name].shape)}"
             )
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{folder}: {name} is not finite in {dtype}: the weights are damaged")
     unet.load_state_dict(weights, assign=True)
     return unet
+
+
+def _refuse_layers(config: Mapping[str, Any], file: Path, names: Iterable[str]) -> None:
+    """ValueError for far more layers than there are weights for, which nobody waits for."""
+    blocks, levels = config["num_res_blocks"], len(config["channel_mult"])
+    blocks = blocks * levels if isinstance(blocks, int) else sum(blocks)
+    for key, asked, pattern in (
+        ("num_res_blocks", blocks + levels, r"input_blocks\.(\d+)\."),
+        ("transformer_depth", config.get("transformer_depth", 1), r".*transformer_blocks\.(\d+)\."),
+    ):
+        found = {m[1] for name in names if (m := re.match(pattern, name))}
+        if asked > 2 * max(1, len(found)):
+            raise ValueError(
+                f"{file}: {key} = {config[key]!r} asks for {asked} layers, the weights hold "
+                f"{len(found)}"
+            )
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
