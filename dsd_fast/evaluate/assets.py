@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from dsd_fast.config import CameraConfig, TrainConfig, from_dict
 from dsd_fast.evaluate import meshes
+from dsd_fast.picture_file import read_rgba
 from dsd_fast.run import checkpoint, cli
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.outputs import RunFolder
@@ -444,20 +445,17 @@ def read_image(path: Path) -> np.ndarray:
     """[H,W,3] uint8; transparency over grey.
 
     Raises:
-        EvaluateError: not an image.
+        EvaluateError: not an image that can be read.
     """
     return over_grey(_read_rgba(path))
 
 
 def _read_rgba(path: Path) -> np.ndarray:
-    """[H,W,4] uint8, straight alpha; EvaluateError: not an image."""
-    from PIL import Image
-
+    """`read_rgba`, with EvaluateError for what cannot be read."""
     try:
-        with Image.open(path) as file:
-            return np.asarray(file.convert("RGBA"))
-    except OSError as error:
-        raise EvaluateError(f"cannot read {path}: {error}") from error
+        return read_rgba(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise EvaluateError(str(error)) from error
 
 
 def over_grey(rgba: np.ndarray) -> np.ndarray:
