@@ -26,17 +26,21 @@ def check_output(path: Path, suffixes: Sequence[str] = (), flag: str = "--output
         ConfigError: it cannot be written, or its name ends otherwise.
     """
     if suffixes and path.suffix.lower() not in suffixes:
-        kind = f"not {path.suffix}" if path.suffix else "and this name has no such end"
         raise ConfigError(
-            f"{flag} {path}: written is {' or '.join(suffixes)}, {kind}: pass a name that ends in "
-            + " or ".join(suffixes)
+            f"{flag} {path}: expected a name that ends in {' or '.join(suffixes)}, which is what "
+            f"can be written; got {path.suffix or 'none'}"
         )
+    target = path
     try:
-        target = path.resolve() if path.is_symlink() else path
-        problem = _problem(target)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        if not path.is_symlink():
+            problem = _problem(path)
+        elif path.exists():
+            target = path.resolve()
+            problem = _problem(target)
+        else:
+            problem = "it is a link to nothing"
+    except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
-        target = path
     if problem:
         raise ConfigError(f"{flag} {path}: cannot be written: {problem}. Pass another {flag}")
     return target
@@ -62,8 +66,6 @@ def _problem(path: Path) -> str:
     else:
         if stat.S_ISDIR(mode):
             return "it is a folder"
-        if stat.S_ISLNK(mode):
-            return "it is a link to nothing, or to itself"
         if not stat.S_ISREG(mode):
             return "it is a pipe, a socket or a device, expected a regular file or a new one"
         if not os.access(path, os.W_OK):

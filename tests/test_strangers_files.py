@@ -2,19 +2,32 @@
 
 import logging
 import os
+import re
+import resource
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dsd_fast import export
+from dsd_fast.config import preset, to_dict
 from dsd_fast.evaluate import meshes
-from dsd_fast.evaluate.assets import EvaluateError, read_image
+from dsd_fast.evaluate.assets import EvaluateError, open_run, read_image
 from dsd_fast.picture_file import MAX_PIXELS, read_rgba
+from dsd_fast.run import checkpoint, pictures
+from dsd_fast.run.outputs import RunFolder
+from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.scene.mesh import Mesh, write_glb
 from dsd_fast.scene.picture import LARGEST_SIDE, RECENTRED_SIDE, read_picture
+from dsd_fast.tasks.image import progress_strip
 
 EPS = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%Pages: 1\n%%EndComments\n"
@@ -326,3 +339,340 @@ def write_textured(folder: Path, texture: str) -> None:
     (folder / "a.obj").write_text(
         "mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nusemtl m\nf 1/1 2/2 3/3\n"
     )
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run folder with a checkpoint, as after no steps: what its field has at the start."""
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "a_chair-seed0")
+    write_checkpoint(run, saved_tree())
+    return run.path
+
+
+def saved_tree(**settings) -> dict:
+    """A small checkpoint's tree; settings by their dotted paths, with "/" for dots."""
+    cfg = preset("embedded", 10, True, "text")
+    cfg.prompt, cfg.device = "a chair", "cpu"
+    cfg.field.grid.n_levels, cfg.field.grid.log2_table_size = 4, 10
+    cfg.field.grid.start_level = 2
+    cfg.renderer.occupancy.resolution = 8
+    cfg.mesh.resolution = 16
+    cfg.cameras.n_test_views = 2
+    cfg.cameras.eval_height = cfg.cameras.eval_width = 8
+    scene = FieldScene(cfg, torch.Generator().manual_seed(0))
+    tree = {"step": 10, "config": to_dict(cfg), "scene": scene.state_dict()}
+    for path, value in settings.items():
+        *parents, name = path.split("/")
+        node = tree["config"]
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return tree
+
+
+def write_checkpoint(run: RunFolder, tree: dict) -> None:
+    checkpoint.save(checkpoint.step_path(run.checkpoints, 10), tree)
+
+
+def refused(caplog, *argv: object) -> str:
+    """The one message of a command that ends with exit code 2."""
+    caplog.clear()
+    assert export.main([*map(str, argv), "--device", "cpu"]) == 2
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--iso high", "iso: expected"),
+        ("--iso nan", "iso: expected"),
+        ("--iso 0", "iso: expected"),
+        ("--iso -3", "iso: expected"),
+        ("--iso inf", "iso: expected"),
+        ("--resolution 0", "resolution: expected 2 or more"),
+        ("--resolution -1", "resolution: expected 2 or more"),
+        ("--resolution 1000000000", "resolution: expected 1024 or less"),
+        ("--min-component nan", "min_component: expected a finite number"),
+        ("--min-component -1", "min_component: expected 0 or more"),
+        ("--min-component 2", "min_component: expected 1 or less"),
+        ("--max-faces -1", "max_faces: expected 0 or more"),
+        ("--turntable --views 0", "views: expected 1 or more"),
+        ("--turntable --views -1", "views: expected 1 or more"),
+        ("--turntable --views 1000000000", "views: expected 100000 or less"),
+        ("--turntable --size 0", "size: expected 2 or more"),
+        ("--turntable --size 100000", "size: expected 4096 or less"),
+        ("--views 3", "views: is of the video, which is not written: pass --turntable"),
+        ("--turntable --iso 5", "iso: is of the mesh, which is not written: drop --iso"),
+    ],
+)
+def test_flags_of_export_are_checked_first(flags, message, caplog):
+    # Before the run, which is none, is looked at.
+    assert message in refused(caplog, "no-run", *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--resolution ten", "--views 1.5 --turntable", "--size"])
+def test_words_of_export_that_are_no_values(flags):
+    with pytest.raises(SystemExit) as error:
+        export.main(["no-run", *flags.split()])
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["x.obj", "x.ply", "x.stl", "x.gltf", "x", "x.", ".glb", "x.mp4"])
+def test_a_mesh_is_written_as_glb_or_not_at_all(name, trained, tmp_path, caplog):
+    message = refused(caplog, trained, "--output", tmp_path / name)
+    assert "expected a name that ends in .glb" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webm", "x", "x.glb", "x.avi"])
+def test_a_video_is_written_as_mp4_or_not_at_all(name, trained, tmp_path, caplog):
+    message = refused(caplog, trained, "--turntable", "--output", tmp_path / name)
+    assert "expected a name that ends in .mp4" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.glb", "X.GLB", "new/folder/x.Glb", "with space é.glb"])
+def test_export_writes_a_mesh(name, trained, tmp_path):
+    assert export.main([str(trained), "--output", str(tmp_path / name), "--device", "cpu"]) == 0
+    assert (tmp_path / name).read_bytes()[:4] == b"glTF"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "kind", ["folder", "pipe", "link to a pipe", "device", "loop", "dangling", "below a file"]
+)
+def test_export_writes_to_regular_files_alone(kind, trained, tmp_path, caplog):
+    path = tmp_path / "x.glb"
+    if kind == "dangling":
+        path.symlink_to(tmp_path / "nothing.glb")
+    elif kind == "below a file":
+        (tmp_path / "file").touch()
+        path = tmp_path / "file" / "x.glb"
+    else:
+        path = irregular(kind, tmp_path).rename(path)
+    if kind == "loop":
+        path.unlink()
+        path.symlink_to(path.name)
+    before = sorted(tmp_path.iterdir())
+    assert "cannot be written" in refused(caplog, trained, "--output", path)
+    assert "cannot be written" in refused(caplog, trained, "--output", "/proc/x/y.glb")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_export_follows_a_link_to_a_file(trained, tmp_path):
+    (tmp_path / "file.glb").write_bytes(b"old")
+    (tmp_path / "x.glb").symlink_to("file.glb")
+    assert export.main([str(trained), "--output", str(tmp_path / "x.glb"), "--device", "cpu"]) == 0
+    assert (tmp_path / "x.glb").is_symlink()
+    assert (tmp_path / "file.glb").read_bytes()[:4] == b"glTF"
+
+
+def test_decimation_asks_for_its_package_before_the_work(trained, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda _: None)
+    monkeypatch.setattr(FieldScene, "mesh", None)
+    assert "pip install fast-simplification" in refused(caplog, trained, "--max-faces", 100)
+    assert not (trained / "mesh.glb").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"field/grid/log2_table_size": 24, "field/grid/n_levels": 32}, "own configuration"),
+        (
+            {
+                "field/n_neurons": 4096,
+                "field/n_hidden_layers": 64,
+                "field/normal_type": "finite_difference",
+            },
+            "own configuration",
+        ),
+        ({"background/n_neurons": 4096, "background/n_hidden_layers": 64}, "own configuration"),
+        ({"renderer/occupancy/resolution": 512}, "own configuration"),
+        ({"field/grid/n_levels": 10**9}, "n_levels: expected 32 or less"),
+        ({"field": 3}, "field: expected a group of settings"),
+        ({"mesh/iso": "high"}, 'mesh.iso: expected "auto"'),
+        ({"mesh/resolution": 0}, "mesh.resolution: expected 2 or more"),
+        ({"pictures/fps": -1}, "pictures.fps"),
+        ({"nonsense": 1}, "nonsense: there is no such setting"),
+        ({"task": "image"}, "which has no object"),
+    ],
+)
+def test_a_hostile_configuration_in_a_checkpoint(settings, message, tmp_path, caplog):
+    write_checkpoint(RunFolder(tmp_path), saved_tree(**settings))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert message in refused(caplog, tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 2**10
+    with pytest.raises(EvaluateError, match=re.escape(message)):
+        open_run(tmp_path, torch.device("cpu"), None)
+
+
+def broken_trees() -> dict[str, dict]:
+    tree = saved_tree()
+    table = tree["scene"]["field.grid.table"]
+    rest = {k: v for k, v in tree["scene"].items() if k != "field.grid.table"}
+    return {
+        "no config": {k: v for k, v in tree.items() if k != "config"},
+        "no scene": {k: v for k, v in tree.items() if k != "scene"},
+        "no step": {k: v for k, v in tree.items() if k != "step"},
+        "step of text": tree | {"step": "ten"},
+        "step of tensor": tree | {"step": torch.zeros(3)},
+        "config of list": tree | {"config": [1, 2]},
+        "config of tensor": tree | {"config": torch.zeros(2)},
+        "scene of numbers": tree | {"scene": 5},
+        "empty scene": tree | {"scene": {}},
+        "table gone": tree | {"scene": rest},
+        "table of another size": tree | {"scene": rest | {"field.grid.table": table[:-1]}},
+        "table as number": tree | {"scene": rest | {"field.grid.table": 1.0}},
+        "more than a scene": tree | {"scene": tree["scene"] | {"field.other": table}},
+    }
+
+
+@pytest.mark.parametrize("name", broken_trees())
+def test_a_checkpoint_that_holds_something_else(name, tmp_path, caplog):
+    write_checkpoint(RunFolder(tmp_path), broken_trees()[name])
+    assert "step-000010.safetensors" in refused(caplog, tmp_path) or name == "more than a scene"
+
+
+def test_damaged_checkpoints_are_one_message(trained, tmp_path, caplog):
+    whole = checkpoint.step_path(trained / "checkpoints", 10).read_bytes()
+    path = checkpoint.step_path(tmp_path / "checkpoints", 10)
+    path.parent.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        bad = bytearray(whole)
+        for _ in range(rng.integers(1, 6)):
+            # As often in the header, which is short, as in the numbers.
+            end = (8, 2000, len(bad))[i % 3]
+            bad[rng.integers(end)] = rng.integers(256)
+        path.write_bytes(bad[: rng.integers(len(bad))] if i % 5 == 0 else bad)
+        if bytes(bad) != whole:
+            assert str(path) in refused(caplog, tmp_path, "--output", tmp_path / "x.glb")
+
+
+# Files that cannot be written to their end
+
+
+FRAMES = [np.full((16, 24, 3), i, np.uint8) for i in range(0, 250, 5)] * 4
+
+
+def write_mesh(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    points, colours = rng.random((2, 30000, 3)).astype(np.float32)
+    write_glb(Mesh(points, np.arange(30000).reshape(-1, 3), colours), path)
+
+
+WRITERS = {
+    "mesh.glb": write_mesh,
+    "turntable.mp4": lambda path: pictures.write_video(FRAMES, path, 24),
+    "preview.png": lambda path: pictures.write_png(
+        np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8), path
+    ),
+}
+
+
+def test_a_file_that_grows_too_large_is_one_error(tmp_path):
+    """A limit of the system stands for a full disk."""
+    for name in WRITERS:
+        (tmp_path / name).write_bytes(b"old")
+    code = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import imageio.v3, imageio_ffmpeg
+from test_strangers_files import WRITERS
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+for name, write in WRITERS.items():
+    path = Path({str(tmp_path)!r}, name)
+    try:
+        write(path)
+        sys.exit(name + " was written")
+    except OSError as error:
+        assert error.filename == str(path) and error.strerror, error
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(
+        WRITERS, b"old"
+    )
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_folder_that_cannot_be_made_is_one_error(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory") as error:
+        WRITERS[name](tmp_path / "file" / "below" / name)
+    assert error.value.filename == str(tmp_path / "file" / "below" / name)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "program, message",
+    [
+        ("exit 3", "ffmpeg: it ended with code 3"),
+        ("head -c 999 > /dev/null; exit 3", "ffmpeg: it ended with code 3"),
+        ("cat > /dev/null; exit 4", "ffmpeg: it ended with code 4"),
+        ("kill -9 $$", "ffmpeg: it ended with code -9"),
+        ("cat > /dev/null; echo 1; echo oops >&2; exit 1", "ffmpeg: oops"),
+        ("cat > /dev/null; echo 'x: No space left on device' >&2; exit 1", "No space left"),
+        ("head -c 999999 /dev/zero | tr '\\0' x >&2; exit 1", "ffmpeg: x{300}: '"),
+    ],
+)
+def test_the_end_of_ffmpeg_is_one_error(program, message, tmp_path, monkeypatch):
+    fake = tmp_path / "ffmpeg"
+    fake.write_text(f"#!/bin/sh\n{program}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    with pytest.raises(OSError, match=message) as error:
+        pictures.write_video(FRAMES, tmp_path / "v.mp4", 24)
+    assert error.value.filename == str(tmp_path / "v.mp4") and error.value.errno
+    assert [path.name for path in tmp_path.iterdir()] == ["ffmpeg"]
+    with pytest.raises(ChildProcessError):  # no zombie
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_an_error_between_frames_leaves_no_process_and_no_file(tmp_path):
+    def frames():
+        yield from FRAMES[:3]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pictures.write_video(frames(), tmp_path / "v.mp4", 24)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("frames", [[], [np.zeros((1, 9, 3), np.uint8)]])
+def test_a_video_of_nothing_is_refused(frames, tmp_path):
+    with pytest.raises(ValueError, match="a video needs"):
+        pictures.write_video(frames, tmp_path / "v.mp4", 24)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_is_read_back(tmp_path):
+    folder = tmp_path / "tcp:host"  # no address
+    folder.mkdir()
+    pictures.write_video(FRAMES[:7], folder / "v.mp4", 24)
+    reader = imageio_ffmpeg.read_frames(f"file:{folder / 'v.mp4'}")
+    assert next(reader)["size"] == (24, 16)
+    video = [np.frombuffer(frame, np.uint8) for frame in reader]
+    assert len(video) == 7 and np.abs(video[6].astype(int) - FRAMES[6].reshape(-1)).max() < 6
+
+
+def test_the_strip_leaves_out_what_is_no_preview(tmp_path, caplog):
+    run = RunFolder(tmp_path)
+    run.previews.mkdir()
+    result = np.full((8, 8, 3), 9, np.uint8)
+    pictures.write_png(result, run.previews / "step-000002.png")
+    (run.previews / "step-000003.png").write_bytes(EPS)
+    (run.previews / "step-000004.png").mkdir()
+    for name in ("step-x.png", "step-².png", "step-.png", "step--1.png"):
+        (run.previews / name).touch()
+    assert progress_strip(run, 10, result).shape == (8, 16, 3)
+    assert caplog.text.count("left out of the strip") == 2

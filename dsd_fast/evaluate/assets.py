@@ -12,22 +12,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsd_fast.config import CameraConfig, TrainConfig, from_dict
+from dsd_fast.config import CameraConfig
 from dsd_fast.evaluate import meshes
 from dsd_fast.picture_file import read_rgba
 from dsd_fast.run import checkpoint, cli
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.pictures import to_uint8
-from dsd_fast.run.state import saved_scene
+from dsd_fast.run.saved import SavedRun, open_saved
 from dsd_fast.scene.cameras import eval_camera
-from dsd_fast.scene.field_scene import FieldScene
 from dsd_fast.scene.renderer import OPAQUE
 from dsd_fast.schedules import Schedule
 
@@ -305,34 +303,14 @@ def load(
     return _read(source, views)
 
 
-class Run(NamedTuple):
-    """A run as of its newest checkpoint, on a device."""
-
-    cfg: TrainConfig
-    config: dict  # of `cfg`, as it was saved
-    scene: FieldScene
-    step: int
-    metrics: Path
-
-
 def open_run(
     path: Path, device: torch.device, background: tuple[float, float, float] | None
-) -> Run:
-    """The run that a run folder or checkpoint holds, before its own background or a plain one.
-
-    Raises:
-        EvaluateError: it cannot be read.
-    """
+) -> SavedRun:
+    """`open_saved`, with EvaluateError for what cannot be read."""
     try:
-        saved, folder = cli.find_checkpoint(path)
-        tree = checkpoint.load(saved)
-        cfg = from_dict(TrainConfig, tree["config"])
-        if background is not None:
-            cfg.background.eval_color = background
-        scene = saved_scene(cfg, tree["scene"]).to(device)
-    except (CheckpointError, ValueError) as error:
-        raise EvaluateError(f"{path}: {error}") from error
-    return Run(cfg, tree["config"], scene, tree["step"], folder.metrics)
+        return open_saved(path, device, background)
+    except CheckpointError as error:
+        raise EvaluateError(str(error)) from error
 
 
 def _render(
@@ -350,7 +328,7 @@ def _render(
     elevation, last = float(run.cfg.cameras.eval_elevation_deg), run.cfg.max_steps
     unfinished = (run.step, last) if run.step < last else None
     looks = np.stack(images), azimuths, elevation
-    return Asset(source, *looks, *cost(run.metrics), unfinished, np.stack(masks))
+    return Asset(source, *looks, *cost(run.folder.metrics), unfinished, np.stack(masks))
 
 
 def _render_mesh(source: Source, views: int, size: int) -> Asset:

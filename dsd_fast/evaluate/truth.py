@@ -21,12 +21,13 @@ import tyro
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.evaluate import assets, metrics
-from dsd_fast.evaluate.assets import EvaluateError, Run
+from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json
 from dsd_fast.judge.similarity import psnr, ssim
 from dsd_fast.judge.truth import TRUTH, Truth, read_truth
 from dsd_fast.run.command import run_command
 from dsd_fast.run.pictures import to_uint8, write_png
+from dsd_fast.run.saved import SavedRun
 from dsd_fast.scene.cameras import eval_camera
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class TruthCommand:
 
 
 @torch.no_grad()
-def render_as(run: Run, truth: Truth) -> np.ndarray:
+def render_as(run: SavedRun, truth: Truth) -> np.ndarray:
     """A run's scene seen by the true views' cameras: [V,S,S,3] float64 in [0,1]."""
     size = truth.rgba.shape[1:3]
     images = []
@@ -138,7 +139,7 @@ def _compare_run(
         raise EvaluateError(str(error)) from error
     truths, images = truth.on_white(), render_as(run, truth)
     by_view = score(images, truths, encoder)
-    seconds, memory_mib = assets.cost(run.metrics)
+    seconds, memory_mib = assets.cost(run.folder.metrics)
     entry = {
         "run": str(path),
         "object": cfg.prompt,

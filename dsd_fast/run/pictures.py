@@ -142,7 +142,7 @@ class _Encoder:
         code = self._process.wait()
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
-        words = lines[-1] if lines else f"it ended with code {code}"
+        words = lines[-1][:300] if lines else f"it ended with code {code}"
         full = any(os.strerror(errno.ENOSPC) in line for line in lines)
         raise OSError(errno.ENOSPC if full else errno.EIO, f"ffmpeg: {words}")
 

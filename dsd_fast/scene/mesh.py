@@ -47,14 +47,18 @@ class MeshError(RuntimeError):
     """No mesh can be made from this field with these settings."""
 
 
+GridPoints = Annotated[int, Interval(ge=2, le=1024)]
+Iso = Annotated[str, AfterValidator(_known_iso)]
+
+
 @dataclass
 class MeshConfig:
     """How a mesh is cut out of the density."""
 
     # Grid points along the longest side of the box.
-    resolution: Annotated[int, Interval(ge=2, le=1024)] = 192
+    resolution: GridPoints = 192
     # Density of the surface: a number, or "auto" for the mean density of non-empty grid points.
-    iso: Annotated[str, AfterValidator(_known_iso)] = "auto"
+    iso: Iso = "auto"
     # Components with fewer faces than this fraction of the largest one are dropped.
     min_component: Share = 0.01
     # Larger meshes are decimated to this many faces (needs fast-simplification). 0 keeps all.
