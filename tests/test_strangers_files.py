@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 import zlib
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -19,8 +20,11 @@ from PIL import Image
 
 from dsd_fast import export
 from dsd_fast.config import preset, to_dict
+from dsd_fast.evaluate import __main__ as evaluate
 from dsd_fast.evaluate import meshes
-from dsd_fast.evaluate.assets import EvaluateError, open_run, read_image
+from dsd_fast.evaluate.assets import EvaluateError, cost, open_run, read_image
+from dsd_fast.evaluate.eyes import open_judge
+from dsd_fast.judge.truth import read_truth
 from dsd_fast.picture_file import MAX_PIXELS, read_rgba
 from dsd_fast.run import checkpoint, pictures
 from dsd_fast.run.outputs import RunFolder
@@ -552,6 +556,240 @@ def test_damaged_checkpoints_are_one_message(trained, tmp_path, caplog):
         path.write_bytes(bad[: rng.integers(len(bad))] if i % 5 == 0 else bad)
         if bytes(bad) != whole:
             assert str(path) in refused(caplog, tmp_path, "--output", tmp_path / "x.glb")
+
+
+# Evaluation
+
+
+def evaluated(paths: list[Path], tmp_path: Path, monkeypatch, caplog, *flags: str) -> str:
+    """The messages of an evaluation that ends with exit code 2; "" of one that is done."""
+
+    def encoder(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1)[:, :1300].astype(np.float32) + 1
+
+    monkeypatch.setattr("dsd_fast.evaluate.eyes.load_encoder", lambda device: encoder)
+    caplog.clear()
+    out = tmp_path / "report.json"
+    argv = [*map(str, paths), "--json", str(out), "--size", "16", "--views", "2", *flags]
+    code = evaluate.main([*argv, "--device", "cpu"])
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert (code, len(errors)) in ((0, 0), (2, 1))
+    assert out.exists() == (code == 0)
+    return "".join(errors)
+
+
+CONFIGS = {
+    "not json": b"{",
+    "not utf-8": b'{"prompt": "caf\xe9", "seed": 0}',
+    "empty": b"",
+    "a list": b"[]",
+    "a number": b"7",
+    "deep": b"[" * 100_000,
+    "no prompt": b'{"seed": 0}',
+    "no seed": b'{"prompt": "a"}',
+    "prompt of a number": b'{"prompt": 3, "seed": 0}',
+    "half a character": b'{"prompt": "\\ud800", "seed": 0}',
+    "seed of a text": b'{"prompt": "a", "seed": "0"}',
+    "seed of a list": b'{"prompt": "a", "seed": [0]}',
+    "infinite seed": b'{"prompt": "a", "seed": 1e999}',
+    "seed of no number": b'{"prompt": "a", "seed": NaN}',
+    "long seed": b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    "large seed": b'{"prompt": "a", "seed": ' + b"9" * 400 + b"}",
+    "guidance of a number": b'{"prompt": "a", "seed": 0, "guidance": 3}',
+    "share of a text": b'{"prompt": "a", "seed": 0, "guidance": {"trajectory_share": "x"}}',
+    "scale of a text": b'{"prompt": "a", "seed": 0, "guidance": {"trajectory_scale": "x"}}',
+    "image of a list": b'{"prompt": "a", "seed": 0, "task": "image", "image": [1]}',
+    "method half a character": b'{"prompt": "a", "seed": 0, "guidance": {"method": "\\udfff"}}',
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_damaged_configuration_of_a_run(name, tmp_path, monkeypatch, caplog):
+    run = RunFolder(tmp_path / "run")
+    write_checkpoint(run, saved_tree())
+    run.config.write_bytes(CONFIGS[name])
+    assert "config.json" in evaluated([run.path], tmp_path, monkeypatch, caplog)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "huge"])
+def test_a_configuration_that_is_no_file(kind, tmp_path, monkeypatch, caplog):
+    run = RunFolder(tmp_path / "run")
+    write_checkpoint(run, saved_tree())
+    irregular(kind, tmp_path).rename(run.config)
+    message = evaluated([run.path], tmp_path, monkeypatch, caplog)
+    # Of a configuration that is no regular file the checkpoint is asked.
+    assert "config.json" in message if kind == "huge" else not message
+
+
+@pytest.mark.parametrize("name", broken_trees())
+def test_a_run_whose_checkpoint_holds_something_else(name, tmp_path, monkeypatch, caplog):
+    run = RunFolder(tmp_path / "run")
+    write_checkpoint(run, broken_trees()[name])
+    assert str(run.path) in evaluated([run.path], tmp_path, monkeypatch, caplog) or "more" in name
+
+
+METRICS = [
+    b'{"step": 1, "seconds": 3.0, "memory_mib": 5}\n{"step": 2, "sec',
+    b'{"seconds": 3.0, "memory_mib": 5}\n7\n[]\nnull\n"text"\n',
+    b'\xff\xfe\n\0\0\0\n{"seconds": 3.0, "memory_mib": 5}\n',
+    b'{"seconds": "3", "memory_mib": []}\n{"seconds": 3.0, "memory_mib": 5}\n',
+    b'{"seconds": NaN, "memory_mib": Infinity}\n{"seconds": 3.0, "memory_mib": 5}\n',
+    b'{"seconds": 1e400, "memory_mib": true}\n{"seconds": 3.0, "memory_mib": 5}\n',
+    b"[" * 100_000 + b'\n{"seconds": 3.0, "memory_mib": 5}\n',
+    b'{"seconds": ' + b"9" * 5000 + b'}\n{"seconds": 3.0, "memory_mib": 5}\n',
+]
+
+
+@pytest.mark.parametrize("lines", METRICS)
+def test_torn_metrics_lose_no_more_than_their_lines(lines, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    assert cost(tmp_path / "metrics.jsonl") == (3.0, 5)
+
+
+def test_metrics_that_are_no_file(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert cost(tmp_path / "metrics.jsonl") == (None, None)
+
+
+def write_views(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (16, 16), (90 * i, 10, 10)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "damage", ["eps", "bomb", "cut", "folder", "pipe", "device", "loop", "empty", "huge"]
+)
+def test_a_damaged_view(damage, tmp_path, monkeypatch, caplog):
+    folder = write_views(tmp_path / "other" / "a_chair-seed0")
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").unlink()
+    content = {"eps": EPS, "bomb": png_header(30000, 30000), "cut": whole[:-30]}
+    if damage in content:
+        (folder / "1.png").write_bytes(content[damage])
+    elif damage == "loop":
+        (folder / "1.png").symlink_to("1.png")
+    else:
+        irregular(damage, tmp_path).rename(folder / "1.png")
+    message = evaluated([folder], tmp_path, monkeypatch, caplog)
+    assert "1.png" in message
+
+
+@pytest.mark.parametrize(
+    "sidecar",
+    [
+        b"{",
+        b"[1]",
+        b"[" * 100_000,
+        b'{"azimuths": [0]}',
+        b'{"azimuths": [0, NaN]}',
+        b'{"azimuths": [0, "x"]}',
+        b'{"azimuths": 3}',
+        b'{"elevation": "x"}',
+        b'{"elevation": 1e999}',
+        b'{"seed": 1e999}',
+        b'{"seconds": true}',
+        b'{"prompt": 3}',
+        b'{"prompt": "\\ud800"}',
+        b'{"method": ["x"]}',
+    ],
+)
+def test_a_damaged_sidecar(sidecar, tmp_path, monkeypatch, caplog):
+    folder = write_views(tmp_path / "other" / "a_chair-seed0")
+    (folder / "asset.json").write_bytes(sidecar)
+    assert "asset.json" in evaluated([folder], tmp_path, monkeypatch, caplog)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("flag", ["--reference", "--nearest"])
+@pytest.mark.parametrize("kind", ["zip", "npy", "text", "pickle", "shapes", "nan", "pipe", "none"])
+def test_damaged_features(flag, kind, tmp_path, monkeypatch, caplog):
+    folder = write_views(tmp_path / "other" / "a_chair-seed0")
+    path = tmp_path / "x.npz"
+    ones = np.ones((9, 4), np.float32)
+    if kind == "zip":
+        np.savez_compressed(path, features=ones, names=np.array(["a"] * 9))
+        path.write_bytes(path.read_bytes()[:-40])
+    elif kind == "npy":
+        np.save(tmp_path / "x.npy", ones)
+        (tmp_path / "x.npy").rename(path)
+    elif kind == "text":
+        path.write_text("features")
+    elif kind == "pickle":
+        np.savez(path, features=ones, names=np.array([{}] * 9, dtype=object))
+    elif kind == "shapes":
+        np.savez(path, features=ones[0], names=np.array(["a"]))
+    elif kind == "nan":
+        np.savez(path, features=ones * np.nan, names=np.array(["a"] * 9))
+    elif kind == "pipe":
+        os.mkfifo(path)
+    assert "x.npz" in evaluated([folder], tmp_path, monkeypatch, caplog, flag, str(path))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--views 0", "views: expected 1 or more"),
+        ("--views 1000000", "views: expected 360 or less"),
+        ("--size 0", "size: expected 16 or more"),
+        ("--size 100000", "size: expected 4096 or less"),
+        ("--reference-images 0", "reference_images: expected"),
+        ("--json /dev/null", "--json /dev/null: cannot be written"),
+        ("--html .", "--html .: cannot be written: it is a folder"),
+        ("--html /proc/x/y.html", "cannot be written"),
+        ("--save-features /dev/stdout/x", "cannot be written"),
+    ],
+)
+def test_flags_of_evaluate_are_checked_first(flags, message, caplog):
+    argv = ["no-run", *([] if "--json" in flags else ["--json", "x.json"]), *flags.split()]
+    assert evaluate.main(argv) == 2
+    assert message in caplog.text and "no-run" not in caplog.text
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["text", "pipe", "folder", "header"])
+def test_a_judge_that_is_none(kind, tmp_path):
+    path = tmp_path / "judge.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("judge")
+    else:
+        header = b'{"x":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+        path.write_bytes(struct.pack("<Q", len(header)) + header + b"x")
+    with pytest.raises(EvaluateError, match=r"judge\.safetensors"):
+        open_judge(path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rgba": np.zeros((2, 4, 4, 3), np.uint8)},
+        {"rgba": np.zeros((2, 4, 5, 4), np.uint8)},
+        {"rgba": np.zeros((2, 4, 4, 4), np.float32)},
+        {"rgba": np.zeros((0, 4, 4, 4), np.uint8)},
+        {"rgba": np.zeros((2, 0, 0, 4), np.uint8)},
+        {"rgba": np.array(5)},
+        {"azimuth": np.zeros(3)},
+        {"azimuth": np.array(0.0)},
+        {"distance": np.array([1, np.nan])},
+        {"fovy": np.array(["a", "b"])},
+        {"elevation": np.array([{}, {}], dtype=object)},
+    ],
+)
+def test_true_views_that_do_not_fit(change, tmp_path):
+    cameras = {name: np.ones(2) for name in ("elevation", "azimuth", "distance", "fovy")}
+    good: dict[str, Any] = {"rgba": np.ones((2, 4, 4, 4), np.uint8), **cameras}
+    np.savez(tmp_path / "truth.npz", **good)
+    assert read_truth(tmp_path).rgba.shape == (2, 4, 4, 4)
+    np.savez(tmp_path / "truth.npz", **(good | change))
+    with pytest.raises(ValueError, match=r"truth\.npz: expected"):
+        read_truth(tmp_path)
 
 
 # Files that cannot be written to their end
