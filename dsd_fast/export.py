@@ -66,20 +66,6 @@ class ExportCommand:
     # "auto" (CUDA if there is one), "cpu" or "cuda".
     device: str = "auto"
 
-    def validate(self) -> None:
-        """Raise ConfigError for flags that do not go together."""
-        for names, video in ((_OF_MESH, False), (_OF_VIDEO, True)):
-            given = [name for name in names if getattr(self, name) is not None]
-            if given and video != self.turntable:
-                flag = f"--{given[0].replace('_', '-')}"
-                mend = f"pass --turntable, or drop {flag}" if video else f"drop {flag}"
-                raise ConfigError(
-                    f"{given[0]}: is of the {'video' if video else 'mesh'}, which is not written: "
-                    f"{mend}"
-                )
-        if self.output is not None:
-            check_output(self.output, VIDEO if self.turntable else MESH)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 no surface, 2 wrong input."""
@@ -96,6 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(command: ExportCommand) -> Path:
     """Do what the command says; returns the file that was written."""
     check(command, flags=True)
+    if command.output is not None:
+        check_output(command.output, VIDEO if command.turntable else MESH)
+    for name in _OF_MESH if command.turntable else _OF_VIDEO:
+        if getattr(command, name) is not None:
+            what = "mesh, and a video is written" if command.turntable else "video (--turntable)"
+            log.warning("--%s does nothing: it is of the %s", name.replace("_", "-"), what)
     device = resolve_device(command.device)
     _, folder = cli.find_checkpoint(command.run)
     output = command.output or (folder.turntable if command.turntable else folder.mesh)

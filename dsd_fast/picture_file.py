@@ -47,7 +47,7 @@ def read_rgba(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always")
-            with _open(path) as image:
+            with open_picture(path) as image:
                 frames = getattr(image, "n_frames", 1)
                 if frames > 1:
                     log.warning("%s has %d frames: the first is taken", path, frames)
@@ -77,7 +77,7 @@ def only_safe_pictures() -> Iterator[list[str]]:
         try:
             if isinstance(fp, (str, os.PathLike)):
                 _refuse_irregular(Path(fp))
-            return _open(fp, open_any)
+            return open_picture(fp, open_any)
         except Exception as error:
             refused.append(f"{name}{_in_words(error)}")
             raise
@@ -126,8 +126,13 @@ def _refuse_irregular(path: Path) -> None:
         raise _Refused(f"cannot read {path}: expected a PNG, JPEG or WebP picture, and {problem}")
 
 
-def _open(file: Any, open_any: Any = None) -> Image.Image:
-    """An opened picture of which no more than the size is read; _Refused by that."""
+def open_picture(file: Any, open_any: Any = None) -> Image.Image:
+    """A picture of FORMATS of which no more than the size is read; ValueError by that.
+
+    Args:
+        file: a path or an open file; what else Pillow raises is up to the caller.
+        open_any: stands for `Image.open`.
+    """
     from PIL import Image
 
     with _patching:
