@@ -82,17 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(command: ExportCommand) -> Path:
     """Do what the command says; returns the file that was written."""
     check(command, flags=True)
-    if command.output is not None:
-        check_output(command.output, VIDEO if command.turntable else MESH)
+    output = command.output
+    if output is not None:
+        output = check_output(output, VIDEO if command.turntable else MESH)
     for name in _OF_MESH if command.turntable else _OF_VIDEO:
         if getattr(command, name) is not None:
             what = "mesh, and a video is written" if command.turntable else "video (--turntable)"
             log.warning("--%s does nothing: it is of the %s", name.replace("_", "-"), what)
     device = resolve_device(command.device)
     _, folder = cli.find_checkpoint(command.run)
-    output = command.output or (folder.turntable if command.turntable else folder.mesh)
-    # What is wrong is found before the work.
-    output = check_output(output)
+    if output is None:
+        # A link that somebody has left in the folder is replaced, not followed.
+        output = folder.turntable if command.turntable else folder.mesh
+        check_output(output)
     keep_freed_memory(device)
     run = open_saved(command.run, device)
     log.info(

@@ -486,6 +486,16 @@ def test_export_follows_a_link_to_a_file(trained, tmp_path):
     assert (tmp_path / "file.glb").read_bytes()[:4] == b"glTF"
 
 
+def test_a_link_in_a_run_folder_is_not_followed(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    write_checkpoint(run, saved_tree())
+    (tmp_path / "other.glb").write_bytes(b"precious")
+    run.mesh.symlink_to(tmp_path / "other.glb")
+    assert export.main([str(run.path), "--device", "cpu"]) == 0
+    assert (tmp_path / "other.glb").read_bytes() == b"precious"
+    assert run.mesh.read_bytes()[:4] == b"glTF" and not run.mesh.is_symlink()
+
+
 def test_decimation_asks_for_its_package_before_the_work(trained, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda _: None)
     monkeypatch.setattr(FieldScene, "mesh", None)

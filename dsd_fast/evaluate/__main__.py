@@ -127,12 +127,13 @@ def compare(command: EvaluateCommand) -> dict:
 
 
 def _check(command: EvaluateCommand) -> None:
+    """ConfigError or EvaluateError for flags that cannot work; links to files become the files."""
     check(command, flags=True)
     if not any((command.html, command.json, command.save_features)):
         raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
     for name in ("html", "json", "save_features", "save_reference"):
         if (path := getattr(command, name)) is not None:
-            check_output(path, flag=f"--{name.replace('_', '-')}")
+            setattr(command, name, check_output(path, flag=f"--{name.replace('_', '-')}"))
 
 
 def _open_eyes(command: EvaluateCommand, device: torch.device) -> Eyes:

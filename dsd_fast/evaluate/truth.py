@@ -103,7 +103,7 @@ def compare(command: TruthCommand) -> dict:
     if not command.runs:
         raise EvaluateError("expected run folders to score, got none")
     if command.json is not None:
-        check_output(command.json, flag="--json")
+        command.json = check_output(command.json, flag="--json")
     if command.sheets is not None:
         check_output(command.sheets / "object.png", flag="--sheets")
     device = resolve_device(command.device)
