@@ -60,21 +60,20 @@ def write_turntable(
 
 
 def write_video(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
-    """Encode uint8 frames [H, W, 3] as H.264, atomically. Odd sides lose one row or column.
+    """Encode uint8 frames [H, W, 3] as H.264, atomically.
+
+    Odd sides lose one row or column, one of a single pixel has it twice.
 
     Raises:
         OSError: it cannot be written, or ffmpeg cannot be run or ends before its time; names the
             file.
-        ValueError: there are no frames, or they have no two rows or columns.
+        ValueError: there are no frames.
     """
     with writing(path) as temporary, tempfile.TemporaryFile() as said:
         encoder = None
         try:
             for frame in frames:
-                # yuv420p, the one pixel format every player takes, halves the colour resolution.
-                even = frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]
-                if even.size == 0:
-                    raise ValueError(f"a video needs 2 x 2 pixels, got {list(frame.shape)}")
+                even = _even(frame)
                 encoder = encoder or _Encoder(temporary, even.shape[:2], fps, said)
                 encoder.write(even)
             if encoder is None:
@@ -83,6 +82,14 @@ def write_video(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
         finally:
             if encoder is not None:
                 encoder.end()
+
+
+def _even(frame: np.ndarray) -> np.ndarray:
+    """yuv420p, the one pixel format every player takes, halves the colour resolution."""
+    for axis in (0, 1):
+        if frame.shape[axis] == 1:
+            frame = frame.repeat(2, axis)
+    return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]
 
 
 class _Encoder:
@@ -138,11 +145,11 @@ class _Encoder:
             self._process.communicate()
 
     def _fail(self) -> NoReturn:
-        """OSError with ffmpeg's last words."""
+        """OSError with the first of what ffmpeg said, which is the cause of the rest."""
         code = self._process.wait()
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
-        words = lines[-1][:300] if lines else f"it ended with code {code}"
+        words = lines[0][:300] if lines else f"it ended with code {code}"
         full = any(os.strerror(errno.ENOSPC) in line for line in lines)
         raise OSError(errno.ENOSPC if full else errno.EIO, f"ffmpeg: {words}")
 
