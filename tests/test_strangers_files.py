@@ -1,7 +1,10 @@
 """Files that anybody may have made: pictures, meshes, run folders, and places to write to."""
 
+import contextlib
+import json
 import logging
 import os
+import random
 import re
 import resource
 import struct
@@ -16,6 +19,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 
 from dsd_fast import export
@@ -37,6 +41,27 @@ EPS = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%Pages: 1\n%%EndComments\n"
     b"0 0 20 20 rectfill\nshowpage\n%%EOF\n"
 )
+
+
+# Random damage of each kind; DSD_HOSTILE=100 for a longer look.
+TRIALS = 30 * int(os.environ.get("DSD_HOSTILE", "1"))
+
+
+def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
+    """Some bytes changed, dropped or added, mostly near the beginning, or the end cut off."""
+    content = bytearray(whole)
+    for _ in range(rng.choice([1, 2, 4, 16])):
+        end = min(len(content), rng.choice([40, 400, len(whole)]))
+        at, how, count = rng.integers(max(end, 1)), rng.random(), rng.integers(1, 9)
+        if how < 0.5:
+            content[at : at + 1] = rng.bytes(1) if rng.random() < 0.5 else b"\xff"
+        elif how < 0.7:
+            del content[at : at + count]
+        elif how < 0.9:
+            content[at:at] = rng.bytes(int(count))
+        else:
+            del content[at:]
+    return bytes(content)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -172,14 +197,8 @@ def test_damaged_pictures_are_one_message(kind, tmp_path):
     Image.fromarray(noise).save(path, kind)
     whole = path.read_bytes()
     failed = 0
-    for _ in range(120):
-        bad = bytearray(whole)
-        if rng.random() < 0.4:
-            bad = bad[: rng.integers(len(bad))]
-        for _ in range(rng.integers(1, 8)):
-            if bad:
-                bad[rng.integers(len(bad))] = rng.integers(256)
-        path.write_bytes(bad)
+    for _ in range(2 * TRIALS):
+        path.write_bytes(damaged(whole, rng))
         try:
             read_rgba(path)
         except ValueError as error:
@@ -567,15 +586,82 @@ def test_damaged_checkpoints_are_one_message(trained, tmp_path, caplog):
     path = checkpoint.step_path(tmp_path / "checkpoints", 10)
     path.parent.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(60):
-        bad = bytearray(whole)
-        for _ in range(rng.integers(1, 6)):
-            # As often in the header, which is short, as in the numbers.
-            end = (8, 2000, len(bad))[i % 3]
-            bad[rng.integers(end)] = rng.integers(256)
-        path.write_bytes(bad[: rng.integers(len(bad))] if i % 5 == 0 else bad)
-        if bytes(bad) != whole:
+    for _ in range(TRIALS):
+        bad = damaged(whole, rng)
+        path.write_bytes(bad)
+        if bad != whole:
             assert str(path) in refused(caplog, tmp_path, "--output", tmp_path / "x.glb")
+
+
+# In the place of any setting or flag.
+ODD = [0, -1, 1, 1e9, -1e9, 1e300, 2**70, True, None, "x", "", [], [[1]], {}, {"a": 1}, [0.5, 0.1]]
+ODD += ["../..", "nan", "\ud800", 3.7, [1e9] * 1000, "a" * 10000, 8192, 65536]
+WORDS = "0 -1 1 3 1e9 nan inf ² 0x10 true None auto high é 💥 -- / . /dev/null x.glb X.GLB x.obj x"
+FLAGS = "--iso --resolution --min-component --max-faces --views --size --output --turntable"
+
+
+def test_odd_values_in_the_configuration_of_a_checkpoint(tmp_path):
+    rng = random.Random(0)
+    for _ in range(TRIALS):
+        tree = saved_tree()
+        node = tree["config"]
+        while isinstance(node, dict) and node:
+            parent, name = node, rng.choice(list(node))
+            node = node[name]
+        parent[name] = rng.choice(ODD)
+        write_checkpoint(RunFolder(tmp_path), tree)
+        flags = ["--device", "cpu", "--resolution", "8", "--output", str(tmp_path / "x.glb")]
+        assert export.main([str(tmp_path), *flags]) in (0, 1, 2), (name, parent[name])
+
+
+def test_odd_words_in_the_place_of_flags(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    words = [*WORDS.split(), "", " ", "9" * 5000, "a" * 300 + ".glb", "nul\0.glb"]
+    for _ in range(TRIALS):
+        flags = [
+            word for flag in rng.sample(FLAGS.split(), 2) for word in (flag, rng.choice(words))
+        ]
+        try:
+            code = export.main([str(trained), *flags, "--device", "cpu"])
+        except SystemExit as error:
+            code = error.code
+        assert code in (0, 1, 2), flags
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_damaged_runs_and_views_in_an_evaluation(trained, tmp_path, monkeypatch, caplog):
+    whole = checkpoint.step_path(trained / "checkpoints", 10).read_bytes()
+    config = json.dumps(saved_tree()["config"]).encode()
+    metrics = b'{"step": 1, "seconds": 1.5, "memory_mib": 5.0}\n' * 3
+    sidecar = b'{"azimuths": [0, 180], "seconds": 3, "seed": 1, "prompt": "a chair", "method": "m"}'
+    rng = np.random.default_rng(0)
+    for i in range(TRIALS):
+        run = RunFolder(tmp_path / str(i) / "run")
+        run.checkpoints.mkdir(parents=True)
+        file = checkpoint.step_path(run.checkpoints, 10)
+        file.write_bytes(damaged(whole, rng) if i % 4 == 0 else whole)
+        run.config.write_bytes(damaged(config, rng) if i % 4 == 1 else config)
+        run.metrics.write_bytes(damaged(metrics, rng))
+        views = write_views(tmp_path / str(i) / "other" / "a_chair-seed0")
+        (views / "asset.json").write_bytes(damaged(sidecar, rng) if i % 4 == 2 else sidecar)
+        if i % 4 == 3:
+            (views / "1.png").write_bytes(damaged((views / "1.png").read_bytes(), rng))
+        evaluated([tmp_path / str(i)], tmp_path, monkeypatch, caplog)
+        (tmp_path / "report.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_damaged_meshes_are_one_message(kind, tmp_path):
+    ball = trimesh.creation.icosphere(1)
+    path = tmp_path / f"ball.{kind}"
+    ball.export(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(2 * TRIALS):
+        path.write_bytes(damaged(whole, rng))
+        with contextlib.suppress(ValueError):
+            meshes.render_views(path, np.zeros(1), 16, 0.7)
 
 
 # Evaluation
