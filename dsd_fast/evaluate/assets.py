@@ -187,9 +187,10 @@ def describe(path: Path, method: str | None = None) -> Source:
     if _is_run(path):
         saved, folder = cli.find_checkpoint(path)
         # A checkpoint outside its run's folder says the same.
-        file = folder.config if folder.config.is_file() else saved
+        has_config = folder.config.is_file()
+        file = folder.config if has_config else saved
         try:
-            config = _read_json(file) if file is folder.config else checkpoint.load(file)["config"]
+            config = _read_json(file) if has_config else checkpoint.load(file)["config"]
             if not isinstance(config, dict):
                 raise TypeError(f"expected a configuration, got {type(config).__name__}")
             prompt, seed = config["prompt"], config["seed"]
