@@ -11,21 +11,33 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
+from annotated_types import Interval
 
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.config import ConfigError, TrainConfig, from_dict, resolve_device
-from dsd_fast.run import checkpoint, cli, pictures
+from dsd_fast.config import ConfigError, check, resolve_device
+from dsd_fast.output_file import check_output
+from dsd_fast.ranges import CountOrNone, Share
+from dsd_fast.run import cli, pictures
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.command import run_command
-from dsd_fast.run.state import saved_scene
-from dsd_fast.scene.mesh import MeshError, write_glb
+from dsd_fast.run.saved import SavedRun, open_saved
+from dsd_fast.scene.mesh import GridPoints, Iso, MeshError, write_glb
 
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.export")
+
+
+# What is written, and the flags that are of it alone.
+MESH = (".glb",)
+VIDEO = (".mp4",)
+_OF_MESH = ("iso", "resolution", "min_component", "max_faces")
+_OF_VIDEO = ("views", "size")
 
 
 @dataclass
@@ -34,22 +46,23 @@ class ExportCommand:
 
     # A run folder (its newest checkpoint is taken) or a checkpoint file.
     run: Annotated[Path, tyro.conf.Positional]
-    # The file to write; by default mesh.glb (or turntable.mp4) in the run folder.
+    # The file to write, .glb (or .mp4 with --turntable); by default mesh.glb (or turntable.mp4) in
+    # the run folder.
     output: Path | None = None
     # Density of the surface: a number, or "auto"; by default what the run was configured with.
-    iso: str | None = None
+    iso: Iso | None = None
     # Grid points along the longest side of the object.
-    resolution: int | None = None
+    resolution: GridPoints | None = None
     # Components with fewer faces than this fraction of the largest one are dropped.
-    min_component: float | None = None
+    min_component: Share | None = None
     # Decimate to this many faces (needs fast-simplification); 0 keeps all.
-    max_faces: int | None = None
+    max_faces: CountOrNone | None = None
     # Render the turntable video instead of a mesh.
     turntable: bool = False
     # Views in the video.
-    views: int | None = None
+    views: Annotated[int, Interval(ge=1, le=100_000)] | None = None
     # Height and width of the video's panels in pixels.
-    size: int | None = None
+    size: Annotated[int, Interval(ge=2, le=4096)] | None = None
     # "auto" (CUDA if there is one), "cpu" or "cuda".
     device: str = "auto"
 
@@ -68,36 +81,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(command: ExportCommand) -> Path:
     """Do what the command says; returns the file that was written."""
+    check(command, flags=True)
+    output = command.output
+    if output is not None:
+        output = check_output(output, VIDEO if command.turntable else MESH)
+    for name in _OF_MESH if command.turntable else _OF_VIDEO:
+        if getattr(command, name) is not None:
+            what = "mesh, and a video is written" if command.turntable else "video (--turntable)"
+            log.warning("--%s does nothing: it is of the %s", name.replace("_", "-"), what)
     device = resolve_device(command.device)
+    _, folder = cli.find_checkpoint(command.run)
+    if output is None:
+        # A link that somebody has left in the folder is replaced, not followed.
+        output = folder.turntable if command.turntable else folder.mesh
+        check_output(output)
     keep_freed_memory(device)
-    path, folder = cli.find_checkpoint(command.run)
-    tree = checkpoint.load(path)
-    cfg, step = from_dict(TrainConfig, tree["config"]), tree["step"]
-    scene = saved_scene(cfg, tree["scene"]).to(device)
-    log.info("%s, seed %d, step %d of %d", cfg.prompt, cfg.seed, step, cfg.max_steps)
+    run = open_saved(command.run, device)
+    log.info(
+        "%s, seed %d, step %d of %d", run.cfg.prompt, run.cfg.seed, run.step, run.cfg.max_steps
+    )
+    try:
+        _write(run, command, output)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        advice = "a smaller --size" if command.turntable else "a smaller --resolution"
+        raise MeshError(
+            f"the memory of {device} is too small for {output}: pass {advice}, or another --device "
+            f"({(str(error) or 'MemoryError').splitlines()[0]})"
+        ) from error
+    return output
+
+
+def _write(run: SavedRun, command: ExportCommand, output: Path) -> None:
+    cfg, scene, step = run.cfg, run.scene, run.step
     if command.turntable:
-        size = command.size
-        pictures.write_turntable(
-            scene,
-            cfg.cameras,
-            step,
-            output := command.output or folder.turntable,
-            cfg.pictures.fps,
-            command.views or None,
-            (size, size) if size else None,
-        )
+        size = (command.size, command.size) if command.size else None
+        fps, views = cfg.pictures.fps, command.views
+        pictures.write_turntable(scene, cfg.cameras, step, output, fps, views, size)
         log.info("wrote %s", output)
-        return output
-    chosen = {
-        name: value
-        for name in ("iso", "resolution", "min_component", "max_faces")
-        if (value := getattr(command, name)) is not None
-    }
-    mesh = scene.mesh(replace(cfg.mesh, **chosen), step)
-    output = command.output or folder.mesh
+        return
+    chosen = {name: value for name in _OF_MESH if (value := getattr(command, name)) is not None}
+    settings = replace(cfg.mesh, **chosen)
+    if settings.max_faces and find_spec("fast_simplification") is None:
+        raise ConfigError(
+            f"--max-faces {settings.max_faces} needs a package: pip install fast-simplification, "
+            "or pass --max-faces 0"
+        )
+    mesh = scene.mesh(settings, step)
     write_glb(mesh, output)
     log.info("wrote %s, %d vertices, %d faces", output, len(mesh.vertices), len(mesh.faces))
-    return output
 
 
 if __name__ == "__main__":

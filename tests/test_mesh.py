@@ -3,6 +3,7 @@
 import json
 import struct
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,8 +117,57 @@ def test_glb_is_y_up_front_z_with_linear_colors(tmp_path):
     # Field +x (the front) becomes +z, field +z (up) becomes +y; the shape is turned, not mirrored.
     assert loaded.vertices.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 0]]
     assert loaded.volume == pytest.approx(1 / 6)
-    linear = [[1, 0, 0, 1], [0.2140, 0.2140, 0.2140, 1], [0.02 / 12.92, 0, 1, 1], [0, 0, 0, 1]]
-    colors = glb_attribute(tmp_path / "mesh.glb", "COLOR_0", np.uint16, 4)
-    np.testing.assert_allclose(colors / 65535, linear, atol=1e-4)
+    linear = [[1, 0, 0], [0.2140, 0.2140, 0.2140], [0.02 / 12.92, 0, 1], [0, 0, 0]]
+    colors = glb_attribute(tmp_path / "mesh.glb", "COLOR_0", np.float32, 3)
+    np.testing.assert_allclose(colors, linear, atol=1e-4)
     normals = glb_attribute(tmp_path / "mesh.glb", "NORMAL", np.float32, 3)
     np.testing.assert_allclose(normals[3], -np.ones(3) / np.sqrt(3), atol=1e-6)
+
+
+def only_part(loaded) -> Any:
+    return next(iter(loaded.geometry.values())) if isinstance(loaded, trimesh.Scene) else loaded
+
+
+@pytest.mark.parametrize("how", [{}, {"process": False}, {"force": "mesh"}])
+def test_trimesh_keeps_the_colors(how: dict[str, Any], tmp_path):
+    rng = np.random.default_rng(0)
+    vertices = rng.normal(size=(64, 3)).astype(np.float32)
+    faces = np.arange(63).reshape(-1, 3)
+    albedo = rng.random((64, 3)).astype(np.float32) ** 3  # most of them dark
+    albedo[:3] = 0, 1, 2 / 255
+    write_glb(Mesh(vertices, faces, albedo), tmp_path / "mesh.glb")
+
+    loaded = only_part(trimesh.load(tmp_path / "mesh.glb", **how))
+    assert loaded.visual.kind == "vertex"
+    colors = loaded.visual.vertex_colors
+    # trimesh may have put vertices in another order, or dropped the one without a face.
+    at = {tuple(v): i for i, v in enumerate(vertices[:, [1, 2, 0]].tolist())}
+    order = [at[tuple(v)] for v in loaded.vertices.tolist()]
+    assert len(order) >= 63 and (colors[:, 3] == 255).all()
+    linear = np.where(albedo <= 0.04045, albedo / 12.92, ((albedo + 0.055) / 1.055) ** 2.4)
+    assert np.abs(colors[:, :3] / 255 - linear[order]).max() <= 0.51 / 255
+    loaded.export(tmp_path / "again.glb")
+    again = only_part(trimesh.load(tmp_path / "again.glb", **how))
+    assert sorted(map(tuple, again.visual.vertex_colors)) == sorted(map(tuple, colors))
+
+
+def test_dark_colors_do_not_band(tmp_path):
+    grey = np.arange(256) / 255
+    vertices, faces = np.random.default_rng(0).normal(size=(256, 3)), np.arange(255).reshape(-1, 3)
+    mesh = Mesh(vertices.astype(np.float32), faces, np.repeat(grey[:, None], 3, 1))
+    write_glb(mesh, tmp_path / "mesh.glb")
+    linear = glb_attribute(tmp_path / "mesh.glb", "COLOR_0", np.float32, 3)[:, 0]
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    assert np.abs(srgb - grey).max() < 1e-3  # of eight linear bits it would be 6 / 255
+
+
+def test_evaluate_reads_our_meshes_in_their_colors(tmp_path):
+    from dsd_fast.evaluate.meshes import read_mesh
+
+    vertices = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]], np.float32)
+    faces = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])
+    albedo = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.25, 0.7, 1], [0.9, 0.3, 0.6]], np.float32)
+    write_glb(Mesh(vertices, faces, albedo), tmp_path / "mesh.glb")
+    (part,) = read_mesh(tmp_path / "mesh.glb")
+    assert part.colours is not None
+    np.testing.assert_allclose(part.colours, albedo, atol=0.01)

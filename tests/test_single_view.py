@@ -33,6 +33,7 @@ from dsd_fast.guidance.conditions.pose import (
     Reference,
 )
 from dsd_fast.judge.truth import Truth
+from dsd_fast.picture_file import read_rgba
 from dsd_fast.run import checkpoint, outputs
 from dsd_fast.scene import picture as single_view
 from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
@@ -362,20 +363,20 @@ def test_a_recentred_object_fills_its_share(picture):
 
 def test_grey_palettes_and_turned_photos_are_read(tmp_path):
     imageio.imwrite(tmp_path / "grey.png", np.full((8, 8), 40000, np.uint16))
-    assert single_view._read(tmp_path / "grey.png")[0, 0].tolist() == [156, 156, 156, 255]
+    assert read_rgba(tmp_path / "grey.png")[0, 0].tolist() == [156, 156, 156, 255]
 
     palette = Image.new("P", (8, 6))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((2, 1), 1)
     palette.save(tmp_path / "palette.png", transparency=0)
-    rgba = single_view._read(tmp_path / "palette.png")
+    rgba = read_rgba(tmp_path / "palette.png")
     assert rgba[1, 2].tolist() == [40, 50, 60, 255] and rgba[0, 0, 3] == 0
 
     photo = Image.new("RGB", (8, 4), "red")
     exif = photo.getexif()
     exif[0x0112] = 6  # to be turned a quarter
     photo.save(tmp_path / "photo.jpg", exif=exif)
-    assert single_view._read(tmp_path / "photo.jpg").shape == (8, 4, 4)
+    assert read_rgba(tmp_path / "photo.jpg").shape == (8, 4, 4)
 
 
 def test_a_background_needs_rembg(tmp_path, monkeypatch):
@@ -400,11 +401,11 @@ def test_pictures_that_show_nothing_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         single_view.read_picture(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match="not a picture"):
+    with pytest.raises(ValueError, match="not a picture that is PNG, JPEG or WebP"):
         single_view.read_picture(tmp_path / "text.png")
     empty = np.zeros((32, 32, 4), np.uint8)
     imageio.imwrite(tmp_path / "empty.png", empty)
-    with pytest.raises(ValueError, match=r"covers 0\.0%"):
+    with pytest.raises(ValueError, match=r"covers 0\.00%"):
         single_view.read_picture(tmp_path / "empty.png")
 
 

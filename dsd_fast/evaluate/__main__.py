@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import tyro
+from annotated_types import Interval
 
 from dsd_fast._backend import keep_freed_memory
-from dsd_fast.config import ConfigError, resolve_device
-from dsd_fast.evaluate import assets, metrics, page
+from dsd_fast.config import ConfigError, check, resolve_device
+from dsd_fast.evaluate import assets, page
 from dsd_fast.evaluate.assets import EvaluateError
+from dsd_fast.evaluate.metrics import MIN_FRECHET
 from dsd_fast.files import write_json, write_text
+from dsd_fast.output_file import check_output
+from dsd_fast.ranges import MOST
 from dsd_fast.run.command import run_command
 
 if TYPE_CHECKING:
@@ -49,9 +53,9 @@ class EvaluateCommand:
     # The figures to write.
     json: Path | None = None
     # Views of each asset: 8, or the one that images of 2D runs and samples are.
-    views: int | None = None
+    views: Annotated[int, Interval(ge=1, le=360)] | None = None
     # Side of the renders of runs and meshes in pixels.
-    size: int = 224
+    size: Annotated[int, Interval(ge=16, le=4096)] = 224
     # Show runs before their own backgrounds, not all before the same grey.
     own_background: bool = False
     # Images that the Fréchet distance is measured to: a folder of them, a folder of views that
@@ -60,7 +64,7 @@ class EvaluateCommand:
     # Training models to find the nearest of: as --reference, where each lies in a folder.
     nearest: Path | None = None
     # Of a folder of more reference images than this, so many are taken, evenly over all.
-    reference_images: int = 5000
+    reference_images: Annotated[int, Interval(ge=MIN_FRECHET, le=MOST)] = 5000
     # Write the features of all views, or those of --nearest (else --reference), as .npz, to be
     # passed as --reference or --nearest another time.
     save_features: Path | None = None
@@ -123,12 +127,13 @@ def compare(command: EvaluateCommand) -> dict:
 
 
 def _check(command: EvaluateCommand) -> None:
+    """ConfigError or EvaluateError for flags that cannot work; links to files become the files."""
+    check(command, flags=True)
     if not any((command.html, command.json, command.save_features)):
         raise EvaluateError("nothing to write: pass --html FILE, --json FILE or --save-features")
-    for name, least in (("views", 1), ("size", 16), ("reference_images", metrics.MIN_FRECHET)):
-        value = getattr(command, name)
-        if value is not None and value < least:
-            raise EvaluateError(f"--{name.replace('_', '-')}: expected at least {least}")
+    for name in ("html", "json", "save_features", "save_reference"):
+        if (path := getattr(command, name)) is not None:
+            setattr(command, name, check_output(path, flag=f"--{name.replace('_', '-')}"))
 
 
 def _open_eyes(command: EvaluateCommand, device: torch.device) -> Eyes:

@@ -12,21 +12,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsd_fast.config import CameraConfig, TrainConfig, from_dict
+from dsd_fast.config import CameraConfig
 from dsd_fast.evaluate import meshes
+from dsd_fast.picture_file import MAX_BYTES, read_rgba
 from dsd_fast.run import checkpoint, cli
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.pictures import to_uint8
-from dsd_fast.run.state import saved_scene
+from dsd_fast.run.saved import SavedRun, open_saved
 from dsd_fast.scene.cameras import eval_camera
-from dsd_fast.scene.field_scene import FieldScene
 from dsd_fast.scene.renderer import OPAQUE
 from dsd_fast.schedules import Schedule
 
@@ -187,42 +186,83 @@ def describe(path: Path, method: str | None = None) -> Source:
     """
     if _is_run(path):
         saved, folder = cli.find_checkpoint(path)
+        # A checkpoint outside its run's folder says the same.
+        has_config = folder.config.is_file()
+        file = folder.config if has_config else saved
         try:
-            # A checkpoint outside its run's folder says the same.
-            has_config = folder.config.is_file()
-            config = _read_json(folder.config) if has_config else checkpoint.load(saved)["config"]
-            prompt, seed = str(config["prompt"]), int(config["seed"])
-        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            config = _read_json(file) if has_config else checkpoint.load(file)["config"]
+            if not isinstance(config, dict):
+                raise TypeError(f"expected a configuration, got {type(config).__name__}")
+            prompt, seed = config["prompt"], config["seed"]
+            is_picture = config.get("task") == "image"
+            method = method or method_of(config)
+        except (CheckpointError, EvaluateError) as error:
             raise EvaluateError(f"{path}: cannot tell its prompt and seed: {error}") from error
-        is_picture = config.get("task") == "image"
-        return Source(method or method_of(config), prompt, seed, path, True, is_picture)
+        # What else may be there in the place of settings.
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise EvaluateError(
+                f"{file}: cannot tell the run's method, prompt and seed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        _check({"method": method, "prompt": prompt, "seed": seed}, file)
+        return Source(method, prompt, int(seed), path, True, is_picture)
     is_mesh = path.is_file()
     sidecar = path.with_suffix(".json") if is_mesh else path / SIDECAR
     about = _read_json(sidecar) if sidecar.exists() else {}
     name = path.stem if is_mesh else path.resolve().name
     match = _SEED.fullmatch(name)
     name, seed = (match[1], int(match[2])) if match else (name, 0)
-    method = method or str(about.get("method", path.resolve().parent.name))
-    prompt = str(about.get("prompt", name.replace("_", " ")))
     is_picture = about.get("azimuths", 0) is None
     if is_picture:
         del about["azimuths"]
     _check(about, sidecar)
+    method = method or about.get("method", path.resolve().parent.name)
+    prompt = about.get("prompt", name.replace("_", " "))
     return Source(method, prompt, int(about.get("seed", seed)), path, False, is_picture, about)
 
 
+# Steps, seeds and seconds are below that; numbers of JSON may be of any size.
+_MOST = 2**63
+
+
 def _check(about: dict, path: Path) -> None:
-    """EvaluateError where a number of an asset.json is none."""
+    """EvaluateError where a value of an asset.json, or of a configuration, is none of its kind."""
+    for key in ("method", "prompt"):
+        text = about.get(key, "")
+        if not isinstance(text, str) or not _is_text(text):
+            raise EvaluateError(f"{path}: {key}: expected a text, got {_cut(text)}")
     for key in ("seed", "elevation", "seconds", "memory_mib", "azimuths"):
         value = about.get(key, 0)
         numbers = value if key == "azimuths" and isinstance(value, list) else [value]
-        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
-            raise EvaluateError(f"{path}: {key}: expected numbers, got {value!r}")
+        if not all(type(n) in (int, float) and -_MOST <= n < _MOST for n in numbers):
+            raise EvaluateError(f"{path}: {key}: expected numbers, got {_cut(value)}")
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file of text is a regular one, of a size that such files have."""
+    return path.is_file() and path.stat().st_size <= MAX_BYTES
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text can be written: JSON may have halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cut(value: object) -> str:
+    return text if len(text := repr(value)) <= 100 else f"{text[:100]}..."
 
 
 def _read_json(path: Path) -> dict:
+    if not _is_readable(path):
+        raise EvaluateError(f"cannot read {path}: expected a file of JSON")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise EvaluateError(f"cannot read {path}: it is nested too deep") from None
     except (OSError, ValueError) as error:
         raise EvaluateError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
@@ -304,34 +344,14 @@ def load(
     return _read(source, views)
 
 
-class Run(NamedTuple):
-    """A run as of its newest checkpoint, on a device."""
-
-    cfg: TrainConfig
-    config: dict  # of `cfg`, as it was saved
-    scene: FieldScene
-    step: int
-    metrics: Path
-
-
 def open_run(
     path: Path, device: torch.device, background: tuple[float, float, float] | None
-) -> Run:
-    """The run that a run folder or checkpoint holds, before its own background or a plain one.
-
-    Raises:
-        EvaluateError: it cannot be read.
-    """
+) -> SavedRun:
+    """`open_saved`, with EvaluateError for what cannot be read."""
     try:
-        saved, folder = cli.find_checkpoint(path)
-        tree = checkpoint.load(saved)
-        cfg = from_dict(TrainConfig, tree["config"])
-        if background is not None:
-            cfg.background.eval_color = background
-        scene = saved_scene(cfg, tree["scene"]).to(device)
-    except (CheckpointError, ValueError) as error:
-        raise EvaluateError(f"{path}: {error}") from error
-    return Run(cfg, tree["config"], scene, tree["step"], folder.metrics)
+        return open_saved(path, device, background)
+    except CheckpointError as error:
+        raise EvaluateError(str(error)) from error
 
 
 def _render(
@@ -349,7 +369,7 @@ def _render(
     elevation, last = float(run.cfg.cameras.eval_elevation_deg), run.cfg.max_steps
     unfinished = (run.step, last) if run.step < last else None
     looks = np.stack(images), azimuths, elevation
-    return Asset(source, *looks, *cost(run.metrics), unfinished, np.stack(masks))
+    return Asset(source, *looks, *cost(run.folder.metrics), unfinished, np.stack(masks))
 
 
 def _render_mesh(source: Source, views: int, size: int) -> Asset:
@@ -377,9 +397,9 @@ def _picture(source: Source) -> Asset:
         try:
             path, folder = cli.find_checkpoint(source.path)
             tree = checkpoint.load(path)
-            step, last = tree["step"], tree["config"]["max_steps"]
-        except (CheckpointError, KeyError) as error:
-            raise EvaluateError(f"{source.path}: {error}") from error
+            step, last = int(tree["step"]), int(tree["config"]["max_steps"])
+        except (CheckpointError, LookupError, TypeError, ValueError) as error:
+            raise EvaluateError(f"{source.path}: cannot tell its step: {error}") from error
         unfinished = (step, last) if step < last else None
         told, images = cost(folder.metrics), [folder.image]
         if step != folder.last_step() or not folder.image.is_file():
@@ -423,16 +443,25 @@ def cost(metrics: Path) -> tuple[float | None, float | None]:
     `seconds` counts from the start of each session of a run that was resumed: the last value of
     every session is added up.
     """
+    if not _is_readable(metrics):
+        return None, None
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
+        lines = metrics.read_bytes().splitlines()
     except OSError:
         return None, None
     records = []
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a crash cut short
+        # A crash may cut a line short, or leave one of zeros.
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     seconds, memory = (
-        [record[key] for record in records if record.get(key) is not None]
+        [
+            record[key]
+            for record in records
+            if isinstance(record, dict)
+            and type(record.get(key)) in (int, float)
+            and 0 <= record[key] < _MOST
+        ]
         for key in ("seconds", "memory_mib")
     )
     before = sum(last for last, following in pairwise(seconds) if following < last)
@@ -444,20 +473,17 @@ def read_image(path: Path) -> np.ndarray:
     """[H,W,3] uint8; transparency over grey.
 
     Raises:
-        EvaluateError: not an image.
+        EvaluateError: not an image that can be read.
     """
     return over_grey(_read_rgba(path))
 
 
 def _read_rgba(path: Path) -> np.ndarray:
-    """[H,W,4] uint8, straight alpha; EvaluateError: not an image."""
-    from PIL import Image
-
+    """`read_rgba`, with EvaluateError for what cannot be read."""
     try:
-        with Image.open(path) as file:
-            return np.asarray(file.convert("RGBA"))
-    except OSError as error:
-        raise EvaluateError(f"cannot read {path}: {error}") from error
+        return read_rgba(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise EvaluateError(str(error)) from error
 
 
 def over_grey(rgba: np.ndarray) -> np.ndarray:

@@ -99,18 +99,30 @@ class Clip:
         if not (folder / "config.json").is_file():
             raise EvaluateError(f"--clip {folder}: no config.json of a transformers CLIP model")
         try:
-            self.model = CLIPModel.from_pretrained(folder, local_files_only=True)
+            self.model = CLIPModel.from_pretrained(
+                # The folder may not name another implementation, which could be a program.
+                folder,
+                local_files_only=True,
+                attn_implementation="sdpa",
+            )
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise EvaluateError(f"--clip {folder}: not a CLIP model: {error}") from error
+            path = folder / "preprocessor_config.json"
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            self.mean, self.std = (
+                torch.tensor(config.get(name, usual), dtype=torch.float32).view(1, 3, 1, 1)
+                for name, usual in (
+                    ("image_mean", OPENAI_CLIP_MEAN),
+                    ("image_std", OPENAI_CLIP_STD),
+                )
+            )
+            if not (self.mean.isfinite().all() and (self.std > 0).all()):
+                raise ValueError(f"{path}: expected image_mean and image_std of three numbers")
+        except Exception as error:  # damaged folders bring errors of all kinds
+            words = f"{type(error).__name__}: {error}"
+            raise EvaluateError(f"--clip {folder}: not a CLIP model: {words}") from error
         self.model = self.model.float().eval().requires_grad_(False).to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
         self.device = device
-        path = folder / "preprocessor_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.mean, self.std = (
-            torch.tensor(config.get(name, usual), device=device).view(1, 3, 1, 1)
-            for name, usual in (("image_mean", OPENAI_CLIP_MEAN), ("image_std", OPENAI_CLIP_STD))
-        )
 
     @torch.no_grad()
     def embed(self, images: np.ndarray, prompt: str) -> tuple[np.ndarray, np.ndarray]:

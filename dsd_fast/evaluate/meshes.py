@@ -7,6 +7,7 @@ the viewer, mild, as runs are shown without shadows.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from dsd_fast.config import CameraConfig
+from dsd_fast.picture_file import MAX_BYTES, only_safe_pictures
 from dsd_fast.scene.cameras import eval_camera
+
+log = logging.getLogger("dsd_fast.evaluate")
 
 SUFFIXES = {".glb", ".gltf", ".obj", ".ply", ".stl"}
 # Of these the third axis points up; the others have y up and their front on +z, as glTF says.
@@ -59,25 +63,28 @@ def read_mesh(path: Path) -> list[Textured]:
     is_gltf = path.suffix.lower() in (".glb", ".gltf")
     parts = []
     try:
-        # Vertices stay apart as they are: merged ones would mix colours across creases.
-        scene = trimesh.load_scene(path, process=False)
-        for node in scene.graph.nodes_geometry:
-            transform, name = scene.graph[node]
-            part = scene.geometry[name]
-            if not (isinstance(part, trimesh.Trimesh) and len(part.faces)):
-                continue
-            moved = part.copy().apply_transform(transform)
-            parts.append(
-                Textured(
-                    points=np.asarray(moved.vertices, np.float64)[:, axes],
-                    normals=np.asarray(moved.vertex_normals, np.float64)[:, axes],
-                    triangles=np.asarray(moved.faces, np.int64),
-                    # A copy has lost what it knows of colours beside a material.
-                    **_appearance(part.visual, len(part.vertices), is_gltf),
+        with only_safe_pictures() as refused:
+            # Vertices stay apart as they are: merged ones would mix colours across creases.
+            scene = trimesh.load_scene(path, process=False, resolver=_resolver(path, refused))
+            for node in scene.graph.nodes_geometry:
+                transform, name = scene.graph[node]
+                part = scene.geometry[name]
+                if not (isinstance(part, trimesh.Trimesh) and len(part.faces)):
+                    continue
+                moved = part.copy().apply_transform(transform)
+                parts.append(
+                    Textured(
+                        points=np.asarray(moved.vertices, np.float64)[:, axes],
+                        normals=np.asarray(moved.vertex_normals, np.float64)[:, axes],
+                        triangles=np.asarray(moved.faces, np.int64),
+                        # A copy has lost what it knows of colours beside a material.
+                        **_appearance(part.visual, len(part.vertices), is_gltf),
+                    )
                 )
-            )
     except Exception as error:  # its readers raise all kinds
         raise ValueError(f"not a mesh: {type(error).__name__}: {error}") from error
+    if refused:
+        raise ValueError("; ".join(dict.fromkeys(refused)))
     if not parts:
         raise ValueError("no triangles in it")
     used = np.concatenate([part.points[np.unique(part.triangles)] for part in parts])
@@ -87,6 +94,30 @@ def read_mesh(path: Path) -> list[Textured]:
         raise ValueError("its vertices are one point, or not finite")
     scale = 2 * HALF_SIDE / side
     return [replace(part, points=(part.points - (low + high) / 2) * scale) for part in parts]
+
+
+def _resolver(path: Path, refused: list[str]) -> Any:
+    """What trimesh asks for files that a mesh names: regular ones in its folder, and no others.
+
+    Others are added to `refused`, in words; one that is missing is a warning, as most viewers have
+    it.
+    """
+    from trimesh.resolvers import FilePathResolver
+
+    class Beside(FilePathResolver):
+        def get(self, name: str) -> bytes:
+            file, folder = path.parent / name.strip(), path.parent.resolve()
+            if not file.exists():
+                log.warning("%s: names a file that is not there: %s", path, name)
+            elif folder not in file.resolve().parents or not file.is_file():
+                refused.append(f"{name}: expected a regular file in the mesh's folder")
+            elif file.stat().st_size > MAX_BYTES:
+                refused.append(f"{name}: has more than {MAX_BYTES >> 20} MiB")
+            else:
+                return file.read_bytes()
+            raise ValueError(name)
+
+    return Beside(str(path))
 
 
 def _appearance(visual: Any, n_vertices: int, is_gltf: bool) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from dsd_fast.evaluate.eyes import FRONT, HEAD_WIDTH, Clip, Encoder, Verdict, ju
 from dsd_fast.files import replacing
 from dsd_fast.judge.captions import COUNTED_NOUNS, VIEWS, noun_of
 from dsd_fast.judge.judge import Judge
+from dsd_fast.judge.truth import read_npz
 
 log = logging.getLogger("dsd_fast.evaluate")
 
@@ -79,9 +80,9 @@ def read_features(path: Path) -> Features:
         EvaluateError: it is not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = Features(file["features"].astype(np.float32), file["names"])
-    except (OSError, ValueError, KeyError) as error:
+        file = read_npz(path, ("features", "names"))
+        found = Features(file["features"].astype(np.float32), file["names"])
+    except ValueError as error:
         raise EvaluateError(
             f"{path}: expected an .npz of features and names, as --save-features writes: {error}"
         ) from error
@@ -90,6 +91,8 @@ def read_features(path: Path) -> Features:
             f"{path}: features {list(found.features.shape)} and names "
             f"{list(found.names.shape)} do not belong together"
         )
+    if not np.isfinite(found.features).all():
+        raise EvaluateError(f"{path}: features that are not finite: make it again")
     return found
 
 
@@ -141,13 +144,14 @@ def _rendered(folder: Path, limit: int) -> tuple[Iterator[np.ndarray], list[str]
     if not (folder / "rgba.npy").is_file():
         return None
     try:
-        rgba = np.load(folder / "rgba.npy", mmap_mode="r")
+        rgba = np.load(folder / "rgba.npy", mmap_mode="r", allow_pickle=False)
+        if rgba.ndim != 4 or rgba.shape[-1] != 4 or rgba.dtype != np.uint8:
+            raise ValueError(f"rgba.npy: expected [N,S,S,4] uint8, got {list(rgba.shape)}")
         models = json.loads((folder / "index.json").read_text(encoding="utf-8"))["models"]
-        with np.load(folder / "meta.npz") as file:
-            model = file["model"]
+        model = read_npz(folder / "meta.npz", ("model",))["model"]
         rows = _evenly(len(rgba), limit)
         names = [str(models[model[row]]) for row in rows]
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # files that anybody may have made bring all kinds
         raise EvaluateError(
             f"{folder}: expected rgba.npy, meta.npz and index.json of "
             f"`python -m dsd_fast.prior render`: {error}"

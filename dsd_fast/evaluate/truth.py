@@ -8,6 +8,7 @@ python -m dsd_fast.evaluate.truth outputs/diverse-score-distillation --truth obj
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,14 @@ import tyro
 from dsd_fast._backend import keep_freed_memory
 from dsd_fast.config import ConfigError, resolve_device
 from dsd_fast.evaluate import assets, metrics
-from dsd_fast.evaluate.assets import EvaluateError, Run
+from dsd_fast.evaluate.assets import EvaluateError
 from dsd_fast.files import write_json
 from dsd_fast.judge.similarity import psnr, ssim
 from dsd_fast.judge.truth import TRUTH, Truth, read_truth
+from dsd_fast.output_file import check_output
 from dsd_fast.run.command import run_command
 from dsd_fast.run.pictures import to_uint8, write_png
+from dsd_fast.run.saved import SavedRun
 from dsd_fast.scene.cameras import eval_camera
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class TruthCommand:
 
 
 @torch.no_grad()
-def render_as(run: Run, truth: Truth) -> np.ndarray:
+def render_as(run: SavedRun, truth: Truth) -> np.ndarray:
     """A run's scene seen by the true views' cameras: [V,S,S,3] float64 in [0,1]."""
     size = truth.rgba.shape[1:3]
     images = []
@@ -99,6 +102,10 @@ def compare(command: TruthCommand) -> dict:
     """
     if not command.runs:
         raise EvaluateError("expected run folders to score, got none")
+    if command.json is not None:
+        command.json = check_output(command.json, flag="--json")
+    if command.sheets is not None:
+        check_output(command.sheets / "object.png", flag="--sheets")
     device = resolve_device(command.device)
     keep_freed_memory(device)
     runs = [run for path in command.runs for run in assets.find_assets(path)]
@@ -131,14 +138,16 @@ def _compare_run(
     """The report's entry of one run, which is over white as the true views are."""
     run = assets.open_run(path, device, (1.0, 1.0, 1.0))
     cfg = run.cfg
+    # A prompt may be anything, an object's folder lies in --truth.
+    named = command.truth / re.sub(r"[/\\\0]", "_", cfg.prompt)[:200]
     alone = (command.truth / TRUTH).is_file()
     try:
-        truth = read_truth(command.truth if alone else command.truth / cfg.prompt)
+        truth = read_truth(command.truth if alone else named)
     except ValueError as error:
         raise EvaluateError(str(error)) from error
     truths, images = truth.on_white(), render_as(run, truth)
     by_view = score(images, truths, encoder)
-    seconds, memory_mib = assets.cost(run.metrics)
+    seconds, memory_mib = assets.cost(run.folder.metrics)
     entry = {
         "run": str(path),
         "object": cfg.prompt,
@@ -156,11 +165,10 @@ def _compare_run(
     }
     log.info("%s, %s, seed %d: %s", cfg.prompt, entry["method"], cfg.seed, _shown(entry))
     if command.sheets is not None:
-        command.sheets.mkdir(parents=True, exist_ok=True)
         rows = [np.hstack(list(side)) for side in (truths, images)]
         sheet = to_uint8(torch.from_numpy(np.vstack(rows)))
-        name = f"{cfg.prompt}-{entry['method'].replace(' ', '-')}-seed{cfg.seed}.png"
-        write_png(sheet, command.sheets / name)
+        method = entry["method"].replace(" ", "-")
+        write_png(sheet, command.sheets / f"{named.name}-{method}-seed{cfg.seed}.png")
     return entry
 
 

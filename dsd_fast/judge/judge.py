@@ -101,8 +101,9 @@ def load_judge(path: Path, device: torch.device | str = "cpu") -> Judge:
         with safe_open(path, "pt") as file:
             nouns = json.loads((file.metadata() or {}).get("nouns", "null"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    # torch has no tensors of some types and sizes that a damaged header may ask for.
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a safetensors file of a judge: {error}") from error
     if nouns != COUNTED_NOUNS:
         raise ValueError(
             f"{path}: not a judge of the nouns that this version counts; "

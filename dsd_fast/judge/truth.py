@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -45,11 +46,35 @@ def read_truth(folder: Path) -> Truth:
         )
     names = [field.name for field in fields(Truth)]
     try:
-        with np.load(path) as file:
-            columns = {name: file[name] for name in names}
-    except (KeyError, ValueError, OSError) as error:
+        columns = read_npz(path, names)
+        rgba = columns["rgba"]
+        if rgba.ndim != 4 or rgba.shape[1:] != (rgba.shape[1], rgba.shape[1], 4):
+            raise ValueError(f"rgba [V,S,S,4], got {list(rgba.shape)}")
+        if rgba.dtype != np.uint8 or rgba.size == 0:
+            raise ValueError(f"rgba of uint8, got {list(rgba.shape)} {rgba.dtype}")
+        lengths = {name: list(column.shape[:1]) for name, column in columns.items()}
+        if any(
+            column.shape != rgba.shape[:1] for name, column in columns.items() if name != "rgba"
+        ):
+            raise ValueError(f"as many cameras as views, got {lengths}")
+        for name in set(names) - {"rgba"}:
+            if columns[name].dtype.kind not in "fiu" or not np.isfinite(columns[name]).all():
+                raise ValueError(f"{name} of finite numbers")
+    except ValueError as error:
         raise ValueError(f"{path}: expected {', '.join(names)}: {error}") from error
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) != 1 or columns["rgba"].ndim != 4:
-        raise ValueError(f"{path}: expected as many cameras as views, got {lengths}")
     return Truth(**columns)
+
+
+def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file that anybody may have made, by name; nothing is unpickled.
+
+    Raises:
+        ValueError: they are not there, or cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except Exception as error:  # damaged archives bring errors of all kinds
+        raise ValueError(f"{type(error).__name__}: {error}") from error

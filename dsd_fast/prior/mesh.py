@@ -24,12 +24,14 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from dsd_fast.picture_file import open_picture
 from dsd_fast.prior.catalogue import Entry
 from dsd_fast.prior.obj import Material, parse_mtl, parse_obj
 
 RADIUS = 0.6  # bounding sphere of every model, in scene units
 CREASE_DEG = 50.0  # neighbouring faces that meet at less than this are shaded smoothly
 TEXTURE_SIZE = 256  # longest side of a stored texture
+TEXTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TGA", "TIFF")  # none starts a program
 INVISIBLE = 0.02  # parts with a smaller opacity are dropped
 
 MAGIC = b"DSDPACK1"
@@ -108,7 +110,8 @@ def _read_materials(
 
 def _read_texture(archive: ZipFile, member: str) -> np.ndarray:
     """A texture as uint8 [H, W, 4], longest side at most TEXTURE_SIZE."""
-    image = Image.open(io.BytesIO(archive.read(member))).convert("RGBA")
+    data = io.BytesIO(archive.read(member))
+    image = Image.open(data, formats=TEXTURE_FORMATS).convert("RGBA")
     scale = TEXTURE_SIZE / max(image.size)
     if scale < 1.0:
         width, height = (max(1, round(side * scale)) for side in image.size)
@@ -518,7 +521,9 @@ class Pack:
         positions, uvs, triangles = decode_geometry(
             geometry, record["vertices"], record["triangles"], bool(encoded)
         )
-        textures = tuple(np.array(Image.open(io.BytesIO(data)).convert("RGBA")) for data in encoded)
+        textures = tuple(
+            np.array(open_picture(io.BytesIO(data)).convert("RGBA")) for data in encoded
+        )
         return Model(
             record["id"], positions, uvs, triangles, self.parts(number), textures, self.main(number)
         )

@@ -21,7 +21,7 @@ import torch
 from annotated_types import Interval
 from pydantic import AfterValidator
 
-from dsd_fast.files import replacing
+from dsd_fast.output_file import writing
 from dsd_fast.ranges import CountOrNone, Share, check
 from dsd_fast.scene.field import Field
 from dsd_fast.scene.material import albedo_color
@@ -47,14 +47,18 @@ class MeshError(RuntimeError):
     """No mesh can be made from this field with these settings."""
 
 
+GridPoints = Annotated[int, Interval(ge=2, le=1024)]
+Iso = Annotated[str, AfterValidator(_known_iso)]
+
+
 @dataclass
 class MeshConfig:
     """How a mesh is cut out of the density."""
 
     # Grid points along the longest side of the box.
-    resolution: Annotated[int, Interval(ge=2, le=1024)] = 192
+    resolution: GridPoints = 192
     # Density of the surface: a number, or "auto" for the mean density of non-empty grid points.
-    iso: Annotated[str, AfterValidator(_known_iso)] = "auto"
+    iso: Iso = "auto"
     # Components with fewer faces than this fraction of the largest one are dropped.
     min_component: Share = 0.01
     # Larger meshes are decimated to this many faces (needs fast-simplification). 0 keeps all.
@@ -103,23 +107,23 @@ def make_mesh(field: Field, radius: float, cfg: MeshConfig, device: torch.device
 
 
 def write_glb(mesh: Mesh, path: Path) -> None:
-    """Write ``mesh`` as binary glTF 2.0 (y up, front +z), atomically.
+    """Write ``mesh`` as binary glTF 2.0 (y up, front +z), atomically; OSError names the file.
 
-    Colours are stored as glTF wants them, linear, in 16 bits: eight linear bits band visibly in
-    dark tones (and are all that the usual mesh libraries write, hence this writer).
+    Colours are linear, as glTF wants them, and 32-bit floats: eight linear bits band visibly in
+    dark tones, and of sixteen trimesh reads the lower half. There is no material: of a mesh that
+    has one trimesh forgets the colours of the vertices.
     """
     positions = np.ascontiguousarray(mesh.vertices[:, FIELD_TO_GLTF], dtype="<f4")
     normals = np.ascontiguousarray(_vertex_normals(positions, mesh.faces), dtype="<f4")
     srgb = np.clip(mesh.albedo.astype(np.float64), 0.0, 1.0)
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    colors = np.full((len(linear), 4), 65535, dtype="<u2")
-    colors[:, :3] = np.round(linear * 65535)
+    colors = np.ascontiguousarray(linear, dtype="<f4")
     indices = np.ascontiguousarray(mesh.faces.reshape(-1), dtype="<u4")
 
     binary = b"".join(array.tobytes() for array in (positions, normals, colors, indices))
     text = json.dumps(_gltf(positions, normals, colors, indices)).encode()
     text += b" " * (-len(text) % 4)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with writing(path) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(text) + 8 + len(binary)))
         file.write(struct.pack("<I4s", len(text), b"JSON") + text)
         file.write(struct.pack("<I4s", len(binary), b"BIN\0") + binary)
@@ -129,7 +133,7 @@ def _gltf(
     positions: np.ndarray, normals: np.ndarray, colors: np.ndarray, indices: np.ndarray
 ) -> dict[str, Any]:
     """The document about these arrays, which follow each other in one buffer."""
-    float32, uint16, uint32 = 5126, 5123, 5125
+    float32, uint32 = 5126, 5125
     array_buffer, element_buffer = 34962, 34963
     accessors: list[dict[str, Any]] = []
     views: list[dict[str, int]] = []
@@ -137,7 +141,7 @@ def _gltf(
     for array, component, kind, target in (
         (positions, float32, "VEC3", array_buffer),
         (normals, float32, "VEC3", array_buffer),
-        (colors, uint16, "VEC4", array_buffer),
+        (colors, float32, "VEC3", array_buffer),
         (indices, uint32, "SCALAR", element_buffer),
     ):
         about = {"bufferView": len(views), "componentType": component, "count": len(array)}
@@ -147,20 +151,14 @@ def _gltf(
         size += array.nbytes  # Every element is a multiple of 4 bytes, so views stay aligned.
     # The one accessor that must state its bounds.
     accessors[0] |= {"min": positions.min(0).tolist(), "max": positions.max(0).tolist()}
-    accessors[2]["normalized"] = True
 
     attributes = {"POSITION": 0, "NORMAL": 1, "COLOR_0": 2}
-    material = {
-        "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0},
-        "doubleSided": True,
-    }
     return {
         "asset": {"version": "2.0", "generator": "dsd_fast"},
         "scene": 0,
         "scenes": [{"nodes": [0]}],
         "nodes": [{"mesh": 0}],
-        "meshes": [{"primitives": [{"attributes": attributes, "indices": 3, "material": 0}]}],
-        "materials": [material],
+        "meshes": [{"primitives": [{"attributes": attributes, "indices": 3}]}],
         "accessors": accessors,
         "bufferViews": views,
         "buffers": [{"byteLength": size}],

@@ -29,7 +29,9 @@ class MLP(nn.Module):
         widths = [n_inputs] + [n_neurons] * n_hidden_layers + [n_outputs]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
-            linear = nn.Linear(fan_in, fan_out, bias=False, device="meta").to_empty(device="cpu")
+            linear = nn.Linear(fan_in, fan_out, bias=False, device="meta").to_empty(
+                device=torch.get_default_device()
+            )
             bound = 1.0 / math.sqrt(fan_in)
             with torch.no_grad():
                 linear.weight.uniform_(-bound, bound, generator=generator)

@@ -12,13 +12,19 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from dsd_fast.picture_file import read_rgba
 from dsd_fast.ranges import AnyPath, Bins, ViewElevation, Weight
 from dsd_fast.schedules import ScheduleValue
 
 # Pictures whose alpha is above this everywhere have a background.
 OPAQUE_ALPHA = 250
-# Least share of a picture that the object must cover.
+# Least share of the square around a picture, or around its object if that is asked for, that the
+# object must cover.
 LEAST_COVER = 0.005
+# Least pixels of the longer side of an object that the picture is cropped to.
+LEAST_SIDE = 4
+# Pictures with a longer side are made smaller: no model and no view shows more.
+LARGEST_SIDE = 2048
 # `recenter` gives the object this share of the picture's side: that of the small model's training
 # objects, a sphere of radius 0.6 at distance 1.75 through 50 degrees, less what corners leave.
 RECENTRED_SIDE = 0.75
@@ -63,32 +69,56 @@ def read_picture(path: Path | None, recenter: bool = False) -> Tensor:
     """The object of a picture, cut out.
 
     Args:
-        path: of a file that Pillow reads, of any size; a grey or colour picture without alpha, or
-            with one that is opaque everywhere, loses its background through rembg.
+        path: of a PNG, JPEG or WebP file; a grey or colour picture without alpha, or with one that
+            is opaque everywhere, loses its background through rembg.
         recenter: see SingleViewConfig.
     Returns:
         [1,4,S,S] float32 in [0,1] on the CPU, straight alpha; the shorter side is padded with
-        nothing.
+        nothing. S is at most LARGEST_SIDE, and a third more where `recenter` adds margins: larger
+        pictures are made smaller.
     Raises:
         FileNotFoundError: there is no such file, or none was named.
-        ValueError: it cannot be read as a picture, or shows no object.
+        ValueError: it cannot be read as a picture, or shows no object that can be seen.
         ImportError: its background is to be removed and rembg is not installed.
     """
     if path is None:
         raise FileNotFoundError("--task single-view needs a picture: pass --image chair.png")
-    if not path.is_file():
-        raise FileNotFoundError(f"--image {path}: there is no such file")
-    rgba = _read(path)
+    try:
+        rgba = read_rgba(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--image {error}") from None
+    except ValueError as error:
+        raise ValueError(f"--image: {error}") from error
     if rgba[..., 3].min() > OPAQUE_ALPHA:
         rgba = _without_background(rgba, path)
-    cover = float((rgba[..., 3] > 127).mean())
+    there = rgba[..., 3] > 127
+    if recenter:
+        rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
+        if not len(rows):
+            raise ValueError(f"--image {path}: it shows no object; check its alpha channel")
+        around = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        rgba, there = rgba[around], there[around]
+        if max(there.shape) < LEAST_SIDE:
+            raise ValueError(
+                f"--image {path}: the object has {there.shape[1]} x {there.shape[0]} pixels, "
+                f"expected at least {LEAST_SIDE} on one side; pass a larger picture of it"
+            )
+    # Of the square that it is looked at in, which is not made before.
+    height, width = there.shape
+    cover = np.count_nonzero(there) / max(height, width) ** 2
     if cover < LEAST_COVER:
+        what = f"in a square around it the object ({width} x {height} pixels)"
         raise ValueError(
-            f"--image {path}: the object covers {cover:.1%} of the picture, expected at least "
-            f"{LEAST_COVER:.1%}; crop it, or check its alpha channel"
+            f"--image {path}: {what if recenter else 'padded to a square, the object'} covers "
+            f"{cover:.2%}, expected at least {LEAST_COVER:.1%}; "
+            + ("it is too thin" if recenter else "crop it, pass --single-view.recenter")
+            + ", or check its alpha channel"
         )
-    picture = torch.from_numpy(rgba.astype(np.float32) / 255).permute(2, 0, 1)[None]
-    return _recentred(picture) if recenter else _squared(picture)
+    square = _squared(_to_tensor(_no_larger(rgba)))
+    if not recenter:
+        return square
+    margin = round(square.shape[-1] * (1 / RECENTRED_SIDE - 1) / 2)
+    return F.pad(square, (margin,) * 4)
 
 
 def on_color(rgba: Tensor, color: float = 1.0) -> Tensor:
@@ -108,21 +138,6 @@ def resized(rgba: Tensor, size: int) -> Tensor:
     return torch.cat([(small[:, :3] / alpha.clamp_min(1e-6)).clamp(0, 1), alpha], dim=1)
 
 
-def _read(path: Path) -> np.ndarray:
-    """[h,w,4] uint8, upright."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # grey of 16 bits, which conversion would cut off
-                grey = np.asarray(image).astype(np.int64) >> 8
-                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-            return np.array(image.convert("RGBA"))
-    except OSError as error:
-        raise ValueError(f"--image {path}: not a picture that can be read: {error}") from error
-
-
 def _without_background(rgba: np.ndarray, path: Path) -> np.ndarray:
     try:
         import rembg  # pyright: ignore[reportMissingImports]  # it is of no extra
@@ -134,19 +149,26 @@ def _without_background(rgba: np.ndarray, path: Path) -> np.ndarray:
     return np.asarray(rembg.remove(rgba[..., :3].copy()))
 
 
+def _no_larger(rgba: np.ndarray) -> np.ndarray:
+    """[h,w,4] uint8 whose longer side is at most LARGEST_SIDE, by means over whole pixels."""
+    factor = -(-max(rgba.shape[:2]) // LARGEST_SIDE)
+    if factor == 1:
+        return rgba
+    from PIL import Image
+
+    # Colours are weighted with alpha.
+    small = Image.fromarray(rgba).convert("RGBa").reduce(factor)
+    return np.asarray(small.convert("RGBA"))
+
+
+def _to_tensor(rgba: np.ndarray) -> Tensor:
+    """[h,w,4] uint8 as [1,4,h,w] float32 in [0,1]."""
+    return torch.from_numpy(rgba.astype(np.float32) / 255).permute(2, 0, 1)[None]
+
+
 def _squared(picture: Tensor) -> Tensor:
     """Padded with nothing to a square, the picture in its middle."""
     height, width = picture.shape[-2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     return F.pad(picture, (left, side - width - left, top, side - height - top))
-
-
-def _recentred(picture: Tensor) -> Tensor:
-    """The object in the middle of a square of which its longer side is RECENTRED_SIDE."""
-    there = picture[0, 3] > 0.5
-    rows, columns = there.any(1).nonzero().flatten(), there.any(0).nonzero().flatten()
-    part = picture[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    square = _squared(part)
-    margin = round(square.shape[-1] * (1 / RECENTRED_SIDE - 1) / 2)
-    return F.pad(square, (margin,) * 4)

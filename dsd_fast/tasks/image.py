@@ -6,6 +6,7 @@ python -m dsd_fast.train --task image --prompt "an armchair" --seed 0
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ from dsd_fast.guidance.conditions.text import direction
 from dsd_fast.guidance.exact import ExactForm
 from dsd_fast.guidance.levels import LAST_LEVEL
 from dsd_fast.guidance.rows import expand_rows
+from dsd_fast.picture_file import read_rgba
 from dsd_fast.run import pictures
 from dsd_fast.run.memory import PhaseMemory
 from dsd_fast.run.optimizer import Adam
@@ -205,15 +207,23 @@ def first_prediction(
 def progress_strip(run: RunFolder, step: int, result: np.ndarray) -> np.ndarray:
     """Previews of a run up to a step, evenly chosen, and its result, side by side.
 
-    result: uint8 [H,W,3]; previews of other sizes, of another decoder, are left out.
+    result: uint8 [H,W,3]; previews of other sizes, of another decoder, are left out, as are those
+    that cannot be read, with a line in the log.
     """
-    import imageio.v3 as imageio
-
-    found = sorted((int(path.stem[5:]), path) for path in run.previews.glob("step-*.png"))
+    found = sorted(
+        (int(path.stem[5:]), path)
+        for path in run.previews.glob("step-*.png")
+        if re.fullmatch("[0-9]{1,18}", path.stem[5:])
+    )
     paths = [path for at, path in found if at < step]
     room = STRIP_PICTURES - 1
     chosen = [paths[i * len(paths) // room] for i in range(room)] if len(paths) > room else paths
-    images = [imageio.imread(path) for path in chosen]
+    images = []
+    for path in chosen:
+        try:
+            images.append(read_rgba(path)[..., :3])
+        except (FileNotFoundError, ValueError) as error:
+            log.warning("left out of the strip: %s", error)
     return np.concatenate([*(i for i in images if i.shape == result.shape), result], axis=1)
 
 
