@@ -3,7 +3,7 @@
 import sys
 
 from benchmarks.run import main
-from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.terminal import reader_may_leave
 
 if __name__ == "__main__":
     with reader_may_leave():

@@ -46,8 +46,8 @@ from dsd_fast.diffusion.engines import ENGINES
 from dsd_fast.guidance.config import TRAJECTORIES
 from dsd_fast.ranges import shown
 from dsd_fast.run import versions
-from dsd_fast.run.closed_pipes import reader_may_leave
 from dsd_fast.run.memory import cap_allocations
+from dsd_fast.run.terminal import reader_may_leave
 
 # Input sets that a case is timed with, in turn.
 N_SETS = 3

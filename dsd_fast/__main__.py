@@ -8,7 +8,7 @@ import runpy
 import sys
 
 import dsd_fast
-from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.terminal import reader_may_leave
 
 # Said here and not read from the modules: they load torch, which a list need not wait for.
 COMMANDS = {

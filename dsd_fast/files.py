@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ def replacing(path: Path) -> Iterator[Path]:
     old content or all of the new one. The temporary file goes away on failure; one that a killed
     process has left is replaced by the next.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "expected a regular file, or none", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{UNFINISHED}{path.name}")
     # Not written to but replaced: a stranger's folder may have a link there.

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import dsd_fast
-from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.terminal import reader_may_leave
 
 PRIOR = Path(__file__).resolve().parent / "assets" / "prior"
 

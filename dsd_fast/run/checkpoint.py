@@ -150,7 +150,7 @@ def list_steps(folder: Path) -> list[tuple[int, Path]]:
     found = []
     for path in folder.glob(f"step-*{SUFFIX}"):
         digits = path.name[len("step-") : -len(SUFFIX)]
-        if digits.isdigit():
+        if digits.isascii() and digits.isdigit():
             found.append((int(digits), path))
     return sorted(found)
 

@@ -94,7 +94,7 @@ def parse(argv: Sequence[str]) -> list[Job]:
     cfg = command.train
     if not cfg.prompt and cfg.single_view.image is not None:
         # The run's name; a prompt is text, which a file's name need not be.
-        name = os.fsencode(cfg.single_view.image.stem)
+        name = os.fsencode(cfg.single_view.image.stem or "picture")
         cfg.prompt = name.decode("utf-8", "backslashreplace")
     _check_session(command)
     if command.num_seeds > 1 and cfg.tag:

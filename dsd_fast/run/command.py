@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -15,6 +16,9 @@ from dsd_fast.run.unforeseen import in_words
 
 # Not below "dsd_fast.run.command": the lines are those of the command that runs.
 log = logging.getLogger("dsd_fast")
+
+# Errors that other input would not mend: a disk that is full, over its quota or broken.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 Command = TypeVar("Command")
 Errors = tuple[type[Exception], ...]
@@ -57,7 +61,7 @@ def run_command(
         return 2
     except OSError as error:
         log.error("%s", in_words(error))
-        return 2
+        return 1 if error.errno in _OF_DISKS else 2
     except Exception as error:
         log.error("failed: %s", in_words(error))
         return 1

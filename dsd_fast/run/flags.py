@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from dsd_fast.run.closed_pipes import reader_may_leave
+from dsd_fast.run.terminal import reader_may_leave
 
 T = TypeVar("T")
 

@@ -41,8 +41,10 @@ def write_png(image: np.ndarray, path: Path) -> None:
     """Write a uint8 image [H, W, 3] atomically; OSError names the file."""
     import imageio.v3 as imageio
 
+    # Not by imageio, which says more than one thing where the disk is full.
+    content = imageio.imwrite("<bytes>", image, extension=".png")
     with writing(path) as temporary:
-        imageio.imwrite(temporary, image, extension=".png")
+        temporary.write_bytes(content)
 
 
 def write_turntable(

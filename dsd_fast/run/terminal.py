@@ -1,11 +1,16 @@
-"""Standard streams that never end a command: closed, full, gone, or of another encoding."""
+"""Standard streams without tracebacks: closed, full, gone, or of another encoding."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
+
+# What a shell reports for a command that SIGPIPE ended.
+_SIGPIPE_EXIT_CODE = 141
 
 
 class Unfailing:
@@ -40,7 +45,7 @@ def set_up() -> None:
 
     A stream that the process was started without leads nowhere, and characters that its encoding
     lacks are written as escapes. Errors of standard error are swallowed (`Unfailing`); those of
-    standard output are the reader's, who has asked for it (`closed_pipes`).
+    standard output are the reader's, who has asked for it (`reader_may_leave`).
     """
     for number in range(3):
         try:
@@ -57,3 +62,18 @@ def set_up() -> None:
             stream.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stderr, Unfailing):
         sys.stderr = Unfailing(sys.stderr)
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Set up the streams; the reader of the output (`| head`) may leave without a traceback."""
+    set_up()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends: give it a place that takes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_SIGPIPE_EXIT_CODE) from None
