@@ -36,8 +36,8 @@ from typing import Any
 
 from dsd_fast.prior import catalogue, mesh
 from dsd_fast.ranges import AnyPath, Workers
-from dsd_fast.run.terminal import reader_may_leave
 from dsd_fast.run.command import run_command
+from dsd_fast.run.terminal import reader_may_leave
 
 
 @dataclass
