@@ -3,8 +3,9 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,16 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     assert got.shape == want.shape, f"shape {list(got.shape)}, wanted {list(want.shape)}"
     error = ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Reports as text that workers can send: paths may hold bytes that are none."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(autouse=True)
