@@ -123,7 +123,7 @@ def _write(run: SavedRun, command: ExportCommand, output: Path) -> None:
     settings = replace(cfg.mesh, **chosen)
     if settings.max_faces and find_spec("fast_simplification") is None:
         raise ConfigError(
-            f"--max-faces {settings.max_faces} needs a package: pip install fast-simplification, "
+            f"--max-faces {settings.max_faces} needs a package: pip install 'dsd_fast[mesh]', "
             "or pass --max-faces 0"
         )
     mesh = scene.mesh(settings, step)

@@ -188,6 +188,24 @@ def test_bindings_are_the_only_python_in_csrc_and_torch_is_nowhere() -> None:
 
 # ---- rooms ----
 
+
+def test_packages_of_extras_are_asked_for_by_the_extra():
+    """In code and docs alike."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    names, extras = {}, dict(re.findall(r"^(\w+) = \[(.*?)\]$", section, re.MULTILINE | re.DOTALL))
+    for extra, requirements in extras.items():
+        names |= dict.fromkeys(re.findall(r'"([A-Za-z0-9_-]+)', requirements.lower()), extra)
+    # Parts of no extra of their own, and what TensorRT for data centres goes with.
+    names = {name: extra for name, extra in names.items() if name not in ("dsd_fast", "onnx")}
+    for path in [*ROOT.glob("dsd_fast/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"]:
+        text = re.sub(r'"\s+f?"', "", path.read_text())
+        for match in re.finditer(r"pip install\s+['\"]?([A-Za-z0-9_-]+)(\[(\w+)\])?", text):
+            package, extra = match[1].lower(), match[3]
+            assert package not in names, f"{path}: {match[0]} is dsd_fast[{names[package]}]"
+            assert package != "dsd_fast" or extra is None or extra in extras, f"{path}: {match[0]}"
+
+
 # A room imports from itself and from the rooms above it, never from one below. Commands are the
 # last room, the modules beside the rooms the first.
 GROUND = {"_C", "_backend", "determinism", "files", "graphs", "kernels", "output_file"}

@@ -518,7 +518,7 @@ def test_a_link_in_a_run_folder_is_not_followed(tmp_path):
 def test_decimation_asks_for_its_package_before_the_work(trained, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda _: None)
     monkeypatch.setattr(FieldScene, "mesh", None)
-    assert "pip install fast-simplification" in refused(caplog, trained, "--max-faces", 100)
+    assert "pip install 'dsd_fast[mesh]'" in refused(caplog, trained, "--max-faces", 100)
     assert not (trained / "mesh.glb").exists()
 
 

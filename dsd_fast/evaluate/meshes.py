@@ -58,7 +58,7 @@ def read_mesh(path: Path) -> list[Textured]:
     try:
         import trimesh
     except ImportError as error:
-        raise ImportError("meshes are read by trimesh: pip install trimesh") from error
+        raise ImportError("meshes are read by trimesh: pip install 'dsd_fast[evaluate]'") from error
     axes = [0, 1, 2] if path.suffix.lower() in _Z_UP else [2, 0, 1]
     is_gltf = path.suffix.lower() in (".glb", ".gltf")
     parts = []

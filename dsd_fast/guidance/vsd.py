@@ -151,7 +151,9 @@ def _with_adapters(unet: Network) -> Network:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("--guidance.method vsd needs peft: pip install peft") from error
+        raise ImportError(
+            "--guidance.method vsd needs peft: pip install 'dsd_fast[vsd]'"
+        ) from error
     from diffusers.models.embeddings import TimestepEmbedding
 
     if getattr(unet, "time_embedding", None) is None or unet.class_embedding is not None:

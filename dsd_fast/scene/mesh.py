@@ -249,7 +249,7 @@ def _decimate(
     except ImportError as error:
         raise MeshError(
             f"the mesh has {len(faces)} faces and max_faces is {max_faces}, but decimation needs "
-            "a package: pip install fast-simplification, or set max_faces to 0"
+            "a package: pip install 'dsd_fast[mesh]', or set max_faces to 0"
         ) from error
     vertices, faces, *_ = fast_simplification.simplify(vertices, faces, target_count=max_faces)
     if not len(faces):
