@@ -70,25 +70,29 @@ struct VisibilityParams {
 
 namespace composite {
 
-// Where the samples of a ray begin and end. Offsets without sense give wrong numbers, but never an
-// access out of bounds.
+// An offset between 0 and the number of samples. Offsets without sense give wrong numbers, but
+// neither an access out of bounds nor an overflow where something is added to them.
+template <class Params>
+DSD_HD int64_t offset_of(const Params& p, int64_t ray) {
+    const int64_t offset = p.offsets[ray];
+    return offset < 0 ? 0 : offset < p.n_samples ? offset : p.n_samples;
+}
+
+// Where the samples of a ray begin and end.
 template <class Params>
 DSD_HD int64_t begin_of(const Params& p, int64_t ray) {
-    const int64_t begin = p.offsets[ray];
-    return begin < 0 ? 0 : begin;
+    return offset_of(p, ray);
 }
 
 template <class Params>
 DSD_HD int64_t end_of(const Params& p, int64_t ray) {
-    const int64_t end = p.offsets[ray + 1];
-    return end < p.n_samples ? end : p.n_samples;
+    return offset_of(p, ray + 1);
 }
 
 // Where the samples without a ray begin.
 template <class Params>
 DSD_HD int64_t end_of_all(const Params& p) {
-    const int64_t end = p.offsets[p.n_rays];
-    return end < 0 ? 0 : end;
+    return offset_of(p, p.n_rays);
 }
 
 // Whether z_variance and normal are asked for; either is null where it has no elements.

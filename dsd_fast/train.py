@@ -292,6 +292,8 @@ def _begin(
                 # A run that goes on from a step has no later metrics and checkpoints.
                 job.folder.truncate_metrics(state.step)
                 checkpoint.set_aside(job.folder.checkpoints, state.step)
+                # Killed between a save and this, it may have older ones than it keeps.
+                checkpoint.prune(job.folder.checkpoints, job.config.trainer.keep_checkpoints)
             job.folder.write_config(to_dict(job.config))
             job.folder.write_versions(about)
     except OSError as error:

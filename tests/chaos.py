@@ -39,17 +39,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
+if __name__ == "__main__":
+    for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
 
-from fingerprints import picture  # noqa: E402
-from runs import CLOCK, SMALL  # noqa: E402
-from tiny_model import build_tiny_model, build_tiny_view_model  # noqa: E402
+from runs import CLOCK, SMALL, picture
+from tiny_model import build_tiny_model, build_tiny_view_model
 
-from dsd_fast import train  # noqa: E402
-from dsd_fast.run import checkpoint  # noqa: E402
-from dsd_fast.run.interruption import end_while_loading  # noqa: E402
-from dsd_fast.run.outputs import RunFolder  # noqa: E402
+from dsd_fast import train
+from dsd_fast.run import checkpoint
+from dsd_fast.run.interruption import end_while_loading
+from dsd_fast.run.outputs import RunFolder
 
 STEPS, EVERY, MOST_KILLS = 8, 3, 3
 FLAGS = f"""
@@ -289,7 +289,9 @@ class Trials:
         before: list[int],
     ) -> None:
         """What a kill has cost."""
-        if code not in (0, {"KILL": -signal.SIGKILL, FULL: 1}.get(what, 130)):
+        # 2: the disk was full before anything was begun.
+        ends = {"KILL": {-signal.SIGKILL}, FULL: {1, 2}}.get(what, {130})
+        if code not in ends | {0}:
             report.faults.append(f"exit code {code} after {report.instants[-1]}")
         for i, run in enumerate(runs_below(folder)):
             done, saved = steps_done(run), run.last_step() or 0

@@ -19,16 +19,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-# Before anything imports Triton.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if __name__ == "__main__":
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    # Before anything imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import numpy as np  # noqa: E402
-from runs import CLOCK, SMALL  # noqa: E402
-from tiny_model import build_tiny_model, build_tiny_multiview, build_tiny_view_model  # noqa: E402
+from runs import CLOCK, SMALL, picture
+from tiny_model import build_tiny_model, build_tiny_multiview, build_tiny_view_model
 
-from dsd_fast import train  # noqa: E402
+from dsd_fast import train
 
 STEPS = 20
 TEXT = ["--prompt", "a chair"]
@@ -78,19 +78,6 @@ def models(folder: Path) -> dict[str, Path]:
         "view": build_tiny_view_model(folder / "view", clip=False),
         "clip": build_tiny_view_model(folder / "clip"),
     }
-
-
-def picture(path: Path) -> Path:
-    """A disc of two colours."""
-    import imageio.v3 as imageio
-
-    y, x = np.mgrid[-1:1:32j, -1:1:32j]
-    inside = x**2 + y**2 < 0.6
-    rgba = np.zeros((32, 32, 4), np.uint8)
-    rgba[inside] = (200, 60, 30, 255)
-    rgba[inside & (x > 0)] = (30, 60, 200, 255)
-    imageio.imwrite(path, rgba)
-    return path
 
 
 def fingerprint(run: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dsd_fast import train as module
@@ -29,8 +30,16 @@ class Runner:
         self.model = model
         self.run = outputs.RunFolder.named(folder, "diverse-score-distillation", "a chair", 0)
 
+    def folder_of(self, seed: int = 0, method: str = "dsd") -> outputs.RunFolder:
+        """Of a run of "a chair"."""
+        kind = "" if method == "dsd" else method
+        name = "diverse-score-distillation"
+        return outputs.RunFolder.named(self.folder, name, "a chair", seed, kind)
+
     def __call__(self, *flags: str, prompt: str | None = "a chair", steps: int | None = 4) -> int:
         argv = [*SMALL, "--output", str(self.folder), *flags]
+        if "--guidance.method" in flags:
+            self.run = self.folder_of(method=flags[flags.index("--guidance.method") + 1])
         if "--model" not in flags and "--config" not in flags:
             argv += ["--model", str(self.model)]
         if prompt is not None:
@@ -56,6 +65,19 @@ class Runner:
             return set()
         files = {str(p.relative_to(self.run.path)) for p in self.run.path.rglob("*") if p.is_file()}
         return files - {".lock"}
+
+
+def picture(path: Path) -> Path:
+    """A disc of two colours."""
+    import imageio.v3 as imageio
+
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    inside = x**2 + y**2 < 0.6
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[inside] = (200, 60, 30, 255)
+    rgba[inside & (x > 0)] = (30, 60, 200, 255)
+    imageio.imwrite(path, rgba)
+    return path
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

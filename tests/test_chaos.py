@@ -19,7 +19,7 @@ def test_killed_runs_end_as_if_nobody_had_killed_them(signals):
         [*command, "--signal", *signals.split()],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(here.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path])},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"{trials} ended bit for bit", done.stdout)

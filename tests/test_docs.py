@@ -23,8 +23,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tyro
-from fingerprints import picture
-from runs import SMALL
+from runs import SMALL, picture
 from tiny_model import build_tiny_multiview, build_tiny_view_model
 
 from dsd_fast import config

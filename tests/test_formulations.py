@@ -318,7 +318,7 @@ def test_a_run_in_pieces_is_the_run(tmp_path, tiny_model, method):
     straight, pieces = (Runner(tmp_path / name, tiny_model) for name in ("straight", "pieces"))
     assert straight(*flags, steps=6) == 0
     assert pieces(*flags, "--stop-at", "3", steps=6) == 0
-    assert pieces("--resume", "auto", steps=6) == 0
+    assert pieces("--resume", "auto", "--guidance.method", method, steps=6) == 0
     assert straight.metrics() == pieces.metrics() and len(straight.metrics()) == 6
     saved = json.loads(pieces.run.config.read_text())["guidance"]
     assert saved["method"] == method
@@ -336,7 +336,7 @@ def test_runs_side_by_side_are_the_runs_of_each(tmp_path, tiny_model):
 def test_a_resumed_run_keeps_its_method(tmp_path, tiny_model, caplog):
     runner = Runner(tmp_path, tiny_model)
     assert runner(*FLAGS, "--guidance.method", "sds", "--stop-at", "1") == 0
-    assert runner("--resume", "auto", "--guidance.method", "asd") == 2
+    assert runner("--resume", str(runner.run.path), "--guidance.method", "asd") == 2
     assert "a resumed run keeps its guidance.method ('sds')" in caplog.text
 
 
@@ -432,7 +432,7 @@ def test_a_vsd_run_in_pieces_is_the_run(tmp_path, tiny_model, caplog):
     straight, pieces = (Runner(tmp_path / name, tiny_model) for name in ("straight", "pieces"))
     assert straight(*flags, steps=6) == 0
     assert pieces(*flags, "--stop-at", "3", steps=6) == 0
-    assert pieces("--resume", "auto", steps=6) == 0
+    assert pieces("--resume", "auto", "--guidance.method", "vsd", steps=6) == 0
     assert straight.metrics() == pieces.metrics() and len(straight.metrics()) == 6
     assert straight(*flags, "--num-seeds", "2", "--seed", "7") == 2
     assert "adapters for one run: drop --num-seeds" in caplog.text

@@ -49,7 +49,7 @@ class Runner:
         return train.main([*argv, *flags])
 
     def run(self, seed: int = 0, prompt: str = "a chair") -> outputs.RunFolder:
-        return outputs.RunFolder.named(self.folder, self.name, prompt, seed)
+        return outputs.RunFolder.named(self.folder, self.name, prompt, seed, "image")
 
     def metrics(self, seed: int = 0) -> list[dict]:
         lines = self.run(seed).metrics.read_text().splitlines()
@@ -228,6 +228,7 @@ def test_a_run_writes_its_image_and_the_way_there(runner):
     run = runner.run()
     files = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
     assert files == {
+        ".lock",
         "config.json",
         "versions.json",
         "metrics.jsonl",

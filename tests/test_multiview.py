@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import cuda_only, relative_error
-from runs import CLOCK, SMALL
+from runs import CLOCK, SMALL, Runner
 from tiny_model import (
     SCHEDULER,
     TINY_MULTIVIEW,
@@ -859,7 +859,8 @@ def folder(tmp_path_factory) -> Path:
 def run(output: Path, model: Path, *flags: str) -> tuple[int, outputs.RunFolder]:
     arguments = ["--preset", "mvdream", "--model", str(model), "--prompt", "a chair"]
     code = module.main([*arguments, "--max-steps", "4", "--output", str(output), *TINY_RUN, *flags])
-    return code, outputs.RunFolder.named(output, "diverse-score-distillation", "a chair", 0)
+    method = flags[flags.index("--guidance.method") + 1] if "--guidance.method" in flags else "dsd"
+    return code, Runner(output, model).folder_of(method=method)
 
 
 def metrics(folder: outputs.RunFolder) -> list[dict]:
@@ -922,9 +923,9 @@ class TestRun:
         assert "one view at a time" in caplog.text
 
     def test_method_is_kept_on_resume(self, tmp_path, folder, caplog) -> None:
-        code, _ = run(tmp_path, folder, "--stop-at", "1")
+        code, saved = run(tmp_path, folder, "--stop-at", "1")
         assert code == 0
-        code, _ = run(tmp_path, folder, "--resume", "auto", "--guidance.method", "recon")
+        code, _ = run(tmp_path, folder, "--resume", str(saved.path), "--guidance.method", "recon")
         assert code == 2
         assert "keeps its guidance.method" in caplog.text
 

@@ -486,7 +486,8 @@ def run(folder: Path, picture: Path | None, model: Path, *flags: str, steps: int
 
 
 def folder_of(output: Path) -> outputs.RunFolder:
-    return outputs.RunFolder.named(output, "diverse-score-distillation", "disc", 0)
+    (config,) = output.glob("*/disc+single-view*-seed0/config.json")
+    return outputs.RunFolder(config.parent)
 
 
 def tensors(output: Path, step: int) -> dict:
