@@ -40,8 +40,8 @@ def _sh_op(dirs: Tensor) -> Tensor:
 
 @torch.library.custom_op("dsd_fast::spherical_harmonics_bwd", mutates_args=())
 def _sh_bwd_op(dirs: Tensor, grad_y: Tensor) -> Tensor:
-    n = dirs.shape[0]
     check_tensor("spherical_harmonics", "dirs", dirs, torch.float32, ["N", 3])
+    n = dirs.shape[0]
     check_tensor("spherical_harmonics", "grad_y", grad_y, torch.float32, [n, N_VALUES], dirs.device)
     grad_dirs = torch.empty_like(dirs)
     if n > 0:

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ _MARK = "dsd_fast checkpoint"
 SUFFIX = ".safetensors"
 # Beside checkpoints, those of steps that a run which went on from an older one has yet to do again.
 ASIDE = "set-aside"
+# How the names of checkpoints begin that are whole and wait for those of runs beside theirs.
+READY = ".ready-"
 
 
 class CheckpointError(RuntimeError):
@@ -182,9 +185,41 @@ def set_aside(folder: Path, step: int) -> None:
             )
 
 
+def save_together(paths: Sequence[Path], trees: Iterable[dict]) -> None:
+    """`save` for runs side by side: all of the files are there, or none.
+
+    A process that is killed between the last names that it gives leaves that to `settle_ready`.
+    """
+    waiting = [path.with_name(READY + path.name) for path in paths]
+    try:
+        for path, tree in zip(waiting, trees):
+            save(path, tree)
+        for path, final in zip(waiting, paths):
+            os.replace(path, final)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {error.filename}: {error}") from error
+    finally:
+        for path in waiting:
+            path.unlink(missing_ok=True)
+
+
+def settle_ready(folders: Sequence[Path]) -> None:
+    """Finish what a killed `save_together` of runs with these folders had begun, or undo it."""
+    ready = [{path.name: path for path in folder.glob(f"{READY}step-*")} for folder in folders]
+    for name in set().union(*ready):
+        final = [folder / name[len(READY) :] for folder in folders]
+        whole = all(name in of or path.exists() for of, path in zip(ready, final))
+        for of, path in zip(ready, final):
+            if name in of:
+                if whole:
+                    os.replace(of[name], path)
+                else:
+                    of[name].unlink()
+
+
 def clear_aside(folder: Path) -> None:
-    """Delete what was set aside of a folder."""
-    for _, path in list_steps(folder / ASIDE):
+    """Delete what was set aside of a folder, and what waits in it."""
+    for path in [*(path for _, path in list_steps(folder / ASIDE)), *folder.glob(f"{READY}*")]:
         path.unlink(missing_ok=True)
     _drop_empty(folder / ASIDE)
 

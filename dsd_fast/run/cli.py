@@ -114,6 +114,7 @@ def parse(argv: Sequence[str]) -> list[Job]:
     path, folder = find_checkpoint(command.resume)
     folder.claim()
     try:
+        checkpoint.settle_ready([folder.checkpoints])
         named = path == command.resume
         state = load_run(path) if named else _newest_whole([folder])[0]
         return [_resumed(state, folder, flags, early, command)]
@@ -155,6 +156,7 @@ def _resume_all(
     try:
         for folder in used:
             folder.claim()
+        checkpoint.settle_ready([folder.checkpoints for folder in folders])
         if any(folder.last_step() is not None for folder in used):
             return [
                 # the last one of a flag counts

@@ -22,7 +22,7 @@ class Saver:
     """Saves runs that are all at one step.
 
     An older checkpoint goes when all runs have the new one: killed at any moment, they have a step
-    in common.
+    in common, or none of them has any.
 
     Args:
         beside: writes what goes with a checkpoint.
@@ -78,9 +78,13 @@ class Saver:
             ) from error
 
     def _write(self) -> None:
-        for job, state in zip(self._jobs, self._states):
-            path = checkpoint.step_path(job.folder.checkpoints, state.step)
-            checkpoint.save(path, state.to_tree(job.config))
+        runs = list(zip(self._jobs, self._states))
+        paths = [checkpoint.step_path(job.folder.checkpoints, state.step) for job, state in runs]
+        trees = (state.to_tree(job.config) for job, state in runs)
+        if len(runs) == 1:
+            checkpoint.save(paths[0], next(trees))
+        else:
+            checkpoint.save_together(paths, trees)
 
     def _make_room(self) -> bool:
         """Delete checkpoints older than the newest that all runs have; whether there were any."""
