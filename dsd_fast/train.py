@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -93,11 +94,13 @@ def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
     Interrupted, with the states saved, and KeyboardInterrupt for a signal (of `stop`) where there
     is nothing to save.
     """
+    if stop is None:
+        with Interruption() as stop:
+            return train(jobs, stop)
     cfg = jobs[0].config
     check(cfg, flags=True)
     device = resolve_device(cfg.device)
     task = TASKS[cfg.task]
-    stop = stop or Interruption()
     try:
         for job in jobs:
             job.folder.claim()
@@ -123,12 +126,25 @@ def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
         raise
     fit(jobs, states, guidance, device, stop)
     step = states[0].step
+    # Pictures of what it began with would look like a result.
+    fruitless = [job for job, state in zip(jobs, states) if state.optimizer.skipped >= step > 0]
     if step < cfg.max_steps:
         log.info("stopped at step %d as asked; --resume auto continues", step)
-        return
-    results = [task.result(state) for state in states]
-    del states, guidance  # The diffusion model's memory is of more use to the pictures.
-    for job, result in zip(jobs, results):
+    else:
+        fruitful = [pair for pair in zip(jobs, states) if pair[0] not in fruitless]
+        results = [(job, task.result(state)) for job, state in fruitful]
+        del states, guidance, fruitful  # The model's memory is of more use to the pictures.
+        _finish(results, task, step)
+    if fruitless:
+        raise TrainingError(
+            f"not one of {step} steps was finite, and none changed a parameter, in "
+            f"{', '.join(str(job.folder.path) for job in fruitless)}. {_remedies(task)}"
+        )
+
+
+def _finish(results: Sequence[tuple[Job, Any]], task: Task, step: int) -> None:
+    """Write what runs were for."""
+    for job, result in results:
         try:
             task.finish(result, job.config, step, job.folder)
         except torch.OutOfMemoryError as error:
@@ -164,7 +180,6 @@ def fit(
     train_step = task.step(cfg, states, guidance, device, phase)
     runs = [_Run(job, state) for job, state in zip(jobs, states)]
     saver = Saver(jobs, states, task.beside_checkpoint)
-    skipped = [int(state.optimizer.skipped) for state in states]
     ended: BaseException | None = None
     chance: list[dict] = []
     with stop.patience():
@@ -207,12 +222,6 @@ def fit(
     train_step.release_graphs()
     if stop.requested:
         raise Interrupted(f"interrupted; {where}")
-    left_out = [int(state.optimizer.skipped) - n for state, n in zip(states, skipped)]
-    if 0 < done - first_step == max(left_out):
-        raise TrainingError(
-            f"none of {done - first_step} steps was finite, and none changed a parameter. "
-            f"{runs[0].remedies()}"
-        )
 
 
 def _explained(error: BaseException, jobs: Sequence[Job], where: str) -> BaseException:
@@ -358,13 +367,6 @@ class _Run:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.job.folder.append_metrics({"step": self.state.step, **finite})
 
-    def remedies(self) -> str:
-        """What helps against gradients that are not finite."""
-        return (
-            "In half precision try --resume auto with --diffusion.dtype float32 (or bfloat16); "
-            f"otherwise a new run with a lower --guidance.guidance-scale or {self.task.lr_flag}."
-        )
-
     def watch(self, values: dict[str, float]) -> None:
         """TrainingError for a run that does not come back from gradients that are not finite."""
         settings, step, bad_run = self.job.config.trainer, self.state.step, int(values["bad_run"])
@@ -372,7 +374,7 @@ class _Run:
             source = "a gradient" if math.isfinite(values["dsd"]) else "the guidance"
             raise TrainingError(
                 f"{source} has not been finite for {bad_run} steps in a row, up to step {step}. "
-                f"They changed no parameter. {self.remedies()}"
+                f"They changed no parameter. {_remedies(self.task)}"
             )
         if bad_run:
             log.warning("step %d is not finite, left out (%d so far)", step, values["skipped"])
@@ -409,6 +411,14 @@ def _log(
         if run is runs[0]:
             report(step, values)
         run.watch(values)
+
+
+def _remedies(task: Task) -> str:
+    """What helps against gradients that are not finite."""
+    return (
+        "In half precision try --resume auto with --diffusion.dtype float32 (or bfloat16); "
+        f"otherwise a new run with a lower --guidance.guidance-scale or {task.lr_flag}."
+    )
 
 
 def _first_line(error: BaseException) -> str:

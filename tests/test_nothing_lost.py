@@ -16,6 +16,7 @@ from test_train import not_finite
 from tiny_model import build_tiny_model
 
 from dsd_fast import train as module
+from dsd_fast.guidance import DSDGuidance
 from dsd_fast.run import checkpoint, outputs, pictures, saving, terminal
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.progress import Reporter
@@ -201,10 +202,29 @@ def test_a_device_that_fails_is_told_of(runner, monkeypatch, caplog):
 
 
 def test_a_run_whose_steps_are_all_skipped_fails(runner, monkeypatch, caplog):
-    not_finite(monkeypatch, lambda step: True)
-    assert runner(*BARE) == 1
-    assert "none of 4 steps was finite" in caplog.text and "--diffusion.dtype" in caplog.text
+    with monkeypatch.context() as patch:
+        not_finite(patch, lambda step: True)
+        assert runner(*BARE, "--stop-at", "2") == 1
+        assert runner(*BARE, "--resume", "auto") == 1
+    assert "not one of 4 steps was finite" in caplog.text and "--diffusion.dtype" in caplog.text
     assert runner.run.last_step() == 4 and not runner.run.preview.exists()
+    assert runner(*BARE, "--resume", "auto") == 1, "nor does it look finished later"
+    assert runner(*BARE, "--resume", "auto", steps=5) == 0
+
+
+def test_a_run_whose_steps_are_all_skipped_costs_no_other(runner, monkeypatch, caplog):
+    guide = DSDGuidance.at_plan
+
+    def bad_for_the_first(self, latents, plan):
+        guided = guide(self, latents, plan)
+        weights = torch.tensor([float("nan"), 1.0]).view(2, 1, 1, 1)
+        return guided._replace(grad=guided.grad * weights)
+
+    monkeypatch.setattr(DSDGuidance, "at_plan", bad_for_the_first)
+    assert runner(*BARE, "--num-seeds", "2") == 1
+    bad, good = folders_of(runner)
+    assert f"none changed a parameter, in {bad.path}." in caplog.text
+    assert good.preview.exists() and not bad.preview.exists()
 
 
 # Signals
