@@ -246,6 +246,9 @@ def known_flags() -> frozenset[str]:
         flags |= command_line.flags_of(command_line.PRIOR, [command])
     for module in ("benchmarks.run", "benchmarks.comparison"):
         flags |= set(re.findall(r"--[a-z][\w-]*", command_line.help_of(module)))
+    for script in ("chaos", "deterministic_cuda", "fingerprints"):
+        source = (ROOT / "tests" / f"{script}.py").read_text(encoding="utf-8")
+        flags |= set(re.findall(r'add_argument\("(--[\w-]+)"', source))
     return frozenset(flags)
 
 
