@@ -373,7 +373,8 @@ def test_imports_stay_lean() -> None:
 
 def test_spelled_words_are_named(caplog: pytest.LogCaptureFixture) -> None:
     """The embedded model's vocabulary is small; a prompt beyond it works, and says so."""
-    encode = ClipText(resolve("embedded"), torch.device("cpu"))
+    folder = resolve("embedded")
+    encode = ClipText(folder / "tokenizer", folder / "text_encoder", torch.device("cpu"))
     with caplog.at_level("WARNING"):
         encode(["a red armchair, front view"])
         assert not caplog.records

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from dsd_fast.config.tree import PRESETS, TASK_PRESETS, Start, TrainConfig, register_task
-from dsd_fast.guidance import GuidanceConfig
+from dsd_fast.diffusion.loader import EMBEDDED
+from dsd_fast.guidance import GuidanceConfig, MultiViewConditions
+from dsd_fast.guidance.registry import FORMULATIONS
 from dsd_fast.ranges import ConfigError
 from dsd_fast.scene.background import BackgroundConfig
 from dsd_fast.scene.cameras import CameraConfig
@@ -20,9 +22,9 @@ MVDREAM_NEGATIVE = (
     "face, deformed, dehydrated, bad proportions"
 )
 
-# Steps of the embedded preset where --max-steps does not say.
-EMBEDDED_STEPS_GPU = 1500
-EMBEDDED_STEPS_CPU = 600
+# Steps of the embedded preset where --max-steps does not say: of four views each, and of one.
+EMBEDDED_STEPS_GPU, EMBEDDED_STEPS_CPU = 1000, 200
+SINGLE_STEPS_GPU, SINGLE_STEPS_CPU = 1500, 600
 # Steps of a 2D run, and of one in the exact form.
 IMAGE_STEPS = 100
 EXACT_STEPS = 50
@@ -47,33 +49,68 @@ def preset(
     task: str = "text",
     exact: bool = False,
     method: str = "dsd",
+    model: str | None = None,
 ) -> TrainConfig:
     """The configuration of a preset, for a run of ``max_steps`` (None: the preset's own length).
 
     ``exact`` is the exact form of the task "image", whose own length is another; ``method`` that of
     the guidance, for which the task "single-view" and the preset "mvdream" have scale and levels of
-    their own. ConfigError for a preset or a task that is not registered.
+    their own; ``model`` the diffusion model, where it is not the preset's: the embedded preset has
+    four views a step with its own alone. ConfigError for a preset or a task that is not registered.
     """
     for kind, given, known in (("preset", name, PRESETS), ("task", task, TASK_PRESETS)):
         if given not in known:
             raise ConfigError(f"unknown {kind} {given!r}: expected one of {', '.join(known)}")
     if name == "mvdream" and task != "text":
         raise ConfigError(f"--preset mvdream makes objects from prompts: drop --task {task}")
-    start = Start(name, max_steps, on_cpu, method, exact)
+    start = Start(name, max_steps, on_cpu, method, model, exact)
     cfg = (TASK_PRESETS[task] or PRESETS[name])(start)
     cfg.preset, cfg.task = name, task
     return cfg
 
 
 def _embedded(start: Start) -> TrainConfig:
-    """Settings for the small prior that ships with the package.
+    """Settings for objects by the small priors that ship with the package.
+
+    By the multi-view one where the formulation can do with it; by that of single views otherwise,
+    and with any other model.
+    """
+    formulation = FORMULATIONS.get(start.method)
+    together = formulation is not None and MultiViewConditions.suit(formulation)
+    if start.model in (None, EMBEDDED) and together:
+        return _embedded_together(start)
+    return _embedded_single(start)
+
+
+def _embedded_together(start: Start) -> TrainConfig:
+    """Four views a step, a quarter turn apart, of which the multi-view prior makes one object."""
+    on_cpu = start.on_cpu
+    steps = start.max_steps or (EMBEDDED_STEPS_CPU if on_cpu else EMBEDDED_STEPS_GPU)
+    cfg = _embedded_single(dataclasses.replace(start, max_steps=steps))
+    cfg.text.view_dependent = False
+    guidance, cameras = cfg.guidance, cfg.cameras
+    guidance.use_perp_neg, guidance.standard_cfg = False, True
+    guidance.mirror_trajectory = False
+    cfg.multiview.azimuth_bins, cfg.multiview.elevation_bins = (3, 1) if on_cpu else (9, 3)
+    cameras.n_view = cameras.batch_size = 4
+    cameras.camera_perturb = cameras.center_perturb = cameras.up_perturb = 0.0
+    # As the prior's views were taken.
+    cameras.relative_distance, cameras.camera_distance_range = True, (0.65, 0.85)
+    cameras.fovy_range = (40.0, 60.0)
+    cameras.elevation_range = (15.0, 15.0) if on_cpu else (-5.0, 35.0)
+    cfg.background.share_aug_bg = True
+    return cfg
+
+
+def _embedded_single(start: Start) -> TrainConfig:
+    """Settings for the small prior of single views.
 
     Everything that is indexed by the step is a share of the run's length, so that a run of any
     length goes through all of its phases. On a CPU renderings are smaller and the run shorter.
     """
     on_cpu = start.on_cpu
-    steps = start.max_steps or (EMBEDDED_STEPS_CPU if on_cpu else EMBEDDED_STEPS_GPU)
-    cfg = TrainConfig(model="embedded", max_steps=steps)
+    steps = start.max_steps or (SINGLE_STEPS_CPU if on_cpu else SINGLE_STEPS_GPU)
+    cfg = TrainConfig(model=EMBEDDED, max_steps=steps)
     # Its captions have no words for what is poor.
     cfg.text.poor = ""
     # At the official scale of 7.5 the small prior's colours saturate and its shapes stay fog.
@@ -111,7 +148,7 @@ def _embedded_scene(cfg: TrainConfig, on_cpu: bool) -> None:
     # few pixels and steps there are on a CPU make it flat.
     cameras.progressive_until = _at(1 / 6 if on_cpu else 1 / 3, steps)
     cameras.eval_camera_distance = 1.9
-    cameras.eval_fovy_deg = 60.0
+    cameras.eval_fovy_deg = 48.0
     # What a larger blob leaves above flat things floats there to the end.
     field.density_blob_std = 0.3
     finest = 128 if on_cpu else 256  # cells along an edge
@@ -180,7 +217,8 @@ def _mvdream(start: Start) -> TrainConfig:
 def _image(start: Start) -> TrainConfig:
     """Settings of the task "image": of a preset's those of the model stay."""
     steps = start.max_steps or (EXACT_STEPS if start.exact else IMAGE_STEPS)
-    cfg = PRESETS[start.preset](dataclasses.replace(start, max_steps=steps))
+    of_preset = _embedded_single if start.preset == "embedded" else PRESETS[start.preset]
+    cfg = of_preset(dataclasses.replace(start, max_steps=steps))
     cfg.name = f"{cfg.name}-2d{'-exact' * start.exact}"
     cfg.image.exact = start.exact
     # No view is asked for, and scales are those of samplers. Levels fall evenly, as a sampler's do,
@@ -209,7 +247,7 @@ def _single_view(start: Start) -> TrainConfig:
     default = (VIEW_STEPS_CPU if start.on_cpu else VIEW_STEPS_GPU) if small else ZERO123_STEPS
     steps = start.max_steps or default
     if small:
-        cfg = _embedded(dataclasses.replace(start, max_steps=steps))
+        cfg = _embedded_single(dataclasses.replace(start, max_steps=steps))
     else:
         cfg = TrainConfig(model=ZERO123, max_steps=steps)
     small_dsd = small and start.method == "dsd"

@@ -41,6 +41,8 @@ class Start:
     on_cpu: bool = False
     # The guidance's formulation.
     method: str = "dsd"
+    # The diffusion model; None is the preset's own.
+    model: str | None = None
     # The exact form of the task "image".
     exact: bool = False
 

@@ -32,8 +32,9 @@ TEXT_PIECES = ("unet", "vae", "text_encoder")
 # What a view model's folder may call its camera projection.
 PROJECTIONS = ("camera_projection", "clip_camera_projection", "cc_projection")
 VIEW_PIECES = ("unet", "vae", "image_encoder", *PROJECTIONS)
-# In model_index.json: a folder to take the VAE from, relative to the model's own.
-_VAE_FOLDER = "_vae_folder"
+# Pieces that may lie elsewhere: model_index.json then has their folder, relative to the model's own,
+# as `_vae_folder`, `_text_encoder_folder` or `_tokenizer_folder`.
+_SHARED = ("vae", "text_encoder", "tokenizer")
 _CLASSES = {
     "unet": ("UNet2DConditionModel", multiview_unet.CLASS_NAME),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
@@ -72,31 +73,49 @@ def inspect_folder(path: Path) -> PipelineFolder:
             was found there instead.
         ValueError: a configuration is unreadable, or describes a model that is not supported.
     """
-    configs = inspect_configs(path)
-    weights = {piece: find_weights(path / piece, stem_of(piece)).files for piece in TEXT_PIECES}
-    return PipelineFolder(path, configs, weights, {piece: path / piece for piece in configs})
+    places, configs = inspect_configs(path)
+    weights = {piece: find_weights(places[piece], stem_of(piece)).files for piece in TEXT_PIECES}
+    return PipelineFolder(path, configs, weights, places)
 
 
-def inspect_configs(path: Path) -> dict[str, dict[str, Any]]:
-    """What of `inspect_folder` needs no weights: configurations by piece, and the tokenizer."""
+def inspect_configs(path: Path) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """What of `inspect_folder` needs no weights: places and configurations by piece, and the
+    tokenizer."""
     index = _read_index(path, "StableDiffusionPipeline folder")
     families.refuse_pipeline(path, index)
     if any((path / name).is_dir() for name in PROJECTIONS):
         families.refuse_pipeline(path, {"_class_name": "Zero1to3Pipeline"})
+    places = {piece: path / piece for piece in _CONFIGS} | _elsewhere(path, index)
     configs = {}
     for piece, name in _CONFIGS.items():
-        require(path, f"{piece}/{name}")
-        configs[piece] = read_settings(path / piece / name, piece)
-    tokenizer = path / "tokenizer"
+        if places[piece].parent == path:
+            require(path, f"{piece}/{name}")
+        else:
+            require(places[piece], name)
+        configs[piece] = read_settings(places[piece] / name, piece)
+    tokenizer = places["tokenizer"]
     if not any(all((tokenizer / f).is_file() for f in files) for files in _TOKENIZER_FILES):
         raise FileNotFoundError(
             f"{tokenizer}: expected tokenizer.json, or vocab.json and merges.txt; "
             f"found {listing(tokenizer)}"
         )
-    _check_configs(path, configs)
+    _check_configs(path, places, configs)
     check_tokenizer(tokenizer, configs["text_encoder"].get("vocab_size", 49408))
     families.warn_of_distilled(path, index, configs["unet"], configs["scheduler"])
-    return configs
+    return places, configs
+
+
+def _elsewhere(path: Path, index: dict[str, Any]) -> dict[str, Path]:
+    """Places of the pieces that lie in other folders.
+
+    Anywhere on this computer: what is read there are settings and tensors, as in the model's own.
+    """
+    named = {piece: index.get(f"_{piece}_folder") for piece in _SHARED}
+    return {
+        piece: Path(os.path.realpath(path / place))
+        for piece, place in named.items()
+        if place is not None
+    }
 
 
 def inspect_view_folder(path: Path) -> PipelineFolder:
@@ -129,9 +148,7 @@ def inspect_view_configs(path: Path) -> tuple[dict[str, Path], dict[str, dict[st
         )
     places = {name: path / name for name in ("unet", "vae", "scheduler", "image_encoder")}
     places["projection"] = path / projections[0]
-    if (elsewhere := index.get(_VAE_FOLDER)) is not None:
-        # Anywhere on this computer: what is read there are a VAE's settings and tensors, as here.
-        places["vae"] = Path(os.path.realpath(path / elsewhere))
+    places |= {piece: place for piece, place in _elsewhere(path, index).items() if piece in places}
     if projections[0] == PROJECTIONS[0]:
         del places["image_encoder"]
     configs = {}
@@ -253,8 +270,7 @@ def _check_levels(places: dict[str, Path], configs: dict[str, dict[str, Any]]) -
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check_configs(path: Path, configs: dict[str, dict[str, Any]]) -> None:
-    places = {piece: path / piece for piece in configs}
+def _check_configs(path: Path, places: dict[str, Path], configs: dict[str, dict[str, Any]]) -> None:
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     channels = vae.get("latent_channels", 4)
     if not is_multiview(unet):

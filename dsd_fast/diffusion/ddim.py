@@ -11,6 +11,7 @@ from torch import Tensor
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
+from dsd_fast.scene.cameras import camera_condition
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -89,7 +90,8 @@ def guided_latents(
     """The same for what predictions are conditioned on, with and without: B rows each."""
     scheduler = ddim_scheduler(model, n_steps)
     latents = []
-    together = max(SAMPLE_PIXELS // noise[0, 0].numel(), 1)
+    together = max(SAMPLE_PIXELS // noise[0, 0].numel(), model.n_views)
+    together -= together % model.n_views
     for start in range(0, len(noise), together):
         stop = start + together
         z = noise[start:stop]
@@ -111,6 +113,45 @@ def sample(
     negative: str = "",
 ) -> Tensor:
     """The images [B,3,H,W] float32 in [0,1] of `sample_latents`, arguments as there."""
-    latents = sample_latents(model, prompts, noise, n_steps, scale, negative)
+    return _decoded(model, sample_latents(model, prompts, noise, n_steps, scale, negative))
+
+
+@torch.no_grad()
+def sample_objects(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    noise: Tensor,
+    elevation_deg: Tensor,
+    azimuth_deg: Tensor,
+    n_steps: int,
+    scale: float,
+) -> Tensor:
+    """Images of objects by a model that predicts V views together: [B,V,3,H,W] float32 in [0,1].
+
+    Args:
+        prompts: B of them.
+        noise: [B,V,C,h,w] float32 on the model's device.
+        elevation_deg, azimuth_deg: [B,V], of the views' cameras.
+        n_steps, scale: as `sample_latents`.
+    Raises:
+        ValueError: as `sample_latents`.
+    """
+    unique = sorted(set(prompts))
+    index = torch.tensor([unique.index(p) for p in prompts]).repeat_interleave(model.n_views)
+    embeddings = model.encode_prompt([*unique, ""]).to(noise.device)
+    text, empty = embeddings[index.to(noise.device)], embeddings[-1:]
+    camera = camera_condition(elevation_deg.flatten(), azimuth_deg.flatten()).to(noise.device)
+    latents = guided_latents(
+        model,
+        Condition(text, camera=camera),
+        Condition(empty.expand_as(text), camera=camera),
+        noise.flatten(0, 1),
+        n_steps,
+        scale,
+    )
+    return _decoded(model, latents).unflatten(0, (-1, model.n_views))
+
+
+def _decoded(model: DiffusionModel, latents: Tensor) -> Tensor:
     parts = latents.split(_DECODED_TOGETHER)
     return torch.cat([model.decode_latents(part) for part in parts])

@@ -39,6 +39,7 @@ from dsd_fast.diffusion.view_model import ViewModel, load_projection
 
 EMBEDDED = "embedded"
 _EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "prior"
+_MULTIVIEW_FOLDER = _EMBEDDED_FOLDER.parent / "multiview_prior"
 _VIEWS_FOLDER = _EMBEDDED_FOLDER.parent / "view_prior"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_URL = re.compile(r"https?://[\w.-]+/([\w.-]+/[\w.-]+)")
@@ -70,7 +71,7 @@ def load_model(
         path_or_id: a folder in diffusers' StableDiffusionPipeline format, a hub id "owner/name"
             (downloaded once, then read from the local cache), a checkpoint of Stable Diffusion 1 or
             2 in one safetensors file (converted once), or "embedded" for the prior that ships with
-            the package.
+            the package, of one view or of four.
         dtype: of the UNet; default float16 on CUDA, float32 elsewhere. bfloat16 is 1.8 times as
             fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
             which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
@@ -83,9 +84,10 @@ def load_model(
             another kind or number of views; names the file, and the key where there is one.
         ConnectionError: a hub id that can be neither found nor downloaded.
     """
-    folder = inspect_folder(resolve(path_or_id))
+    several = n_views > 1 and str(path_or_id) == EMBEDDED
+    folder = inspect_folder(_embedded(_MULTIVIEW_FOLDER) if several else resolve(path_or_id))
     unet, vae, others = _networks(folder, device, dtype, n_views)
-    text = ClipText(folder.path, others["device"])
+    text = ClipText(folder.places["tokenizer"], folder.places["text_encoder"], others["device"])
     return _released(DiffusionModel(unet, vae, text, **others, engine=engine))
 
 

@@ -114,6 +114,10 @@ class MultiView:
     num_heads: Heads | Literal[-1] = -1
     transformer_depth: Blocks = 1
     context_dim: Width | None = None
+    use_scale_shift_norm: bool = False
+    norm_num_groups: Width = 32
+    addition_embed_type: Name | None = None
+    addition_embed_type_num_heads: Heads = 64
 
 
 @dataclass
@@ -231,6 +235,8 @@ class Index:
     _class_name: Name | None = None
     _name_or_path: Text | None = None
     _vae_folder: Text | None = None
+    _text_encoder_folder: Text | None = None
+    _tokenizer_folder: Text | None = None
 
 
 # Lists with a value for each level.

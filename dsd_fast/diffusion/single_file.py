@@ -333,7 +333,7 @@ def _check(file: Path, folder: Path) -> None:
     with quiet():
         import diffusers
         from transformers import CLIPTextModel
-    configs = inspect_configs(folder)
+    _, configs = inspect_configs(folder)
     classes = {p: getattr(diffusers, configs[p]["_class_name"]) for p in ("unet", "vae")}
     for piece, cls in (*classes.items(), ("text_encoder", CLIPTextModel)):
         wanted = outline(cls, folder / piece).state_dict()

@@ -116,14 +116,14 @@ def embed_views(
 
 
 class ClipText:
-    """CLIPTokenizer and CLIPTextModel of a pipeline folder, read at the first prompt.
+    """CLIPTokenizer and CLIPTextModel in two folders, read at the first prompt.
 
     Runs in float32 whatever the dtype of the rest: it is used once, and rounding here would stay
     in the embeddings for the whole run.
     """
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.folder = folder
+    def __init__(self, tokenizer: Path, text_encoder: Path, device: torch.device):
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.device = device
         self._loaded: tuple | None = None
 
@@ -156,13 +156,13 @@ class ClipText:
         largest, known = max(map(max, rows)), encoder.config.vocab_size
         if largest >= known or {len(row) for row in rows} != {limit}:
             raise ValueError(
-                f"{self.folder / 'tokenizer'}: it gives token {largest} and rows of "
+                f"{self.tokenizer}: it gives token {largest} and rows of "
                 f"{len(rows[0])}; the text encoder knows {known} tokens and reads {limit}"
             )
         with torch.autocast(self.device.type, enabled=False):
             embeddings = encoder(torch.tensor(rows, device=self.device))[0].float()
         if not bool(torch.isfinite(embeddings).all()):
-            raise ValueError(f"{self.folder / 'text_encoder'}: its embeddings are not finite")
+            raise ValueError(f"{self.text_encoder}: its embeddings are not finite")
         return embeddings
 
     def _tokens(self, prompt: str, **options: Any) -> list[list[int]]:
@@ -181,10 +181,8 @@ class ClipText:
             from transformers import CLIPTextModel, CLIPTokenizer
 
             with self._errors_of_the_tokenizer():
-                tokenizer = CLIPTokenizer.from_pretrained(
-                    self.folder / "tokenizer", local_files_only=True
-                )
-        encoder = load_component(CLIPTextModel, self.folder / "text_encoder", torch.float32)
+                tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer, local_files_only=True)
+        encoder = load_component(CLIPTextModel, self.text_encoder, torch.float32)
         return tokenizer, encoder.to(self.device).eval().requires_grad_(False)
 
     @contextmanager
@@ -196,7 +194,7 @@ class ClipText:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(
-                f"{self.folder / 'tokenizer'}: its files are damaged or do not belong together: "
+                f"{self.tokenizer}: its files are damaged or do not belong together: "
                 f"{type(error).__name__}: {brief(error)}"
             ) from error
 

@@ -145,7 +145,7 @@ class SDS(Baseline):
 class CSD(Baseline):
     """w p(x_t), the classifier's part of SDS alone (Yu et al. 2023); s multiplies it."""
 
-    name = "csd"
+    name, works_with = "csd", None
     defaults = ANY_LEVEL | {"guidance_scale": 1.0}
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class ASD(Baseline):
     """w (e^s(x_t) - e_y(x_t+)), the same fresh eps at both levels and t+ >= t: Asynchronous Score
     Distillation (ScaleDreamer, Ma et al. 2024)."""
 
-    name = "asd"
+    name, works_with = "asd", None
     defaults = ANY_LEVEL
 
     def _difference(self, x: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
     python -m dsd_fast.prior render --pack models.pack --out views --views-per-model 200
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-vae --views views --out state
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-unet --views views --vae state --out state
-    python -m dsd_fast.prior export --state state --out dsd_fast/assets/prior
+    python -m dsd_fast.prior export --state state --out dsd_fast/assets/prior --int8
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-unet --views views \\
         --vae dsd_fast/assets/prior --resume dsd_fast/assets/prior --out state   # another piece
     python -m dsd_fast.prior evaluate --views views --out report
@@ -16,10 +16,21 @@ The pose-conditioned prior beside it, for the reconstruction of one picture:
     python -m dsd_fast.prior render --pack models.pack --out orbits --views-per-model 120 \\
         --views-per-orbit 12
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-views --views orbits --out state
-    python -m dsd_fast.prior export-views --state state --out dsd_fast/assets/view_prior --share-vae
+    python -m dsd_fast.prior export-views --state state --out dsd_fast/assets/view_prior --share-vae \\
+        --int8
     python -m dsd_fast.prior evaluate-views --views orbits --out report
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-views --views orbits --out state \\
         --resume dsd_fast/assets/view_prior                                        # another piece
+
+The multi-view prior, four views of one object at once:
+
+    python -m dsd_fast.prior render --pack models.pack --out quarters --views-per-model 192 \\
+        --quarter-turns
+    torchrun --nproc-per-node gpu -m dsd_fast.prior train-multiview --views quarters --out state
+    python -m dsd_fast.prior export-multiview --state state --out dsd_fast/assets/multiview_prior \\
+        --int8
+    python -m dsd_fast.prior multiview-sheet --out report
+
     python -m dsd_fast.prior render-objects --pack models.pack --out objects   # of held-out models
 """
 
@@ -61,6 +72,8 @@ class ExportConfig:
     state: AnyPath
     # Folder to write.
     out: AnyPath
+    # Keep the UNet's weights in 8 bits, half the size: for the folder that ships.
+    int8: bool = False
 
 
 def pack(cfg: PackConfig) -> None:
@@ -108,7 +121,9 @@ def export(cfg: ExportConfig) -> None:
     for name, part in parts.items():
         load_weights(part, cfg.state, name)
     parts["vae"].register_to_config(scaling_factor=float(scale.read_text(encoding="ascii")))
+    unet = {k: v.clone() for k, v in parts["unet"].state_dict().items()}
     models.export_pipeline(cfg.out, tokenizer=tokenizer, **parts)
+    models.save_unet(unet, cfg.out / "unet", cfg.int8)
     (cfg.out / "CREDITS.md").write_text(credits(), encoding="utf-8")
 
 
@@ -127,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         render,
         sheet,
         train,
+        train_multiview,
         train_views,
         turntables,
     )
@@ -144,6 +160,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train-views": (train_views.ViewTrainConfig, train_views.train_views),
         "export-views": (train_views.ViewExportConfig, train_views.export_views),
         "evaluate-views": (evaluate_views.ViewEvaluateConfig, evaluate_views.evaluate_views),
+        "train-multiview": (
+            train_multiview.MultiviewTrainConfig,
+            train_multiview.train_multiview,
+        ),
+        "export-multiview": (
+            train_multiview.MultiviewExportConfig,
+            train_multiview.export_multiview,
+        ),
+        "multiview-sheet": (evaluate.SampleConfig, sheet.multiview_sheet),
         "render-objects": (objects.ObjectsConfig, objects.render_objects),
         "sheet": (evaluate.SampleConfig, sheet.sample_sheet),
         "turntables": (turntables.TurntableConfig, turntables.write_turntables),

@@ -217,11 +217,11 @@ def seed_noise(model: DiffusionModel, seeds: list[int]) -> torch.Tensor:
     )
 
 
-def load_sampled(cfg: SampleConfig) -> DiffusionModel:
-    """The model that is asked for samples."""
+def load_sampled(cfg: SampleConfig, n_views: int = 1) -> DiffusionModel:
+    """The model that is asked for samples, of one view or of several together."""
     from dsd_fast.diffusion import load_model
 
-    return load_model(cfg.model, resolve_device(cfg.device), engine="eager")
+    return load_model(cfg.model, resolve_device(cfg.device), engine="eager", n_views=n_views)
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, object]:

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsd_fast.diffusion import int8
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from dsd_fast.diffusion.networks.multiview_unet import MultiViewUNet
 
 IMAGE_SIZE = 256
 LATENT_SIZE = 32
@@ -145,6 +149,97 @@ def narrowed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
+# `build_unet` as MVDream's configurations have it (Shi et al. 2023): attention at 16x16 and 8x8.
+MULTIVIEW = {
+    "_class_name": "MultiViewUNetModel",
+    "image_size": LATENT_SIZE,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 48,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2, 4],
+    "channel_mult": [1, 2, UNET_WIDTH // 48],
+    "num_head_channels": HEAD_WIDTH,
+    "transformer_depth": 1,
+    "context_dim": TEXT_WIDTH,
+    "camera_dim": 16,
+    "use_scale_shift_norm": True,
+    "norm_num_groups": NORM_GROUPS,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+}
+
+# Modules of `build_unet` by where they are in a MultiViewUNet of MULTIVIEW.
+_PLACES = {
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.1.0": "down_blocks.0.resnets.0",
+    "input_blocks.2.0.op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks.3.0": "down_blocks.1.resnets.0",
+    "input_blocks.3.1": "down_blocks.1.attentions.0",
+    "input_blocks.4.0.op": "down_blocks.1.downsamplers.0.conv",
+    "input_blocks.5.0": "down_blocks.2.resnets.0",
+    "input_blocks.5.1": "down_blocks.2.attentions.0",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+    "output_blocks.0.0": "up_blocks.0.resnets.0",
+    "output_blocks.0.1": "up_blocks.0.attentions.0",
+    "output_blocks.1.0": "up_blocks.0.resnets.1",
+    "output_blocks.1.1": "up_blocks.0.attentions.1",
+    "output_blocks.1.2.conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks.2.0": "up_blocks.1.resnets.0",
+    "output_blocks.2.1": "up_blocks.1.attentions.0",
+    "output_blocks.3.0": "up_blocks.1.resnets.1",
+    "output_blocks.3.1": "up_blocks.1.attentions.1",
+    "output_blocks.3.2.conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks.4.0": "up_blocks.2.resnets.0",
+    "output_blocks.5.0": "up_blocks.2.resnets.1",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "text_embed": "add_embedding",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+# Layers of a residual block, there and here.
+_LAYERS = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def build_multiview_unet() -> MultiViewUNet:
+    """`build_unet` for four views of one object at once: float32, on the CPU, random weights."""
+    from dsd_fast.diffusion.networks.multiview_unet import MultiViewUNet
+
+    return MultiViewUNet(MULTIVIEW)
+
+
+def of_multiview(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of `build_unet` as a beginning for `build_multiview_unet`.
+
+    Nothing is said by the cameras yet. Attention over one view's tokens becomes attention over four
+    views': the same weights.
+    """
+    unet = build_multiview_unet()
+    out = unet.state_dict()
+    for name in out:
+        if name.startswith("camera_embed."):
+            if name.startswith("camera_embed.2."):
+                out[name] = torch.zeros_like(out[name])
+            continue
+        place = next(place for place in _PLACES if name.startswith(f"{place}."))
+        rest = name.removeprefix(f"{place}.")
+        for there, here in _LAYERS.items():
+            if rest.startswith(f"{there}."):
+                rest = rest.replace(there, here, 1)
+        out[name] = state[f"{_PLACES[place]}.{rest}"]
+    return out
+
+
 def build_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges make one token of every word in `captions`.
 
@@ -231,6 +326,24 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
             f"a caption has {ids.shape[1]} tokens, at most {MAX_TOKENS} fit: shorten the captions"
         )
     return ids
+
+
+def save_unet(state: dict[str, torch.Tensor], folder: Path, as_int8: bool) -> None:
+    """Write a UNet's weights as its folder's only ones, in 8 bits (`diffusion.int8`) or float16.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        kind: folder / f"diffusion_pytorch_model{kind and f'.{kind}'}.safetensors"
+        for kind in ("", int8.VARIANT)
+    }
+    halves = {name: value.half().contiguous() for name, value in state.items()}
+    save_file(int8.pack(state) if as_int8 else halves, files[int8.VARIANT if as_int8 else ""])
+    files["" if as_int8 else int8.VARIANT].unlink(missing_ok=True)
 
 
 def export_pipeline(

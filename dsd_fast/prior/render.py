@@ -22,7 +22,13 @@ import numpy as np
 from dsd_fast.judge import captions
 from dsd_fast.judge.nouns import noun_by_id
 from dsd_fast.prior.mesh import Model, Pack, crease_normals
-from dsd_fast.prior.views import Views, is_recolourable, sample_orbits, sample_views
+from dsd_fast.prior.views import (
+    Views,
+    is_recolourable,
+    sample_orbits,
+    sample_quarters,
+    sample_views,
+)
 from dsd_fast.ranges import (
     AnyPath,
     ConfigError,
@@ -57,6 +63,8 @@ class RenderConfig:
     views_per_model: Count = 144
     # Views that share light and paint, for pairs of one object (train-views); 0: each its own.
     views_per_orbit: CountOrNone = 0
+    # Orbits of four views, a quarter turn apart at one elevation (train-multiview).
+    quarter_turns: bool = False
     # Processes, each with an EGL context.
     workers: Workers = field(default_factory=lambda: os.cpu_count() or 1)
     # EGL device.
@@ -65,11 +73,20 @@ class RenderConfig:
     seed: UnsignedSeed = 0
 
     def validate(self) -> None:
-        if self.views_per_orbit and self.views_per_model % self.views_per_orbit:
+        if self.quarter_turns and self.views_per_orbit not in (0, 4):
+            raise ConfigError(
+                f"views_per_orbit: quarter turns make orbits of 4, got {self.views_per_orbit}"
+            )
+        if self.orbit and self.views_per_model % self.orbit:
             raise ConfigError(
                 f"views_per_orbit: expected 0 or a divisor of the {self.views_per_model} views "
-                f"per model, got {self.views_per_orbit}"
+                f"per model, got {self.orbit}"
             )
+
+    @property
+    def orbit(self) -> int:
+        """Views of one object, 0 where each is of its own."""
+        return 4 if self.quarter_turns else self.views_per_orbit
 
 
 class ContextError(RuntimeError):
@@ -302,7 +319,9 @@ def _model_views(cfg: RenderConfig, pack: Pack, number: int) -> Views:
     group = noun_by_id()[pack.ids[number]].group
     recolourable = is_recolourable(group, pack.parts(number), pack.main(number))
     rng = np.random.default_rng([cfg.seed, number])
-    n, orbit = cfg.views_per_model, cfg.views_per_orbit
+    n, orbit = cfg.views_per_model, cfg.orbit
+    if cfg.quarter_turns:
+        return sample_quarters(n // orbit, recolourable, rng)
     if orbit:
         return sample_orbits(n // orbit, orbit, recolourable, rng)
     return sample_views(n, recolourable, rng)
@@ -323,8 +342,8 @@ def render_views(
 ) -> None:
     """Render `views_per_model` random views of every model.
 
-    Row r belongs to model r // views_per_model and, with `views_per_orbit`, to orbit
-    r // views_per_orbit, whose views share stretch, light and paint (`sample_orbits`). Files:
+    Row r belongs to model r // views_per_model and, with orbits, to orbit
+    r // orbit, whose views share stretch, light and paint (`sample_orbits`). Files:
 
     - rgba.npy: uint8 [N, 256, 256, 4], straight alpha; open with `np.load(mmap_mode="r")`
     - meta.npz: model, noun, view, colour, orbit int64 [N] (orbit -1 without orbits); azimuth,
@@ -366,8 +385,8 @@ def _write_index(cfg: RenderConfig, pack: Pack) -> None:
     distance = np.concatenate([np.linalg.norm(views.position, axis=1) for views in every])
     model = np.repeat(np.arange(len(pack)), cfg.views_per_model)
     orbit = np.full(len(model), -1)
-    if cfg.views_per_orbit:
-        orbit = np.arange(len(model)) // cfg.views_per_orbit
+    if cfg.orbit:
+        orbit = np.arange(len(model)) // cfg.orbit
     rows = [table[id_] for id_ in pack.ids]
     texts, caption = captions.caption_set(
         ((rows[m], v, c) for m, v, c in zip(model, view, colour, strict=True)),

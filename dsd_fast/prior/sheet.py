@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from dsd_fast.diffusion.ddim import sample
+from dsd_fast.diffusion.ddim import sample, sample_objects
+from dsd_fast.diffusion.networks.multiview_unet import N_VIEWS
 from dsd_fast.judge.captions import VIEWS
 from dsd_fast.prior.evaluate import SampleConfig, load_sampled, seed_noise
 
@@ -28,6 +29,8 @@ SHEET_COLUMNS = 4  # prompts in a row
 TILE = 120  # side of one sample
 TITLE = 18  # height of the prompt above its block
 GAP = 8  # around each block
+# Of the cameras of a multi-view sheet, degrees: from the front left on.
+FIRST_AZIMUTH, ELEVATION = 30.0, 15.0
 
 
 def lay_out(images: torch.Tensor, prompts: tuple[str, ...]) -> Image.Image:
@@ -70,5 +73,35 @@ def sample_sheet(cfg: SampleConfig) -> Path:
     grid = images.view(len(SHEET_PROMPTS), SHEET_SEEDS, len(VIEWS), *images.shape[1:])
     cfg.out.mkdir(parents=True, exist_ok=True)
     path = cfg.out / "prior-samples.jpg"
+    lay_out(grid, SHEET_PROMPTS).save(path, quality=88)
+    return path
+
+
+def multiview_sheet(cfg: SampleConfig) -> Path:
+    """Objects of the multi-view prior, 24 prompts x 4 seeds x 4 views, as multiview-samples.jpg;
+    returns its path.
+
+    Raises:
+        FileNotFoundError, ValueError: unusable model or device.
+    """
+    model = load_sampled(cfg, N_VIEWS)
+    cases = [(p, s) for p in SHEET_PROMPTS for s in range(SHEET_SEEDS)]
+    noise = torch.stack(
+        [seed_noise(model, [s * N_VIEWS + v for v in range(N_VIEWS)]) for _, s in cases]
+    )
+    azimuth = (FIRST_AZIMUTH + 90.0 * torch.arange(N_VIEWS)).expand(len(cases), -1)
+    elevation = torch.full(azimuth.shape, ELEVATION)
+    images = sample_objects(
+        model,
+        [p for p, _ in cases],
+        noise.to(model.device),
+        elevation,
+        azimuth,
+        cfg.steps,
+        cfg.scale,
+    )
+    grid = images.unflatten(0, (len(SHEET_PROMPTS), SHEET_SEEDS))
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    path = cfg.out / "multiview-samples.jpg"
     lay_out(grid, SHEET_PROMPTS).save(path, quality=88)
     return path

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from dsd_fast.diffusion import int8
 from dsd_fast.diffusion.components import quiet
 from dsd_fast.diffusion.loader import EMBEDDED, resolve
 from dsd_fast.diffusion.noise_path import NoisePath
@@ -92,7 +90,7 @@ def train_views(cfg: ViewTrainConfig) -> None:
     world = World(cfg.seed)
     device = world.device
     text_model = resolve(cfg.text_model)
-    vae, scale = _autoencoder(text_model)
+    vae, scale = load_autoencoder(text_model)
     vae = vae.to(device, memory_format=torch.channels_last)
     unet = models.build_view_unet()
     if cfg.resume is None:
@@ -148,17 +146,10 @@ def export_views(cfg: ViewExportConfig) -> None:
     unet, projection = models.build_view_unet(), _projection()
     load_weights(unet, cfg.state, "unet")
     load_weights(projection, cfg.state, "camera_projection")
-    vae, _ = _autoencoder(text_model)
+    vae, _ = load_autoencoder(text_model)
 
-    weights = cfg.out / "unet" / f"diffusion_pytorch_model.{int8.VARIANT}.safetensors"
-    weights.unlink(missing_ok=True)
-    if cfg.int8:
-        unet.save_config(cfg.out / "unet")
-        save_file(int8.pack(unet.state_dict()), weights)
-        (cfg.out / "unet" / "diffusion_pytorch_model.safetensors").unlink(missing_ok=True)
-    else:
-        with quiet():
-            unet.to(torch.float16).save_pretrained(cfg.out / "unet", safe_serialization=True)
+    unet.save_config(cfg.out / "unet")
+    models.save_unet(unet.state_dict(), cfg.out / "unet", cfg.int8)
     DDIMScheduler(**models.SCHEDULER).save_pretrained(cfg.out / "scheduler")
     folder = cfg.out / "camera_projection"
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +173,7 @@ def _projection() -> CameraProjection:
     return CameraProjection(latent_feature_width(4), models.TEXT_WIDTH)
 
 
-def _autoencoder(text_model: Path) -> tuple[AutoencoderKL, float]:
+def load_autoencoder(text_model: Path) -> tuple[AutoencoderKL, float]:
     """The autoencoder of a folder, float32 on the CPU, and the scaling factor of its latents."""
     vae = models.build_vae()
     load_weights(vae, text_model, "vae")

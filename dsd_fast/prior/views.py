@@ -21,6 +21,13 @@ ORBIT_FOVY = 50.0
 # what a view of one thing says of another must hold for shapes that no model has.
 STRETCHED_SHARE = 0.5
 STRETCH = 0.7
+# Of four views a quarter turn apart: elevations in degrees as guidance asks for them, fields of view
+# in degrees, and half of what is seen at the object, so that a sphere of radius 0.6 just fits.
+QUARTER_ELEVATION = (-10.0, 45.0)
+QUARTER_FOVY = (40.0, 60.0)
+QUARTER_FRAME = (0.65, 0.85)
+# How directional their light is at most: what one view's light leaves dark, another one shows.
+QUARTER_CONTRAST = 0.6
 
 # (hue in degrees, saturation, value) ranges of the paints, in the order of captions.COLOURS.
 PAINTS: tuple[tuple[tuple[float, float], tuple[float, float], tuple[float, float]], ...] = (
@@ -155,6 +162,33 @@ def sample_orbits(n: int, views: int, recolourable: bool, rng: np.random.Generat
     )
 
 
+def sample_quarters(n: int, recolourable: bool, rng: np.random.Generator) -> Views:
+    """`n` objects of four views each, a quarter turn apart at one elevation and distance.
+
+    As MVDream's (Shi et al. 2023), with any first azimuth; what is shown of one object is as in
+    `sample_orbits`, but that the light comes from above and is softer. Framed by the field of view:
+    how large an object looks hangs on the frame drawn, not on the lens.
+    """
+    azimuth = rng.uniform(0.0, 90.0, (n, 1)) + np.arange(4) * 90.0
+    azimuth = ((azimuth + 180.0) % 360.0 - 180.0).reshape(4 * n)
+    elevation = np.repeat(_elevations(rng.random(n), QUARTER_ELEVATION, rng), 4)
+    fovy = np.radians(np.repeat(rng.uniform(*QUARTER_FOVY, n), 4))
+    frame = np.repeat(rng.uniform(*QUARTER_FRAME, n), 4)
+    position = (frame / np.tan(fovy / 2))[:, None] * direction(azimuth, elevation)
+    lights = _lights(np.tile([0.0, 0.0, 1.0], (n, 1)), rng, QUARTER_CONTRAST)
+    parts = (*lights, *_paints(n, recolourable, rng), _stretches(n, rng))
+    shared = (np.repeat(part, 4, axis=0) for part in parts)
+    return Views(
+        azimuth,
+        elevation,
+        position,
+        np.zeros((4 * n, 3)),
+        np.tile([0.0, 0.0, 1.0], (4 * n, 1)),
+        fovy,
+        *shared,
+    )
+
+
 def _elevations(u: np.ndarray, limits: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """Degrees [n] between limits at shares u [n]: half of them of the angle, half of the area."""
     by_degree = limits[0] + (limits[1] - limits[0]) * u
@@ -164,12 +198,12 @@ def _elevations(u: np.ndarray, limits: tuple[float, float], rng: np.random.Gener
 
 
 def _lights(
-    position: np.ndarray, rng: np.random.Generator
+    position: np.ndarray, rng: np.random.Generator, strongest: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """key, fill, sky, ground and gloss of `Views`, as seen from cameras at `position` [n, 3]."""
     n = len(position)
     # 0: flat, the colours as they are; 1: strongly directional.
-    contrast = rng.random(n) ** 1.3
+    contrast = strongest * rng.random(n) ** 1.3
     key_direction = _unit(_unit(position) + rng.normal(size=(n, 3)) * 0.7 + [0.0, 0.0, 0.4])
     fill_direction = _unit(key_direction * [-1.0, -1.0, 0.3] + rng.normal(size=(n, 3)) * 0.3)
     tint = 1.0 + rng.normal(size=(n, 3)) * 0.02

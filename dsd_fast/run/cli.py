@@ -248,7 +248,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _early_flags(flags: list[str]) -> argparse.Namespace:
     """The flags that decide the starting values. Wrong values are left for the full parse."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "config", "device", "resume", "vram", "task", "output"):
+    for name in ("preset", "config", "device", "resume", "vram", "task", "output", "model"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--guidance.method", dest="method")
     parser.add_argument("--max-steps", "--max_steps")
@@ -280,6 +280,7 @@ def _starting_values(early: argparse.Namespace, overrides: list[str]) -> TrainCo
             early.task if early.task in TASK_PRESETS else "text",
             early.exact,
             early.method or "dsd",
+            early.model,
         )
     path = Path(early.config)
     if path.suffix != ".json":

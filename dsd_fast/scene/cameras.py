@@ -298,7 +298,9 @@ class RandomCameras:
             elevation = torch.asin(draw.uniform(low, high))
         low, high = (_lerp(0.0, bound, opening) for bound in cfg.azimuth_range)
         if cfg.n_view > 1:
-            azimuth_deg = draw.uniform(0.0, 360.0 / cfg.n_view)
+            # Spread from the middle of the quarter, which shows more than front and side.
+            part = 360.0 / cfg.n_view
+            azimuth_deg = draw.uniform(*(_lerp(part / 2, bound, opening) for bound in (0.0, part)))
         elif cfg.batch_uniform_azimuth:
             n = draw.n_objects
             parts = (torch.rand(n, generator=draw.generator) + torch.arange(n)) / n

@@ -6,6 +6,10 @@ object's views together, so that they agree. Cross-attention and convolutions se
 
 Module names are those of the weights (`input_blocks`, `middle_block`, `output_blocks`), in which
 MVDream is distributed, so a state dict fits as it is.
+
+The embedded multi-view prior is the same network with three settings more, which are diffusers':
+`use_scale_shift_norm`, where the embedding scales and shifts what a block has normalised;
+`norm_num_groups`; and `addition_embed_type` "text", the text's pooled embedding beside the level's.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsd_fast.diffusion.model_files import brief, headers
+from dsd_fast.diffusion import int8
+from dsd_fast.diffusion.model_files import FLOATS, brief, headers
 
 CLASS_NAME = "MultiViewUNetModel"
 # Views of one object; the distributed models are trained on so many, and no configuration says so.
@@ -28,7 +33,9 @@ N_VIEWS = 4
 # A camera-to-world matrix.
 CAMERA_NUMBERS = 16
 
+# Of group norms, and of the pooled text's attention, where a configuration does not say.
 _NORM_GROUPS = 32
+_POOL_HEADS = 64
 _BLOCK_EPS, _TRANSFORMER_EPS = 1e-5, 1e-6
 _MAX_PERIOD = 10000.0
 _FEED_FORWARD = 4
@@ -49,7 +56,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "num_classes": (None,),
     "adm_in_channels": (None,),
     "n_embed": (None,),
-    "use_scale_shift_norm": (False,),
+    "use_scale_shift_norm": (False, True),
+    "addition_embed_type": (None, "text"),
     "resblock_updown": (False,),
     "num_attention_blocks": (None,),
     "use_linear_in_transformer": (True,),
@@ -92,12 +100,29 @@ def check_config(config: Mapping[str, Any], where: str = "unet/config.json") -> 
     heads, width = config.get("num_heads", -1), config.get("num_head_channels", -1)
     if heads == -1 and width == -1:
         raise ValueError(f"{where}: expected num_heads or num_head_channels, got neither")
+    groups = config.get("norm_num_groups", _NORM_GROUPS)
+    for name, value in (
+        ("norm_num_groups", groups),
+        ("addition_embed_type_num_heads", config.get("addition_embed_type_num_heads", _POOL_HEADS)),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: {name} must be a positive integer, got {value!r:.80}")
+    if config.get("addition_embed_type") == "text" and (
+        config["context_dim"] % config.get("addition_embed_type_num_heads", _POOL_HEADS)
+    ):
+        raise ValueError(
+            f"{where}: context_dim = {config['context_dim']} is not a whole number of "
+            f"{config.get('addition_embed_type_num_heads', _POOL_HEADS)} heads "
+            "(addition_embed_type_num_heads)"
+        )
     for channels in {config["model_channels"] * m for m in (1, *multipliers)}:
-        if channels % _NORM_GROUPS:
+        if channels % groups:
             raise ValueError(
-                f"{where}: every level needs a multiple of {_NORM_GROUPS} channels for its group "
+                f"{where}: every level needs a multiple of {groups} channels for its group "
                 f"norms, got {channels} (model_channels times channel_mult)"
             )
+    attended = [m for i, m in enumerate(multipliers) if 2**i in config["attention_resolutions"]]
+    for channels in {config["model_channels"] * m for m in (*attended, multipliers[-1])}:
         if channels % (width if width != -1 else heads):
             raise ValueError(f"{where}: {channels} channels are not a whole number of heads")
 
@@ -123,19 +148,25 @@ class MultiViewUNet(nn.Module):
         n_blocks = [n_blocks] * len(multipliers) if isinstance(n_blocks, int) else list(n_blocks)
         attended = set(config["attention_resolutions"])
         embedding = 4 * base
+        groups = config.get("norm_num_groups", _NORM_GROUPS)
+        scale_shift = bool(config.get("use_scale_shift_norm"))
 
         def residual(channels_in: int, channels: int) -> _Residual:
-            return _Residual(channels_in, channels, embedding)
+            return _Residual(channels_in, channels, embedding, groups, scale_shift)
 
         def attention(channels: int) -> _SpatialTransformer:
             width = config.get("num_head_channels", -1)
             heads = channels // width if width != -1 else config["num_heads"]
             depth = config.get("transformer_depth", 1)
-            return _SpatialTransformer(channels, heads, config["context_dim"], depth)
+            return _SpatialTransformer(channels, heads, config["context_dim"], depth, groups)
 
         self._base = base
         self.time_embed = _embedder(base, embedding)
         self.camera_embed = _embedder(CAMERA_NUMBERS, embedding)
+        self.text_embed = None
+        if config.get("addition_embed_type") == "text":
+            pool_heads = config.get("addition_embed_type_num_heads", _POOL_HEADS)
+            self.text_embed = _PooledText(config["context_dim"], embedding, pool_heads)
         first = nn.Conv2d(config["in_channels"], base, 3, padding=1)
         self.input_blocks = nn.ModuleList([_Block(first)])
         channels, kept, factor = base, [base], 1
@@ -166,7 +197,7 @@ class MultiViewUNet(nn.Module):
                     factor //= 2
                 self.output_blocks.append(_Block(*layers))
         self.out = nn.Sequential(
-            nn.GroupNorm(_NORM_GROUPS, channels, _BLOCK_EPS),
+            nn.GroupNorm(groups, channels, _BLOCK_EPS),
             nn.SiLU(),
             nn.Conv2d(channels, config["out_channels"], 3, padding=1),
         )
@@ -203,6 +234,8 @@ class MultiViewUNet(nn.Module):
             )
         level = sinusoids(t, self._base).to(latents.dtype)
         embedding = self.time_embed(level) + self.camera_embed(camera)
+        if self.text_embed is not None:
+            embedding = embedding + self.text_embed(encoder_hidden_states)
         x, kept = latents, []
         for block in self.input_blocks:
             x = block(x, embedding, encoder_hidden_states)
@@ -225,8 +258,9 @@ def load_multiview_unet(
     from safetensors.torch import load_file
 
     folder = files[0].parent
+    is_int8 = any(f".{int8.VARIANT}." in file.name for file in files)
     try:
-        shapes = headers(files)
+        shapes = headers(files, FLOATS | {"I8"} if is_int8 else FLOATS)
     except ValueError as error:
         raise ValueError(f"cannot read {error}") from error
     check_config(config, str(folder / "config.json"))
@@ -243,21 +277,25 @@ def load_multiview_unet(
             f"{folder}: the weights lack {len(missing)} of the tensors that its config.json asks "
             f"for, first {missing[0]!r}"
         )
-    unknown = sorted(set(shapes) - set(wanted))
+    scales = {f"{name}.scale" for name in wanted} if is_int8 else set()
+    unknown = sorted(set(shapes) - set(wanted) - scales)
     if unknown:
         raise ValueError(
             f"{folder}: the weights hold {len(unknown)} tensors that its config.json does not ask "
             f"for, first {unknown[0]!r}: it describes another network"
         )
-    for name, shape in shapes.items():
-        if shape != tuple(wanted[name].shape):
+    for name, tensor in wanted.items():
+        if shapes[name] != tuple(tensor.shape):
             raise ValueError(
-                f"{folder}: {name} has shape {list(shape)}, its config.json asks for "
-                f"{list(wanted[name].shape)}"
+                f"{folder}: {name} has shape {list(shapes[name])}, its config.json asks for "
+                f"{list(tensor.shape)}"
             )
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        weights |= {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    try:
+        stored = int8.unpack(stored) if is_int8 else stored
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    weights = {name: tensor.to(dtype) for name, tensor in stored.items()}
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{folder}: {name} is not finite in {dtype}: the weights are damaged")
@@ -317,16 +355,20 @@ class _Block(nn.Sequential):
 class _Residual(nn.Module):
     """Two convolutions around the embedding of level and camera, and a way past them."""
 
-    def __init__(self, channels_in: int, channels: int, embedding: int):
+    def __init__(
+        self, channels_in: int, channels: int, embedding: int, groups: int, scale_shift: bool
+    ):
         super().__init__()
+        self.scale_shift = scale_shift
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(_NORM_GROUPS, channels_in, _BLOCK_EPS),
+            nn.GroupNorm(groups, channels_in, _BLOCK_EPS),
             nn.SiLU(),
             nn.Conv2d(channels_in, channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, channels))
+        width = 2 * channels if scale_shift else channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, width))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(_NORM_GROUPS, channels, _BLOCK_EPS),
+            nn.GroupNorm(groups, channels, _BLOCK_EPS),
             nn.SiLU(),
             nn.Identity(),  # where training has its dropout; it counts in the weights' names
             nn.Conv2d(channels, channels, 3, padding=1),
@@ -335,8 +377,16 @@ class _Residual(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        inner = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(inner)
+        inner, said = self.in_layers(x), self.emb_layers(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = said.chunk(2, dim=1)
+            norm, *rest = self.out_layers
+            inner = norm(inner) * (1 + scale) + shift
+            for layer in rest:
+                inner = layer(inner)
+        else:
+            inner = self.out_layers(inner + said)
+        return self.skip_connection(x) + inner
 
 
 class _Downsample(nn.Module):
@@ -360,9 +410,9 @@ class _Upsample(nn.Module):
 class _SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of views, [4G,C,h,w]."""
 
-    def __init__(self, channels: int, heads: int, context: int, depth: int):
+    def __init__(self, channels: int, heads: int, context: int, depth: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(_NORM_GROUPS, channels, _TRANSFORMER_EPS)
+        self.norm = nn.GroupNorm(groups, channels, _TRANSFORMER_EPS)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             _TransformerBlock(channels, heads, context) for _ in range(depth)
@@ -413,6 +463,44 @@ class _Attention(nn.Module):
         )
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class _PooledText(nn.Module):
+    """A text's tokens [R,L,D] as one embedding [R,E], by attention from their mean.
+
+    diffusers' TextTimeEmbedding (DeepFloyd IF), with its names of weights.
+    """
+
+    def __init__(self, context: int, embedding: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(context)
+        self.pool = _AttentionPooling(context, heads)
+        self.proj = nn.Linear(context, embedding)
+        self.norm2 = nn.LayerNorm(embedding)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.norm2(self.proj(self.pool(self.norm1(text))))
+
+
+class _AttentionPooling(nn.Module):
+    """What the mean of tokens finds among them and itself: [R,L,D] -> [R,D]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, width) / width**0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mean = tokens.mean(dim=1, keepdim=True) + self.positional_embedding.to(tokens.dtype)
+        tokens = torch.cat([mean, tokens], dim=1)
+        q, k, v = (
+            rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [R,heads,L,d]
+            for rows in (self.q_proj(mean), self.k_proj(tokens), self.v_proj(tokens))
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1)
 
 
 class _FeedForward(nn.Module):
