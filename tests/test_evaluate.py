@@ -1,5 +1,6 @@
 """Figures on data with known answers, what is compared with what, and the page of two tiny runs."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from scipy.linalg import sqrtm
 
 from dsd_fast.config import CameraConfig
 from dsd_fast.evaluate import __main__ as command
-from dsd_fast.evaluate import assets, eyes, meshes, metrics, page, report
+from dsd_fast.evaluate import assets, eyes, meshes, metrics, page, report, surfaces
 from dsd_fast.evaluate.assets import Asset, EvaluateError, Source
 from dsd_fast.judge.captions import COUNTED_NOUNS, noun_of
 from dsd_fast.judge.features import FEATURE_WIDTH
@@ -445,6 +446,69 @@ def test_noun_of_a_prompt(prompt, noun):
     assert (None if index is None else COUNTED_NOUNS[index]) == noun
 
 
+# Surfaces
+
+
+def sphere_views(radius: float, size: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Opacity [1,size,size] and normals of a sphere far away, its radius in pixels."""
+    y, x = np.mgrid[:size, :size] + 0.5 - size / 2
+    z2 = 1 - (x**2 + y**2) / radius**2
+    normal = np.stack([x / radius, y / radius, np.sqrt(z2.clip(0))], -1)
+    return (z2 > 0)[None].astype(float), normal[None]
+
+
+def test_roughness_of_a_sphere_and_of_planes():
+    for radius, size in ((400, 900), (40, 100)):
+        opacity, normal = sphere_views(radius, size)
+        smooth = surfaces.roughness(opacity, 3 * normal)  # lengths say nothing
+        # The slope has no bound at the rim, whose pixels are fewer the larger the disc is.
+        assert 90 / radius * (1 - 0.7 / radius**0.5) < smooth < 90 / radius
+    tilted = np.broadcast_to([0.6, 0.0, 0.8], normal.shape).copy()
+    assert surfaces.roughness(opacity, tilted) == 0
+    tilted[0, ::2] = [0.8, 0.0, -0.6]  # every other row at a right angle: half of the pairs
+    tilted[opacity < 1] = np.nan  # nothing is read outside
+    whole = np.ones((1, 50, 50))
+    assert surfaces.roughness(whole, tilted[:, 25:75, 25:75]) == pytest.approx(45)
+    assert surfaces.roughness(whole, np.zeros((1, 50, 50, 3))) is None
+
+
+def test_roughness_does_not_leave_the_silhouette():
+    """Two planes, one pixel apart."""
+    opacity, normal = np.ones((1, 8, 9)), np.zeros((1, 8, 9, 3))
+    opacity[:, :, 4], normal[..., :4, 0], normal[..., 4:, 1] = 0.5, 1, 1
+    assert surfaces.roughness(opacity, normal) == 0
+    assert surfaces.roughness(np.ones((1, 8, 9)), normal) == pytest.approx(90 * 8 / (8 * 8 + 7 * 9))
+
+
+def test_fog_of_half_transparent_discs():
+    disc, _ = sphere_views(30)
+    assert surfaces.fog(disc) == 0
+    assert surfaces.fog(0.5 * disc) == 1
+    assert surfaces.fog(np.concatenate([disc, 0.5 * disc])) == pytest.approx(0.5)
+    assert surfaces.fog(np.maximum(disc, 0.04)) == 0  # what nobody sees
+    assert surfaces.fog(0 * disc) is None
+
+
+def test_specks_are_small_pieces():
+    masks = np.zeros((2, 50, 50), bool)
+    masks[:, 10:40, 10:40] = True
+    masks[0, 2:5, 2:5] = masks[0, 40, 40] = True  # a corner in common is a connection
+    assert surfaces.specks(masks) == pytest.approx(100 * 9 / (2 * 900 + 10))
+    masks[0, 2:13, 41:50] = True  # 99 pixels: a part of the object
+    masks[1, 2:11, 41:50] = True  # 81: less than a tenth of 900
+    assert surfaces.specks(masks) == pytest.approx(100 * (9 + 81) / (2 * 900 + 10 + 99 + 81))
+    assert surfaces.specks(np.zeros((1, 4, 4), bool)) is None
+
+
+def test_surface_of_views_that_do_not_belong_together():
+    opacity, normal = sphere_views(20)
+    found = surfaces.surface(opacity, normal)
+    assert found == surfaces.Surface(surfaces.roughness(opacity, normal), 0, 0)
+    assert surfaces.surface(0 * opacity, normal) == surfaces.Surface(None, None, None)
+    with pytest.raises(ValueError, match=r"got \[1, 100, 100\] and \[1, 99, 100, 3\]"):
+        surfaces.surface(opacity, normal[:, 1:])
+
+
 # The report
 
 
@@ -484,6 +548,16 @@ class FrontsEverywhere(eyes.Judge):
 
     def say(self, features, noun):
         return noun, torch.full_like(noun, eyes.FRONT)
+
+
+def test_surfaces_are_means_over_the_seeds_that_have_them():
+    made = [make_asset("a", "a bed", s) for s in (0, 1, 2)]
+    found = (surfaces.Surface(20.0, 0.5, None), surfaces.Surface(10.0, 0.1, 3.0), None)
+    made = [dataclasses.replace(asset, surface=s) for asset, s in zip(made, found)]
+    got = report.evaluate(made, report.Eyes(fake_encoder))
+    figures = got["methods"]["a"]["figures"]
+    assert (figures["roughness"], figures["fog"], figures["specks"]) == (15, pytest.approx(0.3), 3)
+    assert got["assets"][1]["roughness"] == 10 and "specks" not in got["assets"][0]
 
 
 def test_every_optional_figure():
@@ -652,6 +726,8 @@ def test_two_tiny_runs(tmp_path, tiny_model, monkeypatch, caplog):
     got = json.loads(figures.read_text())
     assert list(got["methods"]) == ["dsd+0-0.5 cached", "by hand"]
     ours = got["methods"]["dsd+0-0.5 cached"]
+    run, hand = got["assets"][0], got["assets"][-1]
+    assert run.keys() >= {"fog"} and not hand.keys() & {"roughness", "fog", "specks"}
     assert ours["prompts"]["a chair"]["seeds"] == [0, 1]
     assert ours["figures"].keys() >= {"cosine", "euclidean", "vendi", "seconds", "memory_mib"}
     assert "vendi" not in got["methods"]["by hand"]["figures"]

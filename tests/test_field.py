@@ -66,7 +66,11 @@ def _by_double_backward(field: Field, points: torch.Tensor):
         field.grid.spec,
         field.grid.n_active_levels,
     )
-    raw = field.density_network(encoded)[:, 0] + _bias(field.cfg, points)
+    levels = field.grid.spec.levels
+    shares = torch.tensor([levels[0].resolution / level.resolution for level in levels])
+    shares = (shares.double() ** field.cfg.density_fade).float()  # kept in single precision
+    faded = (encoded.unflatten(1, (len(levels), -1)) * shares[:, None]).flatten(1)
+    raw = field.density_network(faded)[:, 0] + _bias(field.cfg, points)
     density = _ACTIVATIONS[field.cfg.density_activation](raw)
     (gradient,) = torch.autograd.grad(density.sum(), points, create_graph=True)
     return density, field.feature_network(encoded), -F.normalize(gradient, dim=-1, eps=1e-12)
@@ -80,8 +84,9 @@ def _by_double_backward(field: Field, points: torch.Tensor):
         {"density_bias": -1.0, "radius": 1.5},
         {"density_activation": "exp", "density_bias": 0.3},
         {"density_activation": "trunc_exp", "density_blob_scale": 20.0},
+        {"density_fade": 1.5},
     ],
-    ids=["official", "dreamfusion", "constant", "exp", "trunc_exp"],
+    ids=["official", "dreamfusion", "constant", "exp", "trunc_exp", "fade"],
 )
 def test_analytic_normals_equal_double_backward(changes, reference_ops):
     field = _field(**changes).double()
@@ -117,15 +122,16 @@ def test_gradient_of_normals_alone_reaches_grid_and_density_network(reference_op
         torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-10)
 
 
-def test_compiled_float32_agrees_with_double_reference(device, monkeypatch):
-    field = _field(half_table=False).to(device)
+@pytest.mark.parametrize("fade", [0.0, 1.0])
+def test_compiled_float32_agrees_with_double_reference(device, monkeypatch, fade):
+    field = _field(half_table=False, density_fade=fade).to(device)
     points = _points().to(device)
     outputs = field(points)
     weights = torch.randn(131, 3, generator=_generator(5)).to(device)
     ((outputs.normal * weights).sum() + outputs.density.sum() + outputs.features.sum()).backward()
     ours = {name: p.grad.double().cpu() for name, p in field.named_parameters()}
     monkeypatch.setenv("DSD_BACKEND", "torch")
-    double = _field().double()
+    double = _field(density_fade=fade).double()
     expected = double(_points().double())
     for output, value in zip(outputs, expected):
         torch.testing.assert_close(output.double().cpu(), value, rtol=1e-4, atol=1e-4)
@@ -135,6 +141,21 @@ def test_compiled_float32_agrees_with_double_reference(device, monkeypatch):
     for name, parameter in double.named_parameters():
         error = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_hidden_layers": 2}, {"n_neurons": 32}])
+def test_faded_levels_are_the_same_for_every_question(device, changes):
+    """Fused or not, density alone or all; colours see all levels alike."""
+    if changes.get("n_hidden_layers"):
+        changes = {**changes, "normal_type": "finite_difference"}
+    field = _field(half_table=False, density_fade=2.0, **changes).to(device)
+    points = _points().to(device)
+    density, features, _ = field(points)
+    torch.testing.assert_close(field.density(points), density)
+    plain = _field(half_table=False, **changes).to(device)
+    torch.testing.assert_close(plain(points).features, features)
+    assert (plain.density(points) - density).abs().max() > 1e-3
+    assert plain.state_dict().keys() == field.state_dict().keys()
 
 
 @pytest.mark.parametrize("radius, density", [(0.0, 10.0), (0.5, 0.6931), (1.0, 4.54e-5)])

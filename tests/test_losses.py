@@ -72,6 +72,59 @@ def test_convexity_prefers_a_sphere_over_a_bowl():
     assert values[0] < values[1]
 
 
+def test_roughness_against_plain_loops():
+    output = _output()
+    opacity = output.opacity[..., 0].tolist()
+    total, count = 0.0, 0
+    for b in range(2):
+        for i in range(9):
+            for j in range(11):
+                for k, m in ((i + 1, j), (i, j + 1)):
+                    if k == 9 or m == 11 or min(opacity[b][i][j], opacity[b][k][m]) <= 0.5:
+                        continue
+                    pair = [
+                        F.normalize(2 * output.normal[b, y, x] / opacity[b][y][x] - 1, dim=0)
+                        for y, x in ((i, j), (k, m))
+                    ]
+                    total += float((pair[0] - pair[1]).square().sum())
+                    count += 1
+    assert count > 20
+    assert float(losses.roughness(output)) == pytest.approx(total / count)
+
+
+def test_gradients_of_roughness():
+    """In normals alone, exact, and none from pixels that are not opaque."""
+    output = _output()
+    normal = output.normal.requires_grad_()
+
+    def value(normal, opacity):
+        return losses.roughness(dataclasses.replace(output, normal=normal, opacity=opacity))
+
+    assert torch.autograd.gradcheck(lambda n: value(n, output.opacity), normal)
+    (grad,) = torch.autograd.grad(value(normal, output.opacity), normal)
+    assert (grad[(output.opacity <= 0.5).expand_as(grad)] == 0).all()
+    # What a pixel's opacity is changes nothing while its normal stays.
+    share = torch.full_like(output.opacity, 0.9).requires_grad_()
+    unit = F.normalize(2 * output.normal.detach() - output.opacity, dim=-1)
+    (grad,) = torch.autograd.grad(value((unit + 1) / 2 * share, share), share)
+    torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
+
+
+def test_a_plane_is_smooth_and_a_step_between_objects_is_left_alone():
+    normal = torch.zeros(1, 6, 7, 3)
+    normal[..., 0] = 1.0
+    opacity = torch.full((1, 6, 7, 1), 0.8)
+    plane = dataclasses.replace(_output(), normal=(normal + 1) / 2 * opacity, opacity=opacity)
+    assert float(losses.roughness(plane)) == 0
+    normal[:, :, 3:] = torch.tensor([0.0, 1.0, 0.0])
+    crease = dataclasses.replace(plane, normal=(normal + 1) / 2 * opacity)
+    assert float(losses.roughness(crease)) == pytest.approx(2 * 6 / (6 * 6 + 5 * 7))
+    opacity = opacity.clone()
+    opacity[:, :, 3] = 0.4
+    apart = dataclasses.replace(plane, normal=(normal + 1) / 2 * opacity, opacity=opacity)
+    assert float(losses.roughness(apart)) == 0
+
+
 def test_official_weights():
     weights = {name: w for name, (_, w) in regularizers(_output(), LossConfig(), 0).items()}
     assert weights == {
@@ -86,7 +139,7 @@ def test_nothing_opaque_is_finite(n_samples, opacity_scale):
     output = _output(n_samples, opacity_scale)
     for field in ("opacity", "z_variance", "normal", "orientation"):
         getattr(output, field).requires_grad_()
-    terms = regularizers(output, LossConfig(), 0)
+    terms = regularizers(output, LossConfig(lambda_roughness=1.0), 0)
     sum(value * weight for value, weight in terms.values()).backward()
     assert terms["z_variance"][0].item() == 0.0
     assert all(value.isfinite() for value, _ in terms.values())

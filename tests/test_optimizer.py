@@ -1,15 +1,18 @@
 """Adam that leaves out what is not finite, and the loss scale."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import cuda_only
 
-from dsd_fast.config import TrainConfig, preset
+from dsd_fast.config import ConfigError, TrainConfig, check, preset
 from dsd_fast.run import optimizer as module
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.optimizer import Adam
 from dsd_fast.scene.field import FieldConfig, GridConfig
 from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.scene.protocol import Trainable
 from dsd_fast.scene.rates import OptimizerConfig
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -51,6 +54,33 @@ def test_first_step_moves_each_group_by_its_rate(scene, device):
     for name, p in scene.named_parameters():
         rate = 0.01 if name.startswith("field.") else 0.001
         torch.testing.assert_close(before[name] - p, torch.full_like(p, rate), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_share_of_the_rate_reaches_the_half_copy(device, on_device):
+    """Of an eighth, a number of the host or a tensor of the device; a step left out moves none."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 100, device=device))
+    before, half = parameter.detach().clone(), parameter.detach().half()
+    trainable = Trainable(parameter, 0.08, lambda: nullcontext(half))
+    optimizer = Adam({"x": trainable}, (0.9, 0.99), 1e-15, device)
+    share = torch.tensor(0.125, device=device) if on_device else 0.125
+    optimizer.step((3 * parameter).sum(), YES.to(device), share)
+    moved = torch.full_like(before, 0.01)
+    torch.testing.assert_close(before - parameter, moved, rtol=1e-4, atol=1e-7)
+    assert torch.equal(half, parameter.half())
+    after = parameter.detach().clone()
+    optimizer.step((3 * parameter).sum(), NO.to(device), share)
+    assert torch.equal(parameter, after) and torch.equal(half, after.half())
+
+
+def test_the_share_over_a_run():
+    assert OptimizerConfig().share(7) is None and OptimizerConfig(lr_share=1).share(7) is None
+    falling = OptimizerConfig(lr_share=(10, 1.0, 0.1, 20))
+    assert [falling.share(step) for step in (0, 10, 15, 20, 99)] == pytest.approx(
+        [1, 1, 0.55, 0.1, 0.1]
+    )
+    with pytest.raises(ConfigError, match="lr_share"):
+        check(OptimizerConfig(lr_share=(10, 1.0, 2.0, 20)))
 
 
 @pytest.mark.parametrize("case", ["nan", "inf", "veto"])

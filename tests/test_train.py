@@ -325,6 +325,17 @@ def test_vram_is_for_a_gpu(runner, caplog):
     assert "--vram is for a CUDA GPU, and this run is on the cpu" in caplog.text
 
 
+def test_rates_may_fall_over_a_run(runner):
+    """To nothing: what the first step made stays, rough or not."""
+    flags = ["--optimizer.lr-share", "0", "1.0", "0.0", "1", "--loss.lambda-roughness", "1"]
+    keep = ["--trainer.checkpoint-every", "1", "--trainer.keep-checkpoints", "9"]
+    assert runner(*flags, *keep) == 0
+    first, last = runner.tensors(1), runner.tensors(4)
+    names = [name for name in first if name.startswith(("scene/field", "scene/background"))]
+    assert len(names) > 4 and all(torch.equal(first[name], last[name]) for name in names)
+    assert all(record["roughness"] >= 0 for record in runner.metrics())
+
+
 def test_a_vanishing_object_is_mentioned(runner, caplog):
     flags = ["--trainer.min-opacity", "2", "--trainer.min-opacity-steps", "2"]
     assert runner(*flags, "--pictures.no-turntable") == 0

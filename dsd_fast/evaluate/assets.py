@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from dsd_fast.config import CameraConfig
-from dsd_fast.evaluate import meshes
+from dsd_fast.evaluate import meshes, surfaces
 from dsd_fast.picture_file import MAX_BYTES, read_rgba
 from dsd_fast.run import checkpoint, cli
 from dsd_fast.run.checkpoint import CheckpointError
@@ -26,7 +26,7 @@ from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.pictures import to_uint8
 from dsd_fast.run.saved import SavedRun, open_saved
 from dsd_fast.scene.cameras import eval_camera
-from dsd_fast.scene.renderer import OPAQUE
+from dsd_fast.scene.renderer import OPAQUE, RenderOutput
 from dsd_fast.schedules import Schedule
 
 log = logging.getLogger("dsd_fast.evaluate")
@@ -75,7 +75,8 @@ class Asset:
 
     images: [V,H,W,3] uint8; azimuths: [V] degrees, 0 the front; elevation in degrees. A picture has
     one image, whose azimuth says nothing. seconds and memory_mib are None where nothing tells them;
-    masks: [V,H,W] bool, where the object is, None of images without transparency.
+    masks: [V,H,W] bool, where the object is, None of images without transparency; surface: of runs,
+    whose normals are known.
     """
 
     source: Source
@@ -87,6 +88,7 @@ class Asset:
     # Of a run that had not come to its end: the step of the checkpoint and that of the end.
     unfinished: tuple[int, int] | None = None
     masks: np.ndarray | None = None
+    surface: surfaces.Surface | None = None
 
 
 def numbered_images(folder: Path) -> list[Path]:
@@ -359,17 +361,26 @@ def _render(
 ) -> Asset:
     run = open_run(source.path, device, None if own_background else (GREY, GREY, GREY))
     azimuths = _around(views)
-    images, masks = [], []
+    images, masks, seen = [], [], []
+
+    def view(azimuth: float, size: int) -> RenderOutput:
+        camera = eval_camera(run.cfg.cameras, azimuth, size=(size, size), device=device)
+        return run.scene.view(camera, run.step)
+
     with torch.no_grad():
         for azimuth in azimuths.tolist():
-            camera = eval_camera(run.cfg.cameras, azimuth, size=(size, size), device=device)
-            view = run.scene.view(camera, run.step)
-            images.append(to_uint8(view.rgb[0]))
-            masks.append((view.opacity[0, ..., 0] > OPAQUE).cpu().numpy())
+            shown = view(azimuth, size)
+            images.append(to_uint8(shown.rgb[0]))
+            masks.append((shown.opacity[0, ..., 0] > OPAQUE).cpu().numpy())
+            seen.append(view(azimuth, surfaces.SIZE))
+    opacity = torch.cat([image.opacity for image in seen])
+    normal = torch.cat([2 * image.normal - image.opacity for image in seen])
+    surface = surfaces.surface(opacity[..., 0].cpu().numpy(), normal.cpu().numpy())
     elevation, last = float(run.cfg.cameras.eval_elevation_deg), run.cfg.max_steps
     unfinished = (run.step, last) if run.step < last else None
     looks = np.stack(images), azimuths, elevation
-    return Asset(source, *looks, *cost(run.folder.metrics), unfinished, np.stack(masks))
+    told = cost(run.folder.metrics)
+    return Asset(source, *looks, *told, unfinished, np.stack(masks), surface)
 
 
 def _render_mesh(source: Source, views: int, size: int) -> Asset:

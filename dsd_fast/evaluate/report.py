@@ -6,7 +6,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from dsd_fast.evaluate import metrics
 from dsd_fast.evaluate.assets import IMAGES, Asset, EvaluateError, over_grey, read_image
 from dsd_fast.evaluate.eyes import FRONT, HEAD_WIDTH, Clip, Encoder, Verdict, judge_asset
+from dsd_fast.evaluate.surfaces import Surface
 from dsd_fast.files import replacing
 from dsd_fast.judge.captions import COUNTED_NOUNS, VIEWS, noun_of
 from dsd_fast.judge.judge import Judge
@@ -48,6 +49,9 @@ COLUMNS = (
     Column("noun", "prompt accuracy", "share of views whose noun the judge names", 1),
     Column("view", "view accuracy", "share of views whose side the judge names", 1),
     Column("janus", "false fronts", "views of an asset judged a front that are none", -1),
+    Column("roughness", "roughness", "degrees between normals of neighbouring pixels, mean", -1, 1),
+    Column("fog", "fog", "mean of 4a(1 - a) where a view's opacity a is not zero", -1, 3),
+    Column("specks", "specks", "per cent of an object's pixels in floating pieces", -1),
     Column("seconds", "seconds", "of training an asset, mean", -1, 0),
     Column("memory_mib", "peak MiB", "of memory, the highest of the runs", -1, 0),
 )
@@ -270,6 +274,10 @@ def _figures(looks: list[Look]) -> dict[str, float]:
         said, asked = (np.stack([getattr(v, n) for v in seen]) for n in ("said_view", "view"))
         figures["view"] = metrics.share_right(said, asked)
         figures["janus"] = metrics.janus(said == FRONT, asked == FRONT)
+    for key in (f.name for f in fields(Surface)):
+        surfaces = [look.asset.surface for look in looks if look.asset.surface is not None]
+        if told := [v for surface in surfaces if (v := getattr(surface, key)) is not None]:
+            figures[key] = float(np.mean(told))
     for key, over in (("seconds", np.mean), ("memory_mib", np.max)):
         if told := [v for look in looks if (v := getattr(look.asset, key)) is not None]:
             figures[key] = float(over(told))
@@ -357,6 +365,8 @@ def _asset_entry(look: Look) -> dict:
         "clip": look.clip,
         "nearest": look.nearest,
     }
+    if look.asset.surface is not None:
+        entry |= asdict(look.asset.surface)
     if (verdict := look.verdict) is not None:
         entry["said_noun"] = [COUNTED_NOUNS[k] for k in verdict.said_noun.tolist()]
         if verdict.said_view is not None:

@@ -61,18 +61,15 @@ class Adam:
         finite = norm.isfinite() & ok
         found_inf = (~finite).float()
         for name, parameter in parameters.items():
-            if parameter.grad is None:
-                continue
-            before = None if share is None else parameter.detach().clone()
-            self._move(name, parameter.grad, found_inf)
-            if before is not None and share is not None:
-                # Adam's step is proportional to its rate, which the operator wants as a number.
-                parameter.detach().sub_(before).mul_(share).add_(before)
+            if parameter.grad is not None:
+                self._move(name, parameter.grad, found_inf, share)
         norm = norm / self.scale
         self._count(finite)
         return norm
 
-    def _move(self, name: str, gradient: Tensor, found_inf: Tensor) -> None:
+    def _move(
+        self, name: str, gradient: Tensor, found_inf: Tensor, share: Tensor | float | None
+    ) -> None:
         parameter, rate, half_copy = self._trainables[name]
         if name not in self._moments:
             self._moments[name] = {
@@ -81,6 +78,7 @@ class Adam:
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
         moments = self._moments[name]
+        before = None if share is None else parameter.detach().clone()
         with half_copy() as half:
             ops.adam_step(
                 parameter.detach().view(-1),
@@ -93,8 +91,13 @@ class Adam:
                 self._eps,
                 grad_scale=self.scale,
                 found_inf=found_inf,
-                half_copy=half,
+                half_copy=half if before is None else None,
             )
+            if before is not None and share is not None:
+                # Adam's step is proportional to its rate, which the operator wants as a number.
+                parameter.detach().sub_(before).mul_(share).add_(before)
+                if half is not None:
+                    half.copy_(parameter.detach().view_as(half))
 
     def _count(self, finite: Tensor) -> None:
         bad = ~finite

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dsd_fast import ops, ranges
 from dsd_fast._backend import backend
 from dsd_fast.ops.field import FieldShape, activate, can_fuse, density_and_normal, density_bias
+from dsd_fast.ops.hashgrid import GridSpec
 from dsd_fast.ranges import ConfigError, check
 from dsd_fast.scene.encoding import HashGrid
 from dsd_fast.scene.mlp import MLP
@@ -72,6 +73,10 @@ class FieldConfig:
     density_blob_std: ranges.Length = 0.5
     # From raw density to density.
     density_activation: Literal["softplus", "exp", "trunc_exp"] = "softplus"
+    # How much finer grid levels count for the density, and not for colours: a level of resolution r
+    # as the coarsest one's over r, to this power. 0: all alike; 1: none makes surfaces steeper than
+    # another.
+    density_fade: Annotated[float, Interval(ge=0, le=4)] = 0.0
     # Where normals come from: the density's gradient (analytic), differences of densities
     # (finite_difference, finite_difference_laplacian), or a network of their own (pred).
     normal_type: Literal["analytic", "finite_difference", "finite_difference_laplacian", "pred"] = (
@@ -109,6 +114,8 @@ class Field(nn.Module):
     `generator`.
     """
 
+    _level_weights: Tensor | None
+
     def __init__(self, cfg: FieldConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         check(cfg)
@@ -132,6 +139,7 @@ class Field(nn.Module):
 
         self.density_network = network(1)
         self.feature_network = network(3)
+        self.register_buffer("_level_weights", _level_weights(self.grid.spec, cfg), False)
         self.normal_network = network(3) if cfg.normal_type == "pred" else None
         self._can_fuse = (
             cfg.normal_type != "pred"
@@ -249,7 +257,7 @@ class Field(nn.Module):
     def _fused(
         self, points: Tensor, n_valid: Tensor | None, *, features: bool, normals: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        (w1d, w2d), (w1f, w2f) = self.density_network.weights, self.feature_network.weights
+        (w1d, w2d), (w1f, w2f) = self._density_weights(), self.feature_network.weights
         return ops.fused_field(
             points.contiguous(),
             self.grid.table,
@@ -278,7 +286,7 @@ class Field(nn.Module):
     def _evaluate(self, points: Tensor, normals: bool) -> FieldOutput:
         if normals and self.cfg.normal_type == "analytic":
             encoded, jacobian = self.grid.value_and_jacobian(self._to_unit_cube(points))
-            w1, w2 = self.density_network.weights
+            w1, w2 = self._density_weights()
             density, normal = density_and_normal(points, encoded, jacobian, w1, w2, self.shape)
             return FieldOutput(density, self.feature_network(encoded), normal)
         encoded = self.grid(self._to_unit_cube(points))
@@ -297,7 +305,14 @@ class Field(nn.Module):
             return self._fused(points, None, features=False, normals=False)[0]
         return self._density_of(points, self.grid(self._to_unit_cube(points)))
 
+    def _density_weights(self) -> list[Tensor]:
+        """Of the density's network as it reads the encoding itself."""
+        first, *others = self.density_network.weights
+        return [first if self._level_weights is None else first * self._level_weights, *others]
+
     def _density_of(self, points: Tensor, encoded: Tensor) -> Tensor:
+        if self._level_weights is not None:
+            encoded = encoded * self._level_weights
         raw = self.density_network(encoded)[:, 0] + density_bias(points, self.shape)[0]
         return activate(raw, self.shape)[0]
 
@@ -318,6 +333,20 @@ class Field(nn.Module):
 
     def _to_unit_cube(self, points: Tensor) -> Tensor:
         return torch.add(0.5, points, alpha=0.5 / self.cfg.radius)
+
+
+def _level_weights(spec: GridSpec, cfg: FieldConfig) -> Tensor | None:
+    """What the density's network takes of each column of the encoding, [n_outputs]; None: all.
+
+    A feature of a level of resolution r changes over 1 / r: with weights ~ 1 / r, what an
+    optimizer's equal steps do to the features tilts the surface equally on all levels, and not by
+    the finest most, as gravel.
+    """
+    if cfg.density_fade == 0:
+        return None
+    coarsest = spec.levels[0].resolution
+    shares = [(coarsest / level.resolution) ** cfg.density_fade for level in spec.levels]
+    return torch.tensor(shares).repeat_interleave(spec.n_features)
 
 
 def _blocks(points: Tensor) -> Iterator[slice]:

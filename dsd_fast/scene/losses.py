@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsd_fast.ranges import Weight
@@ -32,6 +33,8 @@ class LossConfig:
     lambda_convex: Weight = (0, 1.0, 1.0, 5000)
     # Weight against fog: variance of depth along a ray.
     lambda_z_variance: Weight = 1.0
+    # Weight against rough surfaces: normals that differ from pixel to pixel.
+    lambda_roughness: Weight = 0.0
 
 
 def regularizers(
@@ -92,10 +95,28 @@ def convexity(output: RenderOutput) -> Tensor:
     return -(horizontal.mean() + vertical.mean())
 
 
+def roughness(output: RenderOutput) -> Tensor:
+    """Mean squared difference of the unit normals of neighbouring pixels, down and across.
+
+    Over the pairs that are both opaque, creases included; zero if there is none. Opacity decides
+    which pairs count and has no gradient: a surface shall not vanish to be smooth. (The normal
+    smoothness of Magic3D in threestudio takes all pixels of an image of (N+1)/2·opacity, so that
+    outlines count most; `picture_scene.normal_smoothness`.)
+    """
+    inside = output.opacity.detach() > OPAQUE
+    # (N+1)/2·opacity as N·opacity: the length carries no meaning here.
+    normals = F.normalize(2.0 * output.normal - output.opacity, dim=-1, eps=1e-6)
+    down, across = inside[:, 1:] & inside[:, :-1], inside[:, :, 1:] & inside[:, :, :-1]
+    change = (normals.diff(dim=1).square() * down).sum()
+    change = change + (normals.diff(dim=2).square() * across).sum()
+    return change / (down.sum() + across.sum()).clamp(min=1)
+
+
 REGULARIZERS: dict[str, Callable[[RenderOutput], Tensor]] = {
     "orient": orientation,
     "sparsity": sparsity,
     "opaque": opaqueness,
     "z_variance": depth_variance,
     "convex": convexity,
+    "roughness": roughness,
 }

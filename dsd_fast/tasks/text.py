@@ -32,12 +32,14 @@ class FieldStep(TrainStep):
     figures = (*NORMS, "opacity", *SCALING, "samples")
 
     def _weights(self, step: int) -> dict[str, float]:
-        return super()._weights(step) | regularizer_weights(self.cfg.loss, step)
+        weights = super()._weights(step) | regularizer_weights(self.cfg.loss, step)
+        share = self.cfg.optimizer.share(step)
+        return weights if share is None else {**weights, "share": share}
 
     def _losses(
         self, state: TrainState, drawn: Drawn, seen: RenderOutput, weights: Weights
     ) -> dict[str, Tensor]:
-        return {name: REGULARIZERS[name](seen) for name in weights if name != "dsd"}
+        return {name: REGULARIZERS[name](seen) for name in REGULARIZERS if name in weights}
 
     def _figures(self, seen: RenderOutput, weights: Weights) -> dict[str, Tensor]:
         return {"opacity": seen.opacity.mean(), "samples": seen.n_samples}
