@@ -281,9 +281,9 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 
     groups = [(f"{method}={arguments.out / method}",) for method in arguments.methods]
     if arguments.real is not None:
-        from dsd_fast.prior.turntables import slug
+        from dsd_fast.run.outputs import slugify
 
-        globs = [str(arguments.real / f"{slug(prompt)}-seed*") for prompt in arguments.prompts]
+        globs = [str(arguments.real / f"{slugify(prompt)}-seed*") for prompt in arguments.prompts]
         groups.append((f"{REAL}={globs[0]}", *globs[1:]))
     return compare(
         EvaluateCommand(

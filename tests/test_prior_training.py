@@ -35,6 +35,8 @@ PIPELINE_FILES = (
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 )
+# Of the UNets that ship.
+WEIGHTS = "diffusion_pytorch_model.int8"
 CPU = torch.device("cpu")
 # azimuth, elevation of the views of `folder`; the first is held out
 ANGLES = [(10, 0), (0, 0), (90, 0), (180, 0), (0, 80), (-90, 0), (45, 10), (30, 75), (-135, 0)]
@@ -132,10 +134,18 @@ def test_networks_stay_within_their_budgets():
     assert 1e9 < encoding.get_total_flops() <= 4e9
 
 
-def test_shipped_prior_is_complete_and_small():
-    missing = [name for name in (*PIPELINE_FILES, "CREDITS.md") if not (SHIPPED / name).is_file()]
-    assert not missing
-    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 25e6
+def test_shipped_priors_are_complete_and_small():
+    files = {str(path.relative_to(SHIPPED)) for path in SHIPPED.rglob("*") if path.is_file()}
+    in_8_bits = {
+        name.replace("unet/diffusion_pytorch_model", f"unet/{WEIGHTS}") for name in PIPELINE_FILES
+    }
+    assert files == in_8_bits | {"CREDITS.md"}
+    multiview = SHIPPED.parent / "multiview_prior"
+    own = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json"}
+    files = {str(path.relative_to(multiview)) for path in multiview.rglob("*") if path.is_file()}
+    assert files == own | {f"unet/{WEIGHTS}.safetensors"}
+    weights = SHIPPED.parent.rglob("*.safetensors")
+    assert sum(path.stat().st_size for path in weights) <= 36e6
     unet = json.loads((SHIPPED / "unet" / "config.json").read_text())
     assert unet["block_out_channels"] == list(models.build_unet().config.block_out_channels)
     tokenizer = json.loads((SHIPPED / "tokenizer" / "tokenizer.json").read_text())["model"]

@@ -243,7 +243,7 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
         del registry["mine"]
 
     def starting(start):
-        cfg = preset(start.preset, start.max_steps, start.on_cpu)
+        cfg = preset(start.preset, start.max_steps, start.on_cpu, model=start.model)
         cfg.trainer.keep_checkpoints = 7
         return cfg
 

@@ -221,7 +221,7 @@ class TrainConfig:
             raise ConfigError(
                 "--guidance.method recon is for a multi-view model alone: pass --preset mvdream"
             )
-        if self.task != "text" and self.cameras.n_view > 1:
+        if self.task in ("image", "single-view") and self.cameras.n_view > 1:
             raise ConfigError(
                 f"--cameras.n-view {self.cameras.n_view} is for objects from prompts: drop --task "
                 f"{self.task}"

@@ -32,8 +32,8 @@ TEXT_PIECES = ("unet", "vae", "text_encoder")
 # What a view model's folder may call its camera projection.
 PROJECTIONS = ("camera_projection", "clip_camera_projection", "cc_projection")
 VIEW_PIECES = ("unet", "vae", "image_encoder", *PROJECTIONS)
-# Pieces that may lie elsewhere: model_index.json then has their folder, relative to the model's own,
-# as `_vae_folder`, `_text_encoder_folder` or `_tokenizer_folder`.
+# Pieces that may lie elsewhere: model_index.json then has their folder, relative to the model's
+# own, as `_vae_folder`, `_text_encoder_folder` or `_tokenizer_folder`.
 _SHARED = ("vae", "text_encoder", "tokenizer")
 _CLASSES = {
     "unet": ("UNet2DConditionModel", multiview_unet.CLASS_NAME),

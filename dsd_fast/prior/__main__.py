@@ -16,22 +16,21 @@ The pose-conditioned prior beside it, for the reconstruction of one picture:
     python -m dsd_fast.prior render --pack models.pack --out orbits --views-per-model 120 \\
         --views-per-orbit 12
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-views --views orbits --out state
-    python -m dsd_fast.prior export-views --state state --out dsd_fast/assets/view_prior --share-vae \\
-        --int8
+    python -m dsd_fast.prior export-views --state state --out dsd_fast/assets/view_prior \\
+        --share-vae --int8
     python -m dsd_fast.prior evaluate-views --views orbits --out report
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-views --views orbits --out state \\
         --resume dsd_fast/assets/view_prior                                        # another piece
+    python -m dsd_fast.prior render-objects --pack models.pack --out objects   # of held-out models
 
 The multi-view prior, four views of one object at once:
 
-    python -m dsd_fast.prior render --pack models.pack --out quarters --views-per-model 192 \\
+    python -m dsd_fast.prior render --pack models.pack --out quarters --views-per-model 160 \\
         --quarter-turns
     torchrun --nproc-per-node gpu -m dsd_fast.prior train-multiview --views quarters --out state
-    python -m dsd_fast.prior export-multiview --state state --out dsd_fast/assets/multiview_prior \\
-        --int8
+    python -m dsd_fast.prior export-multiview --state state \\
+        --out dsd_fast/assets/multiview_prior --int8
     python -m dsd_fast.prior multiview-sheet --out report
-
-    python -m dsd_fast.prior render-objects --pack models.pack --out objects   # of held-out models
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ ORBIT_FOVY = 50.0
 # what a view of one thing says of another must hold for shapes that no model has.
 STRETCHED_SHARE = 0.5
 STRETCH = 0.7
-# Of four views a quarter turn apart: elevations in degrees as guidance asks for them, fields of view
-# in degrees, and half of what is seen at the object, so that a sphere of radius 0.6 just fits.
+# Of four views a quarter turn apart: elevations in degrees as guidance asks for them, fields of
+# view in degrees, and half of what is seen at the object, so that a sphere of radius 0.6 just fits.
 QUARTER_ELEVATION = (-10.0, 45.0)
 QUARTER_FOVY = (40.0, 60.0)
 QUARTER_FRAME = (0.65, 0.85)

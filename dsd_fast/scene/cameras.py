@@ -300,6 +300,7 @@ class RandomCameras:
         if cfg.n_view > 1:
             # Spread from the middle of the quarter, which shows more than front and side.
             part = 360.0 / cfg.n_view
+            opening = opening if cfg.progressive_until else 1.0
             azimuth_deg = draw.uniform(*(_lerp(part / 2, bound, opening) for bound in (0.0, part)))
         elif cfg.batch_uniform_azimuth:
             n = draw.n_objects
