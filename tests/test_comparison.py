@@ -12,11 +12,12 @@ def _arguments(tmp_path, *more):
 def test_every_method_gets_the_same_work(tmp_path):
     arguments = _arguments(tmp_path, "--prompts", "a cup", "a bed", "--seeds", "3", "--steps", "9")
     jobs = comparison.jobs_of(arguments)
-    assert [job.name for job in jobs[:2]] == ["dsd, a cup", "sdi, a cup"]
+    assert [job.name for job in jobs[:2]] == ["dsd, a cup", "cfd@7.5, a cup"]
     # adapters learn for one run
-    alone = [job.name for job in jobs if "vsd" in job.name]
-    assert alone[:3] == [f"vsd, a cup, seed {i}" for i in range(3)]
-    assert len(jobs) == 2 * (len(comparison.METHODS["text"]) - 1 + 3)
+    for method in ("vsd", "dive3d"):
+        alone = [job.name for job in jobs if method in job.name]
+        assert alone[:3] == [f"{method}, a cup, seed {i}" for i in range(3)]
+    assert len(jobs) == 2 * (len(comparison.METHODS["text"]) - 2 + 2 * 3)
     stripped = {
         tuple(w for w in job.argv if w != method and not w.endswith(f"/{method}"))
         for job in jobs

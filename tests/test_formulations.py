@@ -29,6 +29,7 @@ from dsd_fast.guidance import (
     make_guidance,
     settings,
 )
+from dsd_fast.guidance.surface_noise import SurfaceNoise
 from dsd_fast.ranges import check
 from dsd_fast.tasks.step_graphs import StepGraphs
 
@@ -384,6 +385,25 @@ def test_a_run_in_pieces_is_the_run(tmp_path, tiny_model, method):
     saved = json.loads(pieces.run.config.read_text())["guidance"]
     assert saved["method"] == method
     assert saved["guidance_scale"] == settings(method, 6)["guidance_scale"]
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2])
+def test_a_run_says_where_its_surface_is(tmp_path, tiny_model, monkeypatch, n_seeds):
+    seen, of_views = [], SurfaceNoise.of_views
+    monkeypatch.setattr(
+        SurfaceNoise, "of_views", lambda self, s: seen.append(s) or of_views(self, s)
+    )
+    run = Runner(tmp_path, tiny_model)
+    flags = [*FLAGS, "--guidance.method", "cfd", "--num-seeds", str(n_seeds)]
+    assert run(*flags, steps=2) == 0
+    assert len(seen) == 2 and all(len(s) == n_seeds and s.shape[-1] == 4 for s in seen)
+    assert all((s[..., 3] > 0.1).any() and not s.requires_grad for s in seen)
+
+
+def test_a_picture_has_no_surface(tmp_path, tiny_model):
+    argv = ["--task", "image", "--prompt", "a chair", "--model", str(tiny_model), "--device", "cpu"]
+    argv += ["--guidance.method", "cfd", "--max-steps", "3", "--trainer.no-progress"]
+    assert train.main([*argv, "--output", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("method", ["sds", "cfd", "sim"])

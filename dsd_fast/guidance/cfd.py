@@ -2,7 +2,7 @@
 and noise eps(theta, c) that sticks to the object (Yan et al. 2025, arXiv 2501.05445).
 
 With fixed noise eps, x = (x_t - sigma eps) / alpha is the clean variable of the probability flow:
-dx = d(sigma / alpha) (e^s(alpha x + sigma eps) - eps) (their clean flow, Sec. 3.1). A picture that
+dx = d(sigma / alpha) (e^s(alpha x + sigma eps) - eps) (their clean flow). A picture that
 follows it ends at the sample that the ODE makes of eps. Views of an object follow it together if
 what they see of the same surface has the same noise: `surface_noise`. Left out is the SDE, whose
 noise is slowly renewed.

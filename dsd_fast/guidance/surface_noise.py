@@ -1,7 +1,7 @@
 """White noise that sticks to an object's surface: two views of one point see the same noise there.
 
-Multi-view consistent noise of Consistent Flow Distillation (Yan et al. 2025, arXiv 2501.05445,
-Sec. 3.3 and Alg. 1). Noise lives in cells of the surface, many to a pixel. A latent pixel has the
+Multi-view consistent noise of Consistent Flow Distillation (Yan et al. 2025, arXiv 2501.05445).
+Noise lives in cells of the surface, many to a pixel. A latent pixel has the
 sum of the cells that it sees over the root of their number, which is what the integral of white
 noise over its footprint comes to (Chang et al. 2024): of unit variance whatever their number is.
 Each cell belongs to one pixel of a view, that in which its middle lies, so that pixels of a view
