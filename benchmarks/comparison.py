@@ -54,20 +54,8 @@ OBJECTS = (
 )
 # Task -> methods, those that all are compared with last.
 METHODS = {
-    "text": ("dsd", "cfd@7.5", "sim", "sdi", "asd", "vsd", "dive3d", "csd", "sds", "sds@7.5"),
-    "image": (
-        "ddim",
-        "dsd",
-        "cfd@7.5",
-        "sim",
-        "sdi",
-        "asd",
-        "vsd",
-        "dive3d",
-        "csd",
-        "sds",
-        "sds@7.5",
-    ),
+    "text": ("dsd", "cfd@7.5", "sim", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
+    "image": ("ddim", "dsd", "cfd@7.5", "sim", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
     "single-view": ("dsd", "sds"),
 }
 RIVAL = "sds@7.5"
