@@ -7,7 +7,8 @@ python -m benchmarks.comparison single-view --out runs/views --objects objects
 Every prompt and method is a job of its own, its seeds side by side where a process can make several
 at once; jobs run on all GPUs, several at once on each, and those that an earlier call has finished
 are not done again. Every method has its paper's settings, the same steps and the same engine;
-`sds@7.5` is SDS at DSD's official scale, since at its paper's 100 the small model's pictures burst.
+`sds@7.5` is SDS at DSD's official scale, since at its paper's 100 the small model's pictures burst,
+and `cfd@7.5` is CFD at that scale, whose own is 70.
 `--real` are the turntables of real models (`python -m dsd_fast.prior turntables`), which the
 diversity is held against; `--judge` is what `python -m dsd_fast.prior evaluate` writes. Of single
 views `--prompts` are names of `--objects` (`python -m dsd_fast.prior render-objects`), whose true
@@ -53,14 +54,14 @@ OBJECTS = (
 )
 # Task -> methods, those that all are compared with last.
 METHODS = {
-    "text": ("dsd", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
-    "image": ("ddim", "dsd", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
+    "text": ("dsd", "cfd@7.5", "sim", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
+    "image": ("ddim", "dsd", "cfd@7.5", "sim", "sdi", "asd", "vsd", "csd", "sds", "sds@7.5"),
     "single-view": ("dsd", "sds"),
 }
 RIVAL = "sds@7.5"
 PAPER_RIVAL = "sds"
 # A process makes these one seed at a time: they have adapters, or several views a step.
-ALONE = {"vsd", "single-view"}
+ALONE = {"vsd", "dive3d", "single-view"}
 SEEDS = {"text": 8, "image": 8, "single-view": 1}
 REAL = "real"
 # Flags of every run of a task.

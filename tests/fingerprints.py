@@ -50,7 +50,19 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "two seeds": ("text", [*TEXT, *SMALL, "--num-seeds", "2"]),
     **{
         f"text {method}": ("text", [*TEXT, *SMALL, "--guidance.method", method])
-        for method in ("sds", "sdi", "asd", "csd", "nfsd", "ism", "vsd", "fsd")
+        for method in (
+            "sds",
+            "sdi",
+            "asd",
+            "csd",
+            "nfsd",
+            "ism",
+            "vsd",
+            "fsd",
+            "cfd",
+            "sim",
+            "dive3d",
+        )
     },
     "single view": ("view", VIEW),
     "single view, exact": ("view", [*VIEW, "--guidance.trajectory", "exact"]),

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import comparison
+from dsd_fast.guidance import FORMULATIONS
 
 
 def _arguments(tmp_path, *more):
@@ -12,7 +13,7 @@ def _arguments(tmp_path, *more):
 def test_every_method_gets_the_same_work(tmp_path):
     arguments = _arguments(tmp_path, "--prompts", "a cup", "a bed", "--seeds", "3", "--steps", "9")
     jobs = comparison.jobs_of(arguments)
-    assert [job.name for job in jobs[:2]] == ["dsd, a cup", "sdi, a cup"]
+    assert [job.name for job in jobs[:2]] == ["dsd, a cup", "cfd@7.5, a cup"]
     # adapters learn for one run
     alone = [job.name for job in jobs if "vsd" in job.name]
     assert alone[:3] == [f"vsd, a cup, seed {i}" for i in range(3)]
@@ -26,6 +27,11 @@ def test_every_method_gets_the_same_work(tmp_path):
     assert len(stripped) == 1
     flags = stripped.pop()
     assert flags[-4:] == ("--max-steps", "9", "--num-seeds", "3") and "--resume" in flags
+
+
+def test_what_has_adapters_is_made_one_seed_at_a_time():
+    learning = {name for name, formulation in FORMULATIONS.items() if formulation.one_run}
+    assert learning == {"vsd", "dive3d"} == comparison.ALONE - {"single-view"}
 
 
 def test_a_method_may_have_a_scale_of_its_own():

@@ -29,6 +29,7 @@ from dsd_fast.guidance import (
     make_guidance,
     settings,
 )
+from dsd_fast.guidance.surface_noise import SurfaceNoise
 from dsd_fast.ranges import check
 from dsd_fast.tasks.step_graphs import StepGraphs
 
@@ -188,7 +189,26 @@ def sdi(r):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("formula", [sds, csd, nfsd, asd, fsd, ism, sdi], ids=lambda f: f.__name__)
+def cfd(r):
+    # a latent has no surface: its noise is the seed's
+    z = r.noisy(r.guidance.noise, r.t)
+    _, alpha, sigma = r.signal(r.t)
+    # x less the clean image that the prediction implies
+    return r.x.double() - (z - sigma * r.cfg(z, r.t, 70.0)) / alpha
+
+
+def sim(r):
+    eps = r.chance["eps"].double()
+    y = r.cfg(r.noisy(eps, r.t), r.t, 8.5) - eps
+    n = 4 * SIZE**2
+    length = (y.square().sum((1, 2, 3), keepdim=True) + n * 0.00054**2).sqrt()
+    return n**0.5 * y / length
+
+
+FORMULAS = [sds, csd, nfsd, asd, fsd, ism, sdi, cfd, sim]
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("t", [(980, 500, 100), (199, 200, 321)], ids=str)
 def test_gradients_are_those_of_the_papers(formula, t):
     guidance = gaussian_guidance(formula.__name__, use_perp_neg=False)
@@ -260,6 +280,48 @@ def test_fixed_noise_keeps_seeds_apart():
     assert optimised("fsd").std(0).mean() > 3 * optimised("sds").std(0).mean()
 
 
+def test_consistent_flow_is_ddim_in_its_clean_variable():
+    """A step down to a level, as long as sigma / alpha falls, is DDIM's, and x ends at its sample:
+    of a Gaussian near mu + S eps."""
+    steps = 200
+    fields = {"guidance_scale": 1.0, "use_perp_neg": False, "standard_cfg": True}
+    guidance = gaussian_guidance("cfd", 4, steps, **fields)
+    guidance.conditions._bank.fill_(0.7)
+    reference = Reference.__new__(Reference)
+    views, levels = torch.zeros(4), torch.linspace(999, 1, steps).long()
+    x = torch.full((4, 4, SIZE, SIZE), 0.7)
+    _, alpha, sigma = reference.signal([999])
+    eps = guidance.noise.double()
+    z = alpha * 0.7 + sigma * eps
+    for t, lower in itertools.pairwise(levels.tolist()):
+        output = guidance.at_levels(x, views, views, torch.tensor(t), torch.tensor(t))
+        (_, alpha, sigma), (_, alpha_next, sigma_next) = map(reference.signal, ([t], [lower]))
+        # the gradient has sigma / alpha for its weight
+        x = x - (1 - float(sigma_next / alpha_next * alpha / sigma)) * output.grad
+        z = reference.ddim(z, reference.e(z, [t], 0.7), [t], [lower])
+    torch.testing.assert_close(x.double(), (z - sigma_next * eps) / alpha_next, rtol=0, atol=1e-3)
+    assert (x - 0.7 - SPREAD * eps).abs().mean() < 0.1 * SPREAD
+
+
+def test_consistent_flow_keeps_seeds_apart_and_sim_does_not():
+    """Adam comes to rest where e(x_t) = eps at the last level: at mu + S^2 alpha / sigma eps."""
+    cfd, sim = optimised("cfd"), optimised("sim")
+    for x in (cfd, sim):
+        assert x.mean() == pytest.approx(0.7, abs=0.06)
+    rest = SPREAD**2 * (ABAR[212] / (1 - ABAR[212])) ** 0.5
+    assert cfd.std(0).mean() == pytest.approx(float(rest), rel=0.1)
+    assert cfd.std(0).mean() == pytest.approx(SPREAD, rel=0.3)
+    assert sim.std(0).mean() < 0.25 * cfd.std(0).mean()
+
+
+def test_levels_of_consistent_flow_fall_in_three_pieces():
+    for n in (1, 2, 7, 30, 25000):
+        guidance = gaussian_guidance("cfd", 1, n)
+        t = [int(guidance.levels(1, step, torch.Generator())[0]) for step in range(n)]
+        assert t[0] == 980 and t == sorted(t, reverse=True)
+    assert (t[2500], t[12500]) == (692, 404) and abs(t[-1] - 212) <= 1
+
+
 def test_noise_of_a_view_moves_with_it():
     guidance = gaussian_guidance("fsd", n_seeds=1)
 
@@ -311,7 +373,7 @@ def test_methods_bring_their_settings_and_flags_win():
 FLAGS = ["--pictures.no-turntable", "--pictures.no-mesh"]
 
 
-@pytest.mark.parametrize("method", ["sds", "sdi", "nfsd", "fsd"])
+@pytest.mark.parametrize("method", ["sds", "sdi", "nfsd", "fsd", "cfd", "sim"])
 def test_a_run_in_pieces_is_the_run(tmp_path, tiny_model, method):
     """Bit for bit: the noise comes from the run's own stream."""
     flags = [*FLAGS, "--guidance.method", method, "--text.poor", "ugly"]
@@ -325,8 +387,28 @@ def test_a_run_in_pieces_is_the_run(tmp_path, tiny_model, method):
     assert saved["guidance_scale"] == settings(method, 6)["guidance_scale"]
 
 
-def test_runs_side_by_side_are_the_runs_of_each(tmp_path, tiny_model):
-    flags = [*FLAGS, "--guidance.method", "sds"]
+@pytest.mark.parametrize("n_seeds", [1, 2])
+def test_a_run_says_where_its_surface_is(tmp_path, tiny_model, monkeypatch, n_seeds):
+    seen, of_views = [], SurfaceNoise.of_views
+    monkeypatch.setattr(
+        SurfaceNoise, "of_views", lambda self, s: seen.append(s) or of_views(self, s)
+    )
+    run = Runner(tmp_path, tiny_model)
+    flags = [*FLAGS, "--guidance.method", "cfd", "--num-seeds", str(n_seeds)]
+    assert run(*flags, steps=2) == 0
+    assert len(seen) == 2 and all(len(s) == n_seeds and s.shape[-1] == 4 for s in seen)
+    assert all((s[..., 3] > 0.1).any() and not s.requires_grad for s in seen)
+
+
+def test_a_picture_has_no_surface(tmp_path, tiny_model):
+    argv = ["--task", "image", "--prompt", "a chair", "--model", str(tiny_model), "--device", "cpu"]
+    argv += ["--guidance.method", "cfd", "--max-steps", "3", "--trainer.no-progress"]
+    assert train.main([*argv, "--output", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("method", ["sds", "cfd", "sim"])
+def test_runs_side_by_side_are_the_runs_of_each(tmp_path, tiny_model, method):
+    flags = [*FLAGS, "--guidance.method", method]
     alone, together = (Runner(tmp_path / name, tiny_model) for name in ("alone", "together"))
     assert together(*flags, "--num-seeds", "2") == 0 and alone(*flags) == 0
     losses = [[record["loss"] for record in runner.metrics()] for runner in (alone, together)]
@@ -343,11 +425,14 @@ def test_a_resumed_run_keeps_its_method(tmp_path, tiny_model, caplog):
 # VSD
 
 
-def vsd_guidance(model):
+ADAPTED = ["vsd", "dive3d"]
+
+
+def vsd_guidance(model, method="vsd"):
     n = 2
     text = torch.randn(4, 77, 16, generator=torch.Generator().manual_seed(0))
     prompts = PromptEmbeddings(text, text.flip(0))
-    cfg = replace(GuidanceConfig(), method="vsd", **settings("vsd", 100))
+    cfg = replace(GuidanceConfig(), method=method, **settings(method, 100))
     guidance = make_guidance(cfg, model, prompts, torch.zeros(1, 4, 8, 8), 100)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, 4, 8, 8, generator=generator)
@@ -359,11 +444,12 @@ def vsd_guidance(model):
     return guidance, step
 
 
-def test_adapters_learn_what_renderings_look_like(tiny_model):
+@pytest.mark.parametrize("method", ADAPTED)
+def test_adapters_learn_what_renderings_look_like(tiny_model, method):
     pytest.importorskip("peft")
     model = load_model(str(tiny_model), torch.device("cpu"))
     before = {name: p.clone() for name, p in model.unet.named_parameters()}
-    guidance, step = vsd_guidance(model)
+    guidance, step = vsd_guidance(model, method)
     for group in guidance._optimizer.param_groups:
         group["lr"] = 1e-2
     probe = guidance.draw_noise(2, torch.Generator().manual_seed(9))["own_eps"]
@@ -392,9 +478,10 @@ def test_adapters_learn_what_renderings_look_like(tiny_model):
     assert sum(p.data_ptr() in shared for p in guidance._lora.parameters()) == len(before)
 
 
-def test_adapters_leave_out_a_step_that_is_not_finite(tiny_model):
+@pytest.mark.parametrize("method", ADAPTED)
+def test_adapters_leave_out_a_step_that_is_not_finite(tiny_model, method):
     pytest.importorskip("peft")
-    guidance, step = vsd_guidance(load_model(str(tiny_model), torch.device("cpu")))
+    guidance, step = vsd_guidance(load_model(str(tiny_model), torch.device("cpu")), method)
     step(0)
     before = {name: p.clone() for name, p in guidance._learned.items()}
     step.x.fill_(float("inf"))
@@ -426,13 +513,46 @@ def test_vsd_is_the_difference_of_two_predictions(tiny_model):
     torch.testing.assert_close(got, (1 - abar) * (target - own), rtol=1e-4, atol=1e-5)
 
 
-def test_a_vsd_run_in_pieces_is_the_run(tmp_path, tiny_model, caplog):
+def test_dive3d_goes_through_both_predictions(tiny_model):
+    """Along a direction, its loss written out again changes as its gradient says."""
     pytest.importorskip("peft")
-    flags = [*FLAGS, "--guidance.method", "vsd"]
+    model = load_model(str(tiny_model), torch.device("cpu"))
+    guidance, step = vsd_guidance(model, "dive3d")
+    for i in range(3):
+        step(i)  # a student that is not the teacher
+    generator = torch.Generator().manual_seed(3)
+    x, chance = torch.randn(1, 4, 8, 8, generator=generator), guidance.draw_noise(1, generator)
+    along = torch.randn(x.shape, generator=generator)
+    t, abar, eps = torch.tensor([400]), float(ABAR[400]), chance["eps"]
+    plan = guidance.plan_levels(torch.zeros(1), torch.zeros(1), t, t, chance)
+    text = guidance.conditions.condition(plan.tensors).tokens
+    camera = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
+
+    @torch.no_grad()
+    def loss(x):
+        z = abar**0.5 * x + (1 - abar) ** 0.5 * eps
+        rows = model.unet(torch.cat([z] * 4), t.expand(4), text, return_dict=False)[0].double()
+        target = combine(rows, plan.tensors["weights"], 8.5, standard_cfg=True)
+        own = guidance._lora(z, t, text[:1], class_labels=camera, return_dict=False)[0].double()
+        y = target - own
+        unit = y / (y.square().mean() + 0.00054**2).sqrt()
+        return float((unit * (own - eps)).sum()) * ((1 - abar) / abar) ** 0.5
+
+    step_size = 1e-2
+    want = (loss(x + step_size * along) - loss(x - step_size * along)) / (2 * step_size)
+    output = guidance.at_plan(x, plan)
+    assert output.finite
+    assert float((output.grad * along).sum()) == pytest.approx(want, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_a_vsd_run_in_pieces_is_the_run(tmp_path, tiny_model, caplog, method):
+    pytest.importorskip("peft")
+    flags = [*FLAGS, "--guidance.method", method]
     straight, pieces = (Runner(tmp_path / name, tiny_model) for name in ("straight", "pieces"))
     assert straight(*flags, steps=6) == 0
     assert pieces(*flags, "--stop-at", "3", steps=6) == 0
-    assert pieces("--resume", "auto", "--guidance.method", "vsd", steps=6) == 0
+    assert pieces("--resume", "auto", "--guidance.method", method, steps=6) == 0
     assert straight.metrics() == pieces.metrics() and len(straight.metrics()) == 6
     assert straight(*flags, "--num-seeds", "2", "--seed", "7") == 2
     assert "adapters for one run: drop --num-seeds" in caplog.text
@@ -442,7 +562,7 @@ def test_a_vsd_run_in_pieces_is_the_run(tmp_path, tiny_model, caplog):
 @pytest.mark.parametrize("method", [m for m, f in FORMULATIONS.items() if TextConditions.suit(f)])
 def test_a_graph_holds_every_method(tmp_path, method, monkeypatch):
     """At learning rates of zero the object stays, and a step with graphs is that without."""
-    if method == "vsd":
+    if method in ADAPTED:
         pytest.importorskip("peft")
     captured, capture = [], StepGraphs._captured
 

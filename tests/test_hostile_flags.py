@@ -213,6 +213,7 @@ def test_the_memory_of_this_computer():
         ("fast_simplification", "--mesh.max-faces 1000 --pictures.mesh", "dsd_fast[mesh]"),
         ("imageio_ffmpeg", "--pictures.turntable", "--pictures.no-turntable"),
         ("peft", "--guidance.method vsd", "dsd_fast[vsd]"),
+        ("peft", "--guidance.method dive3d", "dsd_fast[vsd]"),
     ],
 )
 def test_packages_of_the_end_are_looked_for_at_the_beginning(

@@ -32,7 +32,7 @@ from dsd_fast.diffusion.networks.multiview_unet import (
 )
 from dsd_fast.diffusion.noise_path import NoisePath, alphas_cumprod
 from dsd_fast.diffusion.text import PromptEmbeddings
-from dsd_fast.guidance import GuidanceConfig, MultiViewConfig, dsd_gradient
+from dsd_fast.guidance import GuidanceConfig, MultiViewConfig, dsd_gradient, settings
 from dsd_fast.guidance import make_guidance as build_guidance
 from dsd_fast.guidance.baselines import rescaled
 from dsd_fast.guidance.conditions.multiview import (
@@ -757,6 +757,45 @@ class TestOwnLoss:
         torch.testing.assert_close(output.loss, 0.5 * output.grad.square().sum() / 8)
         assert guidance.can_capture
 
+    def test_consistent_flow(self) -> None:
+        """Two objects of one seed: their views share the surface's noise, item by item."""
+        guidance = make_guidance("cfd")
+        generator = torch.Generator().manual_seed(0)
+        surface = torch.rand(8, 16, 16, 4, generator=generator) - 0.3
+        surface[..., 3] += 0.3
+        views = [torch.cat(part) for part in zip(object_views(4.0, 10.0), object_views(20.0, 80.0))]
+        plan = guidance.plan_levels(*views, 500, 500).seeing(surface)
+        eps = guidance.noise_of_views(plan)
+        each = [guidance._noise.of_views(surface[4 * i : 4 * i + 4]) for i in (0, 1)]
+        assert torch.equal(eps, torch.cat(each))
+        assert not torch.equal(eps[:4], guidance.state_dict()["noise"])
+        x = make_latents(8)
+        got = guidance.at_plan(x, plan).grad
+        abar = alphas_cumprod(SCHEDULER).double()[500]
+        expected = [
+            self.reference(x[rows], eps[rows], 500, [v[rows] for v in views], None)
+            for rows in (slice(4), slice(4, 8))
+        ]
+        # The other weight.
+        expected = torch.cat(expected) / ((1 - abar) * abar).sqrt()
+        assert float((got - expected).norm() / expected.norm()) < 1e-4
+        nothing = guidance.plan_levels(*views, 500, 500)
+        behind = guidance.noise_of_views(nothing)
+        assert torch.equal(behind, guidance.state_dict()["noise"].repeat(2, 1, 1, 1))
+
+    def test_score_matching(self) -> None:
+        """One length for the views of an object together."""
+        guidance = make_guidance("sim")
+        x, eps = make_latents(8), make_latents(8, seed=11)
+        views = [torch.cat(part) for part in zip(object_views(4.0, 10.0), object_views(20.0, 80.0))]
+        plan = guidance.plan_levels(*views, 500, 500, {"eps": eps})
+        got = guidance.at_plan(x, plan).grad
+        for rows in (slice(4), slice(4, 8)):
+            own = [v[rows] for v in views]
+            expected = self.reference(x[rows], eps[rows], 500, own, None)
+            expected = expected / expected.square().mean().sqrt()
+            assert float((got[rows] - expected).norm() / expected.norm()) < 1e-4
+
     def test_rescaled(self) -> None:
         clean, plain = 3 * make_latents(2), make_latents(2, seed=5) + 1
         full = rescaled(clean, plain, 1.0)
@@ -811,6 +850,13 @@ class TestPreset:
         assert (cfg.guidance.method, cfg.guidance.guidance_scale) == ("dsd", 7.5)
         assert cfg.cameras.batch_size == (8, 4)
         assert cfg.cameras.width == cfg.cameras.height == (64, 256)
+        flow = preset("mvdream", 500, method="cfd").guidance
+        assert (flow.guidance_scale, flow.weighting, flow.t_anneal) == (50, "ddim", False)
+        assert (
+            flow.max_step_percent
+            == flow.min_step_percent
+            == settings("cfd", 500)["max_step_percent"]
+        )
         own = preset("mvdream", 500, method="recon")
         assert own.max_steps == 500
         assert own.guidance.min_step_percent == (0, 0.98, 0.02, 8000)
@@ -869,7 +915,7 @@ def metrics(folder: outputs.RunFolder) -> list[dict]:
 
 
 class TestRun:
-    @pytest.mark.parametrize("method", ["dsd", "recon"])
+    @pytest.mark.parametrize("method", ["dsd", "recon", "cfd", "sim"])
     def test_end_to_end_and_resume_bit_for_bit(self, tmp_path, folder, method) -> None:
         """Across the change from two objects a step to one."""
         flags = ("--guidance.method", method)
@@ -891,13 +937,15 @@ class TestRun:
         noise = torch.randn(4, 4, 8, 8, generator=RngStreams(0).noise)
         assert torch.equal(a["guidance"]["noise"], noise)
 
-    def test_several_seeds(self, tmp_path, folder) -> None:
-        flags = ("--cameras.batch-size", "4", "--pictures.no-turntable", "--pictures.no-mesh")
+    @pytest.mark.parametrize("method", ["dsd", "cfd", "sim"])
+    def test_several_seeds(self, tmp_path, folder, method) -> None:
+        flags = ("--guidance.method", method)
+        flags += ("--cameras.batch-size", "4", "--pictures.no-turntable", "--pictures.no-mesh")
         code, _ = run(tmp_path / "two", folder, "--num-seeds", "2", *flags)
         assert code == 0
         code, alone = run(tmp_path / "one", folder, *flags)
         assert code == 0
-        two = outputs.RunFolder.named(tmp_path / "two", "diverse-score-distillation", "a chair", 0)
+        two = Runner(tmp_path / "two", folder).folder_of(method=method)
         for a, b in zip(metrics(two), metrics(alone), strict=True):
             assert a["dsd"] == pytest.approx(b["dsd"], rel=1e-3)
 
@@ -932,7 +980,7 @@ class TestRun:
 
 @cuda_only
 class TestOnCuda:
-    @pytest.mark.parametrize("method", ["dsd", "recon", "sds"])
+    @pytest.mark.parametrize("method", ["dsd", "recon", "sds", "cfd", "sim"])
     def test_gradient_is_the_cpus(self, folder, method, monkeypatch) -> None:
         """float32 on both, of a plan made of the same draws; the UNet runs in a CUDA graph."""
         # With TF32 in convolutions, torch's default, it is 2e-3 (recon, sds) and 5e-3 (dsd) away.
@@ -948,7 +996,7 @@ class TestOnCuda:
         assert relative_error(outputs[1].grad, outputs[0].grad) < 1e-3
         assert relative_error(outputs[1].loss, outputs[0].loss) < 2e-3
 
-    @pytest.mark.parametrize("method", ["dsd", "recon", "sds"])
+    @pytest.mark.parametrize("method", ["dsd", "recon", "sds", "cfd", "sim"])
     def test_a_graph_holds_the_step(self, tmp_path, folder, method, monkeypatch) -> None:
         """At learning rates of zero the object stays, and a step with graphs is that without."""
         captured, capture = [], StepGraphs._captured

@@ -6,7 +6,7 @@ import dataclasses
 
 from dsd_fast.config.tree import PRESETS, TASK_PRESETS, Start, TrainConfig, register_task
 from dsd_fast.diffusion.loader import EMBEDDED
-from dsd_fast.guidance import GuidanceConfig, MultiViewConditions
+from dsd_fast.guidance import GuidanceConfig, MultiViewConditions, settings
 from dsd_fast.guidance.registry import FORMULATIONS
 from dsd_fast.ranges import ConfigError
 from dsd_fast.scene.background import BackgroundConfig
@@ -184,8 +184,15 @@ def _mvdream(start: Start) -> TrainConfig:
     cfg.text.negative, cfg.text.view_dependent = MVDREAM_NEGATIVE, False
     cfg.guidance = GuidanceConfig(method=start.method, use_perp_neg=False, standard_cfg=True)
     if start.method != "dsd":
+        # Every method's scale here, its authors' own where they have tried it.
         cfg.guidance.guidance_scale = 50.0
         cfg.guidance.t_anneal = False
+    if start.method == "cfd":
+        levels = settings(start.method, cfg.max_steps)
+        cfg.guidance.min_step_percent = levels["min_step_percent"]
+        cfg.guidance.max_step_percent = levels["max_step_percent"]
+        cfg.guidance.weighting = levels["weighting"]
+    elif start.method != "dsd":
         cfg.guidance.min_step_percent = (0, 0.98, 0.02, 8000)
         cfg.guidance.max_step_percent = (0, 0.98, 0.50, 8000)
     cfg.loss.lambda_orient = cfg.loss.lambda_sparsity = cfg.loss.lambda_opaque = 0.0

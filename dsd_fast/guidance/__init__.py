@@ -12,7 +12,7 @@ from dsd_fast.diffusion.text import PromptEmbeddings
 
 # Formulations register themselves, and are listed in the order of these imports.
 from dsd_fast.guidance.dsd import DSDGuidance, dsd_gradient  # isort: skip
-from dsd_fast.guidance import baselines, vsd  # noqa: F401  isort: skip
+from dsd_fast.guidance import baselines, vsd, cfd, sim  # noqa: F401  isort: skip
 from dsd_fast.guidance.base import Guidance, GuidanceOutput, distillation_loss
 from dsd_fast.guidance.conditions.base import Conditions
 from dsd_fast.guidance.conditions.multiview import MultiViewConditions, MultiViewConfig

@@ -92,6 +92,9 @@ class Guidance(ABC):
     needs_poor: ClassVar[bool] = False
     # Whether it learns along with one run, so that runs side by side cannot share it.
     one_run: ClassVar[bool] = False
+    # Whether it wants to know where the pixels of views see the object (`Plan.seeing`), of tasks
+    # that can say so.
+    needs_surface: ClassVar[bool] = False
     # Fields of GuidanceConfig that it brings along: its paper's.
     defaults: ClassVar[dict[str, Any]] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -44,6 +45,8 @@ class Plan:
     - inverted: path, int64 [strides,2,B], the levels between which each stride goes.
 
     Of a multi-view model an item is an object.
+
+    Beside what the host decides: `surface`, None or what `seeing` was told.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Plan:
         self._host = Pack(tensors, device)
         self._device = device
         self._tensors: Pack | None = None
+        self.surface: Tensor | None = None
 
     @property
     def tensors(self) -> Pack:
@@ -77,3 +81,21 @@ class Plan:
             raise ValueError(f"expected a plan of {self.kind}, got one of {other.kind}")
         self.t, self.t_delta = other.t, other.t_delta
         self.tensors.copy_(other._host)
+
+    def seeing(self, surface: Tensor) -> Plan:
+        """This plan, with the same tensors, for a formulation that `needs_surface`.
+
+        Args:
+            surface: [B*V,H,W,4] float32 on the device, of each view's pixels: the point at which
+                they see the object, in half edges of the box around it, its centre at the origin;
+                and their opacity. Where that is zero the point may be anywhere.
+        """
+        if surface.ndim != 4 or surface.shape[-1] != 4:
+            raise ValueError(
+                "guidance: expected a surface [B,H,W,4], points and opacity, got "
+                f"{list(surface.shape)}"
+            )
+        _ = self.tensors  # made once, for both
+        told = copy.copy(self)
+        told.surface = surface
+        return told

@@ -50,7 +50,7 @@ class VSD(Baseline):
         return cls.defaults | {"max_step_percent": (later, 0.98, 0.5, later + 1)}
 
     def _prepare(self) -> None:
-        self._lora = _with_adapters(self.model.unet)
+        self._lora = _with_adapters(self.model.unet, self.name)
         self._learned = {name: p for name, p in self._lora.named_parameters() if p.requires_grad}
         # A CUDA graph can hold a step of it: the count of steps is on the device, gradients stay
         # where they are, and the device itself leaves a step out.
@@ -83,9 +83,14 @@ class VSD(Baseline):
         with torch.no_grad():
             own = self._own(noisy, t, positive, camera)
         difference = parts.at(self.cfg.guidance_scale) - own
-        levels = (tensors["own_level"] * len(self._path)).long()
-        self._learn(x, levels, positive, camera * tensors["told"].view(-1, 1), tensors["own_eps"])
+        self._learn_of(x, plan, positive, camera)
         return difference, noisy
+
+    def _learn_of(self, x: Tensor, plan: Plan, text: Tensor, camera: Tensor) -> None:
+        """`_learn` with what the plan drew for it; the camera [B,4] is told in most steps."""
+        tensors = plan.tensors
+        levels = (tensors["own_level"] * len(self._path)).long()
+        self._learn(x, levels, text, camera * tensors["told"].view(-1, 1), tensors["own_eps"])
 
     def _camera(self, plan: Plan) -> Tensor:
         """[B,4] of the plan's angles; zeros are an untold camera."""
@@ -96,13 +101,15 @@ class VSD(Baseline):
 
     def _own(self, noisy: Tensor, t: Tensor, text: Tensor, camera: Tensor) -> Tensor:
         """e_LoRA [B,C,h,w] float32."""
-        dtype = self.model.dtype
-        with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
-            eps = self._lora(
-                noisy.to(dtype), t, encoder_hidden_states=text, class_labels=camera,
-                return_dict=False,
-            )[0].float()  # fmt: skip
+        eps = self._plain(self._lora, noisy, t, text, class_labels=camera)
         return self._path.noise(eps, noisy, t)
+
+    def _plain(self, unet: Network, z: Tensor, t: Tensor, text: Tensor, **more: Tensor) -> Tensor:
+        """What a UNet predicts by its own forward, differentiable: [R,C,h,w] float32."""
+        dtype = self.model.dtype
+        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+            z = z.to(dtype)
+            return unet(z, t, encoder_hidden_states=text, return_dict=False, **more)[0].float()
 
     @torch.enable_grad()
     def _learn(self, x: Tensor, t: Tensor, text: Tensor, camera: Tensor, eps: Tensor) -> None:
@@ -146,19 +153,19 @@ class VSD(Baseline):
                     }
 
 
-def _with_adapters(unet: Network) -> Network:
+def _with_adapters(unet: Network, method: str) -> Network:
     """A UNet with the same frozen weights, adapters in its attention, and a camera embedding."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError(
-            "--guidance.method vsd needs peft: pip install 'dsd_fast[vsd]'"
+            f"--guidance.method {method} needs peft: pip install 'dsd_fast[vsd]'"
         ) from error
     from diffusers.models.embeddings import TimestepEmbedding
 
     if getattr(unet, "time_embedding", None) is None or unet.class_embedding is not None:
         raise ValueError(
-            "--guidance.method vsd needs a UNet2DConditionModel without class embedding"
+            f"--guidance.method {method} needs a UNet2DConditionModel without class embedding"
         )
     own = copy.deepcopy(unet)
     # The weights of a copy that shall not take memory.

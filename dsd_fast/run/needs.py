@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device
+from dsd_fast.guidance import FORMULATIONS
 from dsd_fast.ops.hashgrid import GridSpec
 from dsd_fast.schedules import Schedule
 
@@ -46,8 +47,9 @@ def check_packages(cfg: TrainConfig) -> None:
         needed.append((flag, "fast_simplification", "[mesh]", "pass --mesh.max-faces 0"))
     if in_3d and cfg.pictures.turntable:
         needed.append(("the video", "imageio_ffmpeg", "", "pass --pictures.no-turntable"))
-    if cfg.guidance.method == "vsd":
-        needed.append(("--guidance.method vsd", "peft", "[vsd]", "pass another method"))
+    if FORMULATIONS[cfg.guidance.method].one_run:  # it has adapters
+        flag = f"--guidance.method {cfg.guidance.method}"
+        needed.append((flag, "peft", "[vsd]", "pass another method"))
     for what, package, extra, other in needed:
         if find_spec(package) is None:
             raise ConfigError(

@@ -68,6 +68,14 @@ class FieldScene(nn.Module):
     def render(self, views: CameraBatch, draws: Mapping[str, Tensor]) -> RenderOutput:
         return self.renderer.render(self.field, self.background, views, draws)
 
+    def surface(self, views: CameraBatch, seen: RenderOutput) -> Tensor:
+        """Where the pixels of a rendering see the object, for `guidance.Plan.seeing`: [B,H,W,4],
+        their mean depth's point in half edges of the box, and opacity; without gradient."""
+        opacity = seen.opacity.detach()
+        depth = seen.depth.detach() / opacity.clamp_min(1e-5)
+        points = views.rays_o + depth * views.rays_d
+        return torch.cat([points / self.field.cfg.radius, opacity], -1)
+
     @property
     def can_capture(self) -> bool:
         return self.field.skips_rows(self.device)

@@ -179,6 +179,8 @@ class TrainStep:
                 is_latent = state.scene.is_latent
                 latents.append(rgb if is_latent else self.guidance.encode(rgb, d.noise))
         with self._phase("guidance"):
+            if self.guidance.needs_surface:
+                plan = self._seeing(plan, drawn, seen)
             guided = self.guidance.at_plan(torch.cat(latents).detach(), plan)
         gradients = guided.grad.split([len(part) for part in latents])
         told = [
@@ -257,6 +259,10 @@ class TrainStep:
     def _guided(self, seen: Any) -> Tensor:
         """Those of the rendered views that guidance is asked about."""
         return seen.rgb
+
+    def _seeing(self, plan: Plan, drawn: Sequence[Drawn], seen: Sequence[Any]) -> Plan:
+        """The plan, told where the guided views of all runs see the object, if there is one."""
+        return plan
 
     def _losses(
         self, state: TrainState, drawn: Drawn, seen: Any, weights: Weights

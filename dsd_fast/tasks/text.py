@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
-from dsd_fast.guidance import Guidance, make_guidance
+from dsd_fast.guidance import Guidance, Plan, make_guidance
 from dsd_fast.guidance.conditions.multiview import MultiViewConditions, camera_lattice
 from dsd_fast.run import memory, pictures
 from dsd_fast.run.outputs import RunFolder
@@ -35,6 +36,10 @@ class FieldStep(TrainStep):
         weights = super()._weights(step) | regularizer_weights(self.cfg.loss, step)
         share = self.cfg.optimizer.share(step)
         return weights if share is None else {**weights, "share": share}
+
+    def _seeing(self, plan: Plan, drawn: Sequence[Drawn], seen: Sequence[RenderOutput]) -> Plan:
+        runs = zip(self.states, drawn, seen)
+        return plan.seeing(torch.cat([s.scene.surface(d.views, image) for s, d, image in runs]))
 
     def _losses(
         self, state: TrainState, drawn: Drawn, seen: RenderOutput, weights: Weights
