@@ -60,8 +60,10 @@ class CameraConfig:
     light_sample_strategy: Literal["dreamfusion", "magic3d"] = "dreamfusion"
     # Spread the azimuths of a batch evenly over the range.
     batch_uniform_azimuth: bool = True
-    # Widen the view ranges from the evaluation view to the full ranges over this many steps.
+    # Widen the view ranges from the evaluation view to the full ranges until this step.
     progressive_until: ranges.CountOrNone = 0
+    # The step at which they begin to widen.
+    progressive_from: ranges.CountOrNone = 0
     # Height of evaluation images in pixels.
     eval_height: ranges.Pixels = 512
     # Width of evaluation images in pixels.
@@ -80,6 +82,11 @@ class CameraConfig:
         milestones = self.resolution_milestones
         if list(milestones) != sorted(set(milestones)):
             raise ConfigError(f"resolution_milestones: the steps must grow, got {milestones}")
+        if self.progressive_from > self.progressive_until:
+            raise ConfigError(
+                f"progressive_from: expected a step before progressive_until "
+                f"({self.progressive_until}), got {self.progressive_from}"
+            )
         for name in ("height", "width", "batch_size"):
             stages = self.per_stage(name)
             if len(stages) != len(milestones) + 1:
@@ -288,7 +295,8 @@ class RandomCameras:
     def _angles(self, step: int, draw: _PerObject) -> tuple[Tensor, Tensor]:
         """Nominal elevation in radians and azimuth in degrees of the views of a step, [B] each."""
         cfg = self.cfg
-        opening = min(1.0, step / (cfg.progressive_until + 1))
+        begun, until = cfg.progressive_from, cfg.progressive_until
+        opening = min(1.0, max(0, step - begun) / (until - begun + 1))
         low, high = (_lerp(cfg.eval_elevation_deg, bound, opening) for bound in cfg.elevation_range)
         # Half of the batches are uniform in elevation, half uniform in area on the sphere.
         if torch.rand((), generator=draw.generator) < 0.5:
@@ -300,7 +308,7 @@ class RandomCameras:
         if cfg.n_view > 1:
             # Spread from the middle of the quarter, which shows more than front and side.
             part = 360.0 / cfg.n_view
-            opening = opening if cfg.progressive_until else 1.0
+            opening = opening if until else 1.0
             azimuth_deg = draw.uniform(*(_lerp(part / 2, bound, opening) for bound in (0.0, part)))
         elif cfg.batch_uniform_azimuth:
             n = draw.n_objects

@@ -36,9 +36,12 @@ _TOLERANCE = 1e-2
 class MultiViewConfig:
     # Cached trajectories: bins of the first view's azimuth, within a quarter of the circle ...
     azimuth_bins: Bins = 12
-    # ... and of the elevation, within --cameras.elevation-range. Training views are at the middle
-    # of the bins; each of the azimuth_bins x elevation_bins has a trajectory of its own.
+    # ... and of the elevation, within --cameras.elevation-range. Each of the azimuth_bins x
+    # elevation_bins has a trajectory of its own, that of the cameras in its middle.
     elevation_bins: Bins = 4
+    # Train on views from the bins' middles alone, whose trajectories are their own; without it from
+    # everywhere, each with the noise of the nearest one's.
+    at_bins: bool = True
     # For "recon": the share of the reconstruction whose contrast is brought back to that without
     # guidance; 0 leaves it as it is.
     recon_std_rescale: Share = 0.5
@@ -142,6 +145,6 @@ def camera_lattice(
     n_views: int,
 ) -> QuarterBins | None:
     """Where training cameras are to be: the middles of the bins that have cached trajectories."""
-    if cfg.method != "dsd" or cfg.trajectory != "cached":
+    if cfg.method != "dsd" or cfg.trajectory != "cached" or not views.at_bins:
         return None
     return QuarterBins(views, elevation_range, n_views)
