@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,9 +64,22 @@ def test_a_run_writes_everything(runner, caplog):
     terms = {"loss", "dsd", "orient", "opaque", "z_variance", "convex", "opacity"}
     assert terms <= metrics[0].keys()
     assert len(trimesh.load(runner.run.mesh, force="mesh").faces) > 0
-    # Three frames of rgb | normal | opacity, 16 pixels high.
+    assert decoded_size(runner.run.turntable) == 3 * (16 * 16 * 3)
+    said = caplog.messages[-1]
+    assert said.startswith("Done in ")
+    for path in (runner.run.preview, runner.run.turntable, runner.run.mesh):
+        assert f"\n  {path}\n" in said
+    # The command that it ends with makes another.
+    command = shlex.split(said.splitlines()[-1].removeprefix("Another object: "))
+    assert command[1:3] == ["-m", "dsd_fast.train"] and command[-2:] == ["--seed", "1"]
+    assert module.main(command[3:]) == 0
+    assert runner.folder_of(1).preview.exists()
+
+
+def test_a_video_of_all_that_is_seen_and_one_that_is_enlarged(runner):
+    assert runner("--pictures.panels", "all", "--pictures.enlarge", "3", steps=1) == 0
+    # Three frames of colours | normals | opacity, 16 pixels high.
     assert decoded_size(runner.run.turntable) == 3 * (16 * 48 * 3)
-    assert "wrote" in caplog.text
 
 
 def test_a_used_folder_is_never_overwritten_silently(runner, caplog):

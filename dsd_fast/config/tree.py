@@ -125,7 +125,7 @@ class TrainerConfig:
     progress: bool = True
     # On CUDA, hold steps in CUDA graphs.
     graphs: bool = True
-    # Log the GPU memory of each phase with every line of metrics, not at the first step alone.
+    # Log the GPU memory of each phase of a step, with every line of metrics.
     log_memory: bool = False
 
 

@@ -132,11 +132,10 @@ class _Encoder:
             raise OSError(errno.ENOENT, f"no video without ffmpeg: {error}") from error
         self._said = said
         source = f"-f rawvideo -pix_fmt rgb24 -s {size[1]}x{size[0]} -r {fps} -i - -an"
-        # Players guess the matrix of a video that names none, each in its own way.
-        colors = "-colorspace bt709 -color_primaries bt709 -color_trc bt709"
+        # Of a video that does not name its colours every player has a guess of its own.
+        colors = "scale=out_color_matrix=bt709,setparams=color_primaries=bt709:color_trc=bt709"
         result = (
-            f"-vf scale=out_color_matrix=bt709 {colors} -vcodec libx264 -pix_fmt yuv420p -crf 10 "
-            "-movflags +faststart -f mp4"
+            f"-vf {colors} -vcodec libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart -f mp4"
         )
         self._process = subprocess.Popen(
             # A path may look like an address to ffmpeg.

@@ -167,7 +167,7 @@ class Reporter:
     def _is_due(self, doing: str, percent: int) -> bool:
         told, told_percent, told_at = self._told
         silence = self.seconds() - told_at
-        if silence <= PLAIN_LINE_SECONDS:
+        if doing != told or silence <= PLAIN_LINE_SECONDS:
             return doing != told
         return percent - told_percent >= PLAIN_LINE_PERCENT or silence > LONGEST_SILENCE_SECONDS
 
@@ -187,9 +187,11 @@ def in_words(seconds: float) -> str:
 
 
 def left_in_words(seconds: float) -> str:
-    """An estimate as no more than it is: to ten seconds, from two minutes on to the minute."""
+    """An estimate as no more than it is: to ten seconds, a minute from two on, an hour from ten."""
     if seconds < 120:
         return f"about {max(math.ceil(seconds / 10) * 10, 10)} s"
     minutes = math.ceil(min(seconds, 359_999_999) / 60)
+    if minutes >= 600:
+        return f"about {math.ceil(minutes / 60)} h"
     hours, minutes = divmod(minutes, 60)
     return f"about {hours} h {minutes} min" if hours else f"about {minutes} min"
