@@ -155,10 +155,12 @@ def _about(jobs: Sequence[Job], device: torch.device) -> str:
     """What is made, on what, and where, in words."""
     cfg, seeds = jobs[0].config, [job.config.seed for job in jobs]
     verb = "making" if jobs[0].state is None else f"going on from step {jobs[0].state['step']} with"
-    seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
     place = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    folders = ", ".join(str(job.folder.path) for job in jobs)
-    return f'{verb} "{cfg.prompt}", {seed}, {cfg.max_steps} steps on {place}, in {folders}'
+    seed, folder = f"seed {seeds[0]}", str(jobs[0].folder.path)
+    if len(jobs) > 1:
+        seed = f"seeds {seeds[0]} to {seeds[-1]}"
+        folder = f"{folder} to {jobs[-1].folder.path.name}"
+    return f'{verb} "{cfg.prompt}", {seed}, {cfg.max_steps} steps on {place}, in {folder}'
 
 
 def _finish(results: Sequence[tuple[Job, Any]], task: Task, step: int, report: Reporter) -> None:

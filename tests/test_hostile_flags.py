@@ -173,6 +173,7 @@ MUCH = [
     ("--cameras.batch-size 32768 --cameras.width 512 --cameras.height 512", "--cameras.batch-size"),
     ("--pictures.sheet-views 2000000000", "a contact sheet of 2000000000 views"),
     ("--pictures.preview-views 2000000000", "a preview of 2000000000 views"),
+    ("--pictures.sheet-size 8192 --pictures.sheet-views 9999", "--pictures.sheet-size"),
     ("--num-seeds 1024 --field.grid.log2-table-size 24 --field.grid.n-levels 16", "1024 seeds"),
     ("--num-seeds 1024 --renderer.occupancy.resolution 512", "--renderer.occupancy.resolution"),
     ("--task image --image.parameter rgb --image.size 8192 --num-seeds 1024", "--image.size"),

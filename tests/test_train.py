@@ -80,6 +80,9 @@ def test_a_video_of_all_that_is_seen_and_one_that_is_enlarged(runner):
     assert runner("--pictures.panels", "all", "--pictures.enlarge", "3", steps=1) == 0
     # Three frames of colours | normals | opacity, 16 pixels high.
     assert decoded_size(runner.run.turntable) == 3 * (16 * 48 * 3)
+    video = ["--turntable", "--device", "cpu", "--views", "2"]
+    assert export.main([str(runner.run.path), *video, "--panels", "color", "--size", "8"]) == 0
+    assert decoded_size(runner.run.turntable) == 2 * (8 * 8 * 3)
 
 
 def test_a_used_folder_is_never_overwritten_silently(runner, caplog):
