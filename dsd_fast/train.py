@@ -165,9 +165,15 @@ def _about(jobs: Sequence[Job], device: torch.device) -> str:
 
 def _finish(results: Sequence[tuple[Job, Any]], task: Task, step: int, report: Reporter) -> None:
     """Write what runs were for."""
-    for job, result in results:
+    for number, (job, result) in enumerate(results, 1):
+
+        def say(
+            doing: str, of: str = f" ({number} of {len(results)})" * (len(results) > 1)
+        ) -> None:
+            report.say(f"{doing}{of}")
+
         try:
-            task.finish(result, job.config, step, job.folder, report.say)
+            task.finish(result, job.config, step, job.folder, say)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"training is done and saved, but the GPU's memory is too small for the pictures "
