@@ -19,7 +19,7 @@ from dsd_fast import export
 from dsd_fast import train as module
 from dsd_fast.config import TrainConfig, from_dict
 from dsd_fast.guidance import DSDGuidance
-from dsd_fast.run import checkpoint, outputs
+from dsd_fast.run import checkpoint, cli, outputs
 from dsd_fast.tasks.step import TrainStep
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
@@ -74,6 +74,24 @@ def test_a_run_writes_everything(runner, caplog):
     assert command[1:3] == ["-m", "dsd_fast.train"] and command[-2:] == ["--seed", "1"]
     assert module.main(command[3:]) == 0
     assert runner.folder_of(1).preview.exists()
+
+
+def test_a_run_without_a_surface_says_so_at_its_end(runner, caplog):
+    assert runner("--mesh.iso", "1e9", "--pictures.no-turntable", steps=1) == 0
+    *_, missing, another = caplog.messages[-1].splitlines()
+    assert f"no mesh of {runner.run.path}" in missing and "dsd_fast.export" in missing
+    assert another.startswith("Another object: ") and "no mesh: " in caplog.text
+
+
+def test_what_was_resumed_by_its_folder_ends_with_a_command_that_works(runner, caplog):
+    flags = ["--pictures.no-turntable", "--pictures.no-mesh"]
+    assert runner(*flags, "--stop-at", "1", steps=2) == 0
+    assert "Done in" not in caplog.text
+    assert module.main(["--device", "cpu", "--resume", str(runner.run.path)]) == 0
+    command = caplog.messages[-1].splitlines()[-1].removeprefix("Another object: ")
+    (job,) = cli.parse(shlex.split(command)[3:])
+    assert (job.config.seed, job.config.prompt, job.config.max_steps) == (1, "a chair", 2)
+    assert job.folder.path == runner.folder_of(1).path and not job.config.pictures.mesh
 
 
 def test_a_video_of_all_that_is_seen_and_one_that_is_enlarged(runner):
