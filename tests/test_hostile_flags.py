@@ -122,7 +122,10 @@ def argv(tmp_path, tiny_model, monkeypatch) -> list[str]:
         (["--task", "single-view"], "--task single-view needs a picture: pass --image"),
         (["--cameras.n-test-views", "2000000000"], "cameras.n_test_views: expected 3600 or less"),
         (["--cameras.eval-height", "1", "--pictures.turntable"], "2 to 16384 rows"),
-        (["--cameras.eval-width", "8192", "--pictures.turntable"], "16 x 24576"),
+        (
+            ["--cameras.eval-width", "8192", "--pictures.turntable", "--pictures.panels", "all"],
+            "16 x 24576",
+        ),
         (["--max-step", "3"], "max-step"),
         (["--guidance.method"], "guidance.method"),
     ],
