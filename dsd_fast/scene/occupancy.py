@@ -64,8 +64,9 @@ class OccupancyGrid(nn.Module):
     def tight(self) -> tuple[Tensor, Box]:
         """The smallest cube of cells that holds all occupied ones, bool [g,g,g], and its box.
 
-        A march through it finds the samples that one through the whole grid finds: the lattice of
-        a ray does not begin at the box. Waits for the device.
+        A march through it finds the samples that one through the whole grid finds, for the lattice
+        of a ray does not begin at the box; but for a middle that lies on a cell's border to the
+        last bit. Waits for the device.
         """
         occupied = self.binary.nonzero()
         if not len(occupied):
