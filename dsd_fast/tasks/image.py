@@ -74,7 +74,10 @@ class ImageStep(TrainStep):
 class UnitStep(Adam):
     """Steps of unit length in place of Adam's: the parameter less its gradient."""
 
-    def _move(self, name: str, gradient: Tensor, found_inf: Tensor) -> None:
+    def _move(
+        self, name: str, gradient: Tensor, found_inf: Tensor, share: Tensor | float | None
+    ) -> None:
+        # Its share of the rate is all of it (`ImageStep`).
         value = self._trainables[name].parameter.detach()
         # Where the gradient is not finite, so is their difference.
         moved = value - gradient / self.scale
