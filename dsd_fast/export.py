@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -37,7 +37,7 @@ log = logging.getLogger("dsd_fast.export")
 MESH = (".glb",)
 VIDEO = (".mp4",)
 _OF_MESH = ("iso", "resolution", "min_component", "max_faces")
-_OF_VIDEO = ("views", "size")
+_OF_VIDEO = ("views", "size", "panels")
 
 
 @dataclass
@@ -63,6 +63,9 @@ class ExportCommand:
     views: Annotated[int, Interval(ge=1, le=100_000)] | None = None
     # Height and width of the video's panels in pixels.
     size: Annotated[int, Interval(ge=2, le=4096)] | None = None
+    # What the video shows: the colours, or colours, normals and opacity side by side; by default
+    # what the run was configured with.
+    panels: Literal["color", "all"] | None = None
     # "auto" (CUDA if there is one), "cpu" or "cuda".
     device: str = "auto"
 
@@ -115,8 +118,12 @@ def _write(run: SavedRun, command: ExportCommand, output: Path) -> None:
     cfg, scene, step = run.cfg, run.scene, run.step
     if command.turntable:
         size = (command.size, command.size) if command.size else None
-        fps, views = cfg.pictures.fps, command.views
-        pictures.write_turntable(scene, cfg.cameras, step, output, fps, views, size)
+        if command.panels is not None:
+            cfg.pictures.panels = command.panels
+        if size:
+            # Whoever asks for a size wants its pixels.
+            cfg.pictures.enlarge = 1
+        pictures.write_turntable(scene, cfg, step, output, command.views, size)
         log.info("wrote %s", output)
         return
     chosen = {name: value for name in _OF_MESH if (value := getattr(command, name)) is not None}
@@ -126,7 +133,7 @@ def _write(run: SavedRun, command: ExportCommand, output: Path) -> None:
             f"--max-faces {settings.max_faces} needs a package: pip install 'dsd_fast[mesh]', "
             "or pass --max-faces 0"
         )
-    mesh = scene.mesh(settings, step)
+    mesh = scene.mesh(settings, step, log.info)
     write_glb(mesh, output)
     log.info("wrote %s, %d vertices, %d faces", output, len(mesh.vertices), len(mesh.faces))
 

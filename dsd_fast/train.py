@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,7 @@ from dsd_fast.config import ConfigError, TrainConfig, check, resolve_device, to_
 from dsd_fast.diffusion import DiffusionModel
 from dsd_fast.guidance import Guidance, seed_noise
 from dsd_fast.rng import RngStreams
-from dsd_fast.run import checkpoint, cli, interruption, memory, terminal, versions
+from dsd_fast.run import checkpoint, cli, closing, interruption, memory, terminal, versions
 from dsd_fast.run.checkpoint import CheckpointError
 from dsd_fast.run.cli import Job
 from dsd_fast.run.interruption import Interruption
@@ -59,13 +60,17 @@ class Interrupted(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    began = time.monotonic()
     terminal.set_up()
     set_up_logging()
+    argv = sys.argv[1:] if argv is None else argv
     jobs: Sequence[Job] = ()
     with Interruption() as stop:
         try:
-            jobs = cli.parse(sys.argv[1:] if argv is None else argv)
-            train(jobs, stop)
+            jobs = cli.parse(argv)
+            if finished := train(jobs, stop):
+                makes = TASKS[finished[0].config.task].makes
+                closing.say(finished, time.monotonic() - began, argv, makes)
         except (ConfigError, OutputError, CheckpointError) as error:
             log.error("%s", error)
             return 2
@@ -87,8 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
+def train(jobs: Sequence[Job], stop: Interruption | None = None) -> Sequence[Job]:
     """Do jobs that differ in their seed alone, side by side: each from its start or checkpoint.
+
+    Returns:
+        The jobs, where all of their files are there now; none where --stop-at came first.
 
     Raises ConfigError, OutputError or CheckpointError before any work; after that TrainingError or
     Interrupted, with the states saved, and KeyboardInterrupt for a signal (of `stop`) where there
@@ -106,11 +114,10 @@ def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
             job.folder.claim()
             if job.state is None and not job.overwrite:
                 job.folder.refuse_if_used(cfg)
-        jobs = [job for job in jobs if not _is_finished(job)]
+        every, jobs = jobs, [job for job in jobs if not _is_finished(job)]
         if not jobs:
-            return
-        folders = ", ".join(str(job.folder.path) for job in jobs)
-        log.info("%s preset, %d steps on %s, in %s", cfg.preset, cfg.max_steps, device, folders)
+            return every
+        log.info("%s; loading the model", _about(jobs, device))
         keep_freed_memory(device)
         if cfg.deterministic:
             determinism.make_deterministic(device)
@@ -124,34 +131,54 @@ def train(jobs: Sequence[Job], stop: Interruption | None = None) -> None:
         for job in jobs:
             job.folder.abandon()
         raise
-    fit(jobs, states, guidance, device, stop)
-    step = states[0].step
-    # Pictures of what it began with would look like a result.
-    fruitless = [job for job, state in zip(jobs, states) if state.optimizer.skipped >= step > 0]
+    with Reporter(states[0].step, cfg.max_steps, cfg.trainer.progress) as report:
+        fit(jobs, states, guidance, device, stop, report)
+        step = states[0].step
+        # Pictures of what it began with would look like a result.
+        fruitless = [job for job, state in zip(jobs, states) if state.optimizer.skipped >= step > 0]
+        if step >= cfg.max_steps:
+            fruitful = [pair for pair in zip(jobs, states) if pair[0] not in fruitless]
+            results = [(job, task.result(state)) for job, state in fruitful]
+            del states, guidance, fruitful  # The model's memory is of more use to the pictures.
+            _finish(results, task, step, report)
     if step < cfg.max_steps:
         log.info("stopped at step %d as asked; --resume auto continues", step)
-    else:
-        fruitful = [pair for pair in zip(jobs, states) if pair[0] not in fruitless]
-        results = [(job, task.result(state)) for job, state in fruitful]
-        del states, guidance, fruitful  # The model's memory is of more use to the pictures.
-        _finish(results, task, step)
     if fruitless:
         raise TrainingError(
             f"not one of {step} steps was finite, and none changed a parameter, in "
             f"{', '.join(str(job.folder.path) for job in fruitless)}. {_remedies(task)}"
         )
+    return every if step >= cfg.max_steps else ()
 
 
-def _finish(results: Sequence[tuple[Job, Any]], task: Task, step: int) -> None:
+def _about(jobs: Sequence[Job], device: torch.device) -> str:
+    """What is made, on what, and where, in words."""
+    cfg, seeds = jobs[0].config, [job.config.seed for job in jobs]
+    verb = "making" if jobs[0].state is None else f"going on from step {jobs[0].state['step']} with"
+    place = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    seed, folder = f"seed {seeds[0]}", str(jobs[0].folder.path)
+    if len(jobs) > 1:
+        seed = f"seeds {seeds[0]} to {seeds[-1]}"
+        folder = f"{folder} to {jobs[-1].folder.path.name}"
+    return f'{verb} "{cfg.prompt}", {seed}, {cfg.max_steps} steps on {place}, in {folder}'
+
+
+def _finish(results: Sequence[tuple[Job, Any]], task: Task, step: int, report: Reporter) -> None:
     """Write what runs were for."""
-    for job, result in results:
+    for number, (job, result) in enumerate(results, 1):
+
+        def say(
+            doing: str, of: str = f" ({number} of {len(results)})" * (len(results) > 1)
+        ) -> None:
+            report.say(f"{doing}{of}")
+
         try:
-            task.finish(result, job.config, step, job.folder)
+            task.finish(result, job.config, step, job.folder, say)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"training is done and saved, but the GPU's memory is too small for the pictures "
                 f"({_first_line(error)}): the same command with --resume auto and smaller "
-                "--cameras.eval-height and --cameras.eval-width makes them"
+                "--pictures.sheet-size, --cameras.eval-height and --cameras.eval-width makes them"
             ) from error
         except Exception as error:
             raise TrainingError(
@@ -167,6 +194,7 @@ def fit(
     guidance: Guidance,
     device: torch.device,
     stop: Interruption,
+    report: Reporter,
 ) -> None:
     """The training loop: from the states' step to the end, a stop that was asked for, or a signal.
 
@@ -183,34 +211,33 @@ def fit(
     ended: BaseException | None = None
     chance: list[dict] = []
     with stop.patience():
-        with Reporter(first_step, cfg.max_steps, settings.progress) as report:
-            try:
-                while done < last_step and not stop.requested:
-                    logs = (done + 1) % settings.log_every == 0 or done + 1 == cfg.max_steps
-                    phase.begin(done == first_step or (settings.log_memory and logs))
-                    chance = [state.rng.state_dict() for state in states]
-                    with determinism.explained():
-                        outputs = train_step()
-                    done, chance = done + 1, []
-                    phase.report(done)
-                    if logs:
-                        _log(runs, outputs, report, phase)
-                    if settings.preview_every and done % settings.preview_every == 0:
-                        for run in runs:
-                            run.write_preview()
-                    if done % settings.checkpoint_every == 0 and done < last_step:
-                        # A checkpoint in mid-run that fails has cost nothing yet: go on, and try
-                        # again at the next.
-                        try:
-                            saver.save()
-                        except CheckpointError as error:
-                            log.warning("%s; training goes on", error)
-            # Whatever it is: hours of work are not lost to a fault in a line of progress.
-            except BaseException as error:
-                ended = error
-                # The step in hand is done again.
-                for state, before in zip(states, chance):
-                    state.rng.load_state_dict(before)
+        try:
+            while done < last_step and not stop.requested:
+                logs = (done + 1) % settings.log_every == 0 or done + 1 == cfg.max_steps
+                phase.begin(settings.log_memory and (logs or done == first_step))
+                chance = [state.rng.state_dict() for state in states]
+                with determinism.explained():
+                    outputs = train_step()
+                done, chance = done + 1, []
+                phase.report(done)
+                if logs:
+                    _log(runs, outputs, report, phase)
+                if settings.preview_every and done % settings.preview_every == 0:
+                    for run in runs:
+                        run.write_preview()
+                if done % settings.checkpoint_every == 0 and done < last_step:
+                    # A checkpoint in mid-run that fails has cost nothing yet: go on, and try
+                    # again at the next.
+                    try:
+                        saver.save()
+                    except CheckpointError as error:
+                        log.warning("%s; training goes on", error)
+        # Whatever it is: hours of work are not lost to a fault in a line of progress.
+        except BaseException as error:
+            ended = error
+            # The step in hand is done again.
+            for state, before in zip(states, chance):
+                state.rng.load_state_dict(before)
         if done > first_step:
             try:
                 saver.save_last()
@@ -409,7 +436,8 @@ def _log(
         }
         run.write_metrics(values)
         if run is runs[0]:
-            report(step, values)
+            cfg, folder = run.job.config, run.job.folder
+            report(step, run.task.doing(cfg, step), folder.newest_preview())
         run.watch(values)
 
 

@@ -15,7 +15,7 @@ SMALL = """
     --cameras.eval-width 16 --cameras.n-test-views 3 --field.grid.n-levels 3
     --field.grid.start-level 2 --field.grid.log2-table-size 10 --renderer.num-samples-per-ray 48
     --renderer.occupancy.resolution 16 --mesh.resolution 24 --pictures.preview-size 16
-    --pictures.sheet-views 2 --trainer.log-every 1 --trainer.no-progress
+    --pictures.sheet-views 2 --pictures.sheet-size 16 --trainer.log-every 1 --trainer.no-progress
 """.split()  # noqa: SIM905
 
 # Metrics that a second run of the same steps need not repeat.

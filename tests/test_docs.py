@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
@@ -80,15 +81,16 @@ class _Parsed(BaseException):
     """A command has read its flags."""
 
 
-def _load_command_line() -> object:
-    spec = importlib.util.spec_from_file_location("command_line", DOCS / "command_line.py")
+def _load(name: str) -> ModuleType:
+    """A script of the documentation, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-command_line = _load_command_line()
+command_line, pictures = _load("command_line"), _load("pictures")
 
 
 def blocks(page: Path) -> list[Block]:
@@ -161,6 +163,29 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     library = (tmp_path / "reference" / "library" / "index.html").read_text(encoding="utf-8")
     assert 'id="dsd_fast.guidance.dsd_gradient"' in library
+
+
+def test_picture_of_the_first_command_is_of_that_command() -> None:
+    """`python docs/pictures.py` makes it."""
+    made_by = pictures.comment_of(pictures.PICTURE).splitlines()[0]
+    assert made_by == pictures.spelled(pictures.first_command())
+    assert pictures.PICTURE.stat().st_size <= pictures.MOST_BYTES
+
+
+def test_picture_of_a_run_of_the_first_command(workplace: Path, models: dict[str, Path]) -> None:
+    from PIL import Image
+
+    flags = pictures.first_command()
+    assert flags[:2] == ["--prompt", "an armchair"]
+    assert run_command(["python", "-m", "dsd_fast.train", *flags], models) == 0
+    (run,) = Path("outputs").glob("*/*")
+    pictures.check_run(run, flags)
+    pictures.write_picture(run, flags, workplace / "first.jpg")
+    assert pictures.comment_of(workplace / "first.jpg").startswith(pictures.spelled(flags) + "\n{")
+    with Image.open(workplace / "first.jpg") as image:
+        assert image.size == (32, 32)
+    with pytest.raises(SystemExit, match="expected a run of README's first command"):
+        pictures.check_run(run, ["--prompt", "an armchair", "--seed", "99"])
 
 
 # ---- what the code refers to --------------------------------------------------------------------

@@ -267,6 +267,20 @@ def test_texture_is_drawn_in_perspective(tmp_path):
     np.testing.assert_array_equal((got[..., 0] > 100)[certain], want[certain])
 
 
+def test_views_of_a_run_have_nothing_to_do_with_its_own_pictures(tmp_path, tiny_model):
+    seen = []
+    for name, flags in (
+        ("a", ()),
+        ("b", ("--cameras.eval-height", "24", "--pictures.enlarge", "2", "--pictures.fps", "9")),
+    ):
+        runner = Runner(tmp_path / name, tiny_model)
+        assert runner("--pictures.no-turntable", "--pictures.no-mesh", *flags, steps=1) == 0
+        (source,) = assets.gather([runner.run.path], {})
+        seen.append(assets.load(source, 2, 16, torch.device("cpu")).images)
+    assert len(seen[0]) == 2 and seen[0][0].shape == (16, 16, 3)
+    assert all(np.array_equal(one, other) for one, other in zip(*seen))
+
+
 def test_colours_of_our_own_mesh_come_back(tmp_path):
     pytest.importorskip("trimesh")
     points = np.array([[0.5, -0.5, -0.5], [0.5, 0.5, -0.5], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5]])

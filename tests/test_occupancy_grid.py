@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsd_fast import ops
 from dsd_fast.scene.field import Field, FieldConfig, GridConfig
 from dsd_fast.scene.occupancy import OccupancyConfig, OccupancyGrid
 
@@ -85,3 +86,33 @@ def test_resumes_from_its_state():
 def test_bad_configurations(name):
     with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got 0"):
         _grid(**{name: 0})
+
+
+@pytest.mark.parametrize("cells", ["ball", "corner", "rod", "all", "one"])
+def test_a_march_through_the_tight_cube_finds_the_same_samples(cells):
+    grid = _grid()
+    x, y, z = torch.meshgrid(*3 * [torch.arange(32)], indexing="ij")
+    grid.binary = {
+        "ball": (x - 18) ** 2 + (y - 13) ** 2 + (z - 16) ** 2 < 30,
+        "corner": (x > 28) & (y > 28) & (z < 2),
+        "rod": (x == 31) & (z == 0) & (y > 3),
+        "all": torch.ones_like(x, dtype=torch.bool),
+        "one": (x == 7) & (y == 8) & (z == 30),
+    }[cells]
+    part, box = grid.tight()
+    assert part.sum() == grid.binary.sum() and part.is_contiguous()
+    assert part.shape == (len(part),) * 3 and (cells == "all") == (len(part) == 32)
+    assert box[3] - box[0] == pytest.approx(len(part) / 8) and max(map(abs, box)) <= 2
+    origins = torch.randn(4000, 3, generator=_generator(1)) * 3
+    targets = torch.rand(4000, 3, generator=_generator(2)) * 4 - 2
+    dirs = torch.nn.functional.normalize(targets - origins, dim=-1)
+    whole = ops.march(origins, dirs, grid.binary, grid.aabb, STEP_SIZE)
+    tight = ops.march(origins, dirs, part, box, STEP_SIZE)
+    assert len(whole[0]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(whole, tight))
+
+
+def test_a_grid_without_occupied_cells_has_no_tight_cube():
+    grid = _grid(resolution=4)
+    part, box = grid.tight()
+    assert part is grid.binary and box == grid.aabb

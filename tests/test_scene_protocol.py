@@ -6,7 +6,7 @@ where a pixel's ray meets it, the texture is looked up by longitude and latitude
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +108,15 @@ class SphereTask(Task):
     def result(self, state: TrainState) -> TexturedSphere:
         return state.scene
 
-    def finish(self, result: TexturedSphere, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+    def finish(
+        self,
+        result: TexturedSphere,
+        cfg: TrainConfig,
+        step: int,
+        run: RunFolder,
+        say: Callable[[str], None],
+    ) -> None:
+        say("finishing: the picture")
         views = eval_camera(cfg.cameras, size=(16, 16))
         seen = result.render(views, {"grey": torch.ones(1, 1, 1, 1)})
         pictures.write_png(pictures.to_uint8(seen.rgb[0].detach()), run.preview)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from dsd_fast import export
 from dsd_fast import train as module
 from dsd_fast.config import TrainConfig, from_dict
 from dsd_fast.guidance import DSDGuidance
-from dsd_fast.run import checkpoint, outputs
+from dsd_fast.run import checkpoint, cli, outputs
 from dsd_fast.tasks.step import TrainStep
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
@@ -63,9 +64,43 @@ def test_a_run_writes_everything(runner, caplog):
     terms = {"loss", "dsd", "orient", "opaque", "z_variance", "convex", "opacity"}
     assert terms <= metrics[0].keys()
     assert len(trimesh.load(runner.run.mesh, force="mesh").faces) > 0
-    # Three frames of rgb | normal | opacity, 16 pixels high.
+    assert decoded_size(runner.run.turntable) == 3 * (16 * 16 * 3)
+    said = caplog.messages[-1]
+    assert said.startswith("Done in ")
+    for path in (runner.run.preview, runner.run.turntable, runner.run.mesh):
+        assert f"\n  {path}\n" in said
+    # The command that it ends with makes another.
+    command = shlex.split(said.splitlines()[-1].removeprefix("Another object: "))
+    assert command[1:3] == ["-m", "dsd_fast.train"] and command[-2:] == ["--seed", "1"]
+    assert module.main(command[3:]) == 0
+    assert runner.folder_of(1).preview.exists()
+
+
+def test_a_run_without_a_surface_says_so_at_its_end(runner, caplog):
+    assert runner("--mesh.iso", "1e9", "--pictures.no-turntable", steps=1) == 0
+    *_, missing, another = caplog.messages[-1].splitlines()
+    assert f"no mesh of {runner.run.path}" in missing and "dsd_fast.export" in missing
+    assert another.startswith("Another object: ") and "no mesh: " in caplog.text
+
+
+def test_what_was_resumed_by_its_folder_ends_with_a_command_that_works(runner, caplog):
+    flags = ["--pictures.no-turntable", "--pictures.no-mesh"]
+    assert runner(*flags, "--stop-at", "1", steps=2) == 0
+    assert "Done in" not in caplog.text
+    assert module.main(["--device", "cpu", "--resume", str(runner.run.path)]) == 0
+    command = caplog.messages[-1].splitlines()[-1].removeprefix("Another object: ")
+    (job,) = cli.parse(shlex.split(command)[3:])
+    assert (job.config.seed, job.config.prompt, job.config.max_steps) == (1, "a chair", 2)
+    assert job.folder.path == runner.folder_of(1).path and not job.config.pictures.mesh
+
+
+def test_a_video_of_all_that_is_seen_and_one_that_is_enlarged(runner):
+    assert runner("--pictures.panels", "all", "--pictures.enlarge", "3", steps=1) == 0
+    # Three frames of colours | normals | opacity, 16 pixels high.
     assert decoded_size(runner.run.turntable) == 3 * (16 * 48 * 3)
-    assert "wrote" in caplog.text
+    video = ["--turntable", "--device", "cpu", "--views", "2"]
+    assert export.main([str(runner.run.path), *video, "--panels", "color", "--size", "8"]) == 0
+    assert decoded_size(runner.run.turntable) == 2 * (8 * 8 * 3)
 
 
 def test_a_used_folder_is_never_overwritten_silently(runner, caplog):

@@ -140,7 +140,10 @@ def _embedded_scene(cfg: TrainConfig, on_cpu: bool) -> None:
     steps, cameras, field = cfg.max_steps, cfg.cameras, cfg.field
     cameras.width = cameras.height = (48, 64) if on_cpu else (64, 128)
     cameras.resolution_milestones = (_at(0.5, steps),)
-    cameras.eval_height = cameras.eval_width = 128 if on_cpu else 256
+    if on_cpu:
+        # Half of a video's size shows all that a CPU's grid holds, and 24 pictures a second turn as
+        # smoothly.
+        cfg.pictures.enlarge, cfg.pictures.fps, cameras.n_test_views = 2, 24, 96
     # Looking past the object teaches a 32x32 latent little: it stays near the centre.
     cameras.camera_perturb = cameras.center_perturb = 0.05
     # Views spread from the front: an object is the front's first, and so the seed's own, before the
@@ -259,7 +262,7 @@ def _single_view(start: Start) -> TrainConfig:
         cfg = TrainConfig(model=ZERO123, max_steps=steps)
     small_dsd = small and start.method == "dsd"
     cfg.guidance = _single_view_guidance(start, steps, small_dsd)
-    cfg.cameras = _single_view_cameras(start, steps, cfg.cameras, small_dsd)
+    cfg.cameras = _single_view_cameras(start, steps, small_dsd)
     cfg.loss.lambda_dsd = (0.2 if start.on_cpu else 0.15) if small_dsd else 0.1
     cfg.loss.lambda_orient = 1.0
     cfg.loss.lambda_sparsity = cfg.loss.lambda_opaque = 0.1
@@ -296,9 +299,7 @@ def _single_view_guidance(start: Start, steps: int, small_dsd: bool) -> Guidance
     return guidance
 
 
-def _single_view_cameras(
-    start: Start, steps: int, of_preset: CameraConfig, small_dsd: bool
-) -> CameraConfig:
+def _single_view_cameras(start: Start, steps: int, small_dsd: bool) -> CameraConfig:
     small = start.preset == "embedded"
     distance, fovy = VIEW_CAMERA if small else ZERO123_CAMERA
     # Rendered size and views a step.
@@ -317,8 +318,6 @@ def _single_view_cameras(
         # A trajectory's cameras stand still: unless they shift, their pixels' cells show.
         center_perturb=0.03 if small_dsd else 0.0,
         up_perturb=0.0,
-        eval_height=of_preset.eval_height,
-        eval_width=of_preset.eval_width,
         eval_camera_distance=distance,
         eval_fovy_deg=fovy,
     )

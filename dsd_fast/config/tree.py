@@ -125,7 +125,7 @@ class TrainerConfig:
     progress: bool = True
     # On CUDA, hold steps in CUDA graphs.
     graphs: bool = True
-    # Log the GPU memory of each phase with every line of metrics, not at the first step alone.
+    # Log the GPU memory of each phase of a step, with every line of metrics.
     log_memory: bool = False
 
 
@@ -134,15 +134,26 @@ class PictureConfig:
     # Views in a preview image.
     preview_views: ranges.Count = 4
     # Height and width of a view in a preview image.
-    preview_size: ranges.Pixels = 128
+    preview_size: ranges.Pixels = 256
     # Views in the final contact sheet.
     sheet_views: ranges.Count = 8
+    # Height and width of a view in the final contact sheet.
+    sheet_size: ranges.Pixels = 256
     # Make the turntable video (views and size: --cameras.n-test-views, --cameras.eval-height).
     turntable: bool = True
+    # What the video shows: the colours, or colours, normals and opacity side by side.
+    panels: Literal["color", "all"] = "color"
+    # Render the video at one so-many-th of its size and enlarge it: with 2 in a quarter of the
+    # time.
+    enlarge: Annotated[int, Interval(ge=1, le=8)] = 1
     # Frames per second of the video.
     fps: Annotated[int, Interval(ge=1, le=240)] = 30
     # Make the mesh.
     mesh: bool = True
+
+    def rendered(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which a video of this one is rendered."""
+        return -(-height // self.enlarge), -(-width // self.enlarge)
 
 
 @dataclass
@@ -237,14 +248,15 @@ class TrainConfig:
             self._validate_video()
 
     def _validate_video(self) -> None:
-        """ConfigError for frames, three views beside each other, that no encoder takes: it would
-        say so when all training is done."""
-        height, width = self.cameras.eval_height, 3 * self.cameras.eval_width
+        """ConfigError for frames that no encoder takes: it would say so when all training is
+        done."""
+        n_panels = 3 if self.pictures.panels == "all" else 1
+        height, width = self.cameras.eval_height, n_panels * self.cameras.eval_width
         if not (2 <= height <= VIDEO_SIDE and width <= VIDEO_SIDE):
             raise ConfigError(
-                f"cameras: a video of 3 views side by side has 2 to {VIDEO_SIDE} rows and at most "
-                f"{VIDEO_SIDE} columns, got {height} x {width}: pass other --cameras.eval-height "
-                "and --cameras.eval-width, or --pictures.no-turntable"
+                f"cameras: a video has 2 to {VIDEO_SIDE} rows and at most {VIDEO_SIDE} columns, "
+                f"got {height} x {width}: pass other --cameras.eval-height and "
+                "--cameras.eval-width, or --pictures.no-turntable"
             )
 
     def _validate_image(self) -> None:

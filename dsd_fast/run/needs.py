@@ -141,20 +141,23 @@ def _pictures(cfg: TrainConfig, n_runs: int) -> Iterator[Need]:
         height * width * views * per_ray,
         "--cameras.height, --cameras.width, --cameras.batch-size, --renderer.num-samples-per-ray",
     )
-    # Colours above normals, held until all are there.
-    pixels = cameras.eval_height * cameras.eval_width
-    sheet = cfg.pictures.sheet_views
-    yield (
-        f"a contact sheet of {sheet} views of {cameras.eval_height} x {cameras.eval_width} pixels",
-        sheet * pixels * 24,
-        "--pictures.sheet-views, --cameras.eval-height, --cameras.eval-width",
-    )
-    size, previews = cfg.pictures.preview_size, cfg.pictures.preview_views
+    pictures = cfg.pictures
+    sheets = [("contact sheet", "sheet", pictures.sheet_views, pictures.sheet_size)]
     if cfg.trainer.preview_every:
+        sheets.append(("preview", "preview", pictures.preview_views, pictures.preview_size))
+    for what, name, n_views, size in sheets:
+        # Colours above normals, held until all are there, and the rays of one view.
         yield (
-            f"a preview of {previews} views of {size} x {size} pixels",
-            previews * size * size * 24,
-            "--pictures.preview-views, --pictures.preview-size",
+            f"a {what} of {n_views} views of {size} x {size} pixels",
+            size * size * (n_views * 24 + per_ray),
+            f"--pictures.{name}-views, --pictures.{name}-size",
+        )
+    if pictures.turntable:
+        height, width = pictures.rendered(cameras.eval_height, cameras.eval_width)
+        yield (
+            f"a video rendered at {height} x {width} pixels and {samples} samples a ray",
+            height * width * per_ray,
+            "--cameras.eval-height, --cameras.eval-width, --renderer.num-samples-per-ray",
         )
 
 

@@ -6,7 +6,7 @@
     metrics.jsonl     one JSON object a logged step
     previews/         contact sheets while the run goes on
     checkpoints/      the newest checkpoints
-    turntable.mp4     rgb | normal | opacity, once around
+    turntable.mp4     the object once around
     mesh.glb          the mesh with vertex colours
     preview.png       the final contact sheet
     .lock             held by the process that writes here
@@ -116,6 +116,10 @@ class RunFolder:
     @property
     def image(self) -> Path:
         return self._at / "image.png"
+
+    def newest_preview(self) -> Path | None:
+        """The newest picture of the run on its way, if there is one."""
+        return max(self.previews.glob("step-*.png"), default=None)
 
     @classmethod
     def named(cls, output: Path, name: str, tag: str, seed: int, kind: str = "") -> RunFolder:

@@ -13,25 +13,23 @@ from typing import IO, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dsd_fast.config import TrainConfig
 from dsd_fast.output_file import writing
-from dsd_fast.scene.cameras import CameraConfig, eval_camera, turntable
+from dsd_fast.scene.cameras import CameraBatch, CameraConfig, eval_camera, turntable
 from dsd_fast.scene.field_scene import FieldScene
-from dsd_fast.scene.renderer import RenderOutput
 
 
 def contact_sheet(
-    scene: FieldScene,
-    cfg: CameraConfig,
-    step: int,
-    n_views: int,
-    size: tuple[int, int] | None = None,
+    scene: FieldScene, cfg: CameraConfig, step: int, n_views: int, size: int
 ) -> np.ndarray:
-    """``n_views`` views around the object, colours above normals: uint8 [2*H, n_views*W, 3]."""
+    """Square views around the object, colours above normals: uint8 [2*size, n_views*size, 3]."""
     columns = []
     for view in range(n_views):
-        camera = eval_camera(cfg, 360.0 * view / n_views, size=size, device=scene.device)
+        azimuth = 360.0 * view / n_views
+        camera = eval_camera(cfg, azimuth, size=(size, size), device=scene.device)
         output = scene.view(camera, step)
         columns.append(torch.cat([output.rgb[0], output.normal[0]], dim=0))
     return to_uint8(torch.cat(columns, dim=1))
@@ -49,16 +47,38 @@ def write_png(image: np.ndarray, path: Path) -> None:
 
 def write_turntable(
     scene: FieldScene,
-    cfg: CameraConfig,
+    cfg: TrainConfig,
     step: int,
     path: Path,
-    fps: int,
     n_views: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> None:
-    """Render once around the object into an mp4 of rgb | normal | opacity, written atomically."""
-    cameras = turntable(cfg, n_views, size, scene.device)
-    write_video((_panels(scene.view(camera, step)) for camera in cameras), path, fps)
+    """Render once around the object into an mp4, written atomically.
+
+    Colours, or with ``pictures.panels`` "all" colours | normals | opacity.
+
+    Args:
+        n_views, size: frames, and (height, width) of a panel, in place of the configuration's.
+    """
+    size = size or (cfg.cameras.eval_height, cfg.cameras.eval_width)
+    rendered = cfg.pictures.rendered(*size)
+
+    def frame(camera: CameraBatch) -> np.ndarray:
+        seen = scene.view(camera, step)
+        panels = [seen.rgb]
+        if cfg.pictures.panels == "all":
+            panels += [seen.normal, seen.opacity.expand_as(seen.rgb)]
+        return to_uint8(torch.cat([_enlarged(panel, size) for panel in panels], dim=1))
+
+    cameras = turntable(cfg.cameras, n_views, rendered, scene.device)
+    write_video((frame(camera) for camera in cameras), path, cfg.pictures.fps)
+
+
+def _enlarged(view: Tensor, size: tuple[int, int]) -> Tensor:
+    """A view [1, h, w, 3] as [H, W, 3]. Bicubic: no steps at edges, no blur within."""
+    if view.shape[1:3] != size:
+        view = F.interpolate(view.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
+    return view[0]
 
 
 def write_video(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
@@ -112,7 +132,11 @@ class _Encoder:
             raise OSError(errno.ENOENT, f"no video without ffmpeg: {error}") from error
         self._said = said
         source = f"-f rawvideo -pix_fmt rgb24 -s {size[1]}x{size[0]} -r {fps} -i - -an"
-        result = "-vcodec libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart -f mp4"
+        # Of a video that does not name its colours every player has a guess of its own.
+        colors = "scale=out_color_matrix=bt709,setparams=color_primaries=bt709:color_trc=bt709"
+        result = (
+            f"-vf {colors} -vcodec libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart -f mp4"
+        )
         self._process = subprocess.Popen(
             # A path may look like an address to ffmpeg.
             [program, "-y", "-v", "error", *source.split(), *result.split(), f"file:{path}"],
@@ -159,8 +183,3 @@ class _Encoder:
 def to_uint8(image: Tensor) -> np.ndarray:
     """[..., 3] floats in [0, 1] as bytes on the CPU."""
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def _panels(output: RenderOutput) -> np.ndarray:
-    opacity = output.opacity[0].expand(-1, -1, 3)
-    return to_uint8(torch.cat([output.rgb[0], output.normal[0], opacity], dim=1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -99,7 +99,7 @@ class FieldScene(nn.Module):
         """What cameras see at a step of the run, without chance or gradients."""
         return self.renderer.view(self.field, self.background, cameras, step)
 
-    def mesh(self, cfg: MeshConfig, step: int) -> Mesh:
-        """The surface at a step of the run. MeshError where there is none."""
+    def mesh(self, cfg: MeshConfig, step: int, tell: Callable[[str], None] | None = None) -> Mesh:
+        """The surface at a step of the run. MeshError where there is none; `tell` as there."""
         self.field.set_step(step)
-        return make_mesh(self.field, self.field.cfg.radius, cfg, self.device)
+        return make_mesh(self.field, self.field.cfg.radius, cfg, self.device, tell)

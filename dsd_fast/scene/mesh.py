@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +25,6 @@ from dsd_fast.output_file import writing
 from dsd_fast.ranges import CountOrNone, Share, check
 from dsd_fast.scene.field import Field
 from dsd_fast.scene.material import albedo_color
-
-log = logging.getLogger(__name__)
 
 # Points a density query may hold at once: bounds the memory of the encoding, not the result.
 QUERY_POINTS = 1 << 18
@@ -74,18 +72,26 @@ class Mesh:
     albedo: np.ndarray  # [V, 3] float32
 
 
-def make_mesh(field: Field, radius: float, cfg: MeshConfig, device: torch.device) -> Mesh:
+def make_mesh(
+    field: Field,
+    radius: float,
+    cfg: MeshConfig,
+    device: torch.device,
+    tell: Callable[[str], None] | None = None,
+) -> Mesh:
     """The surface of ``field`` at the configured density.
 
     ``field.density(points[N, 3]) -> [N]`` and ``field(points, normals=False).features`` are queried
-    in the box [-radius, radius]^3. Raises ConfigError for settings that cannot work, MeshError when
-    the surface is empty.
+    in the box [-radius, radius]^3. ``tell`` gets a line on how the density is spread, by which a
+    person chooses another one. Raises ConfigError for settings that cannot work, MeshError when the
+    surface is empty.
     """
     check(cfg)
     box = np.array([[-radius] * 3, [radius] * 3])
     density, axes = _density_grid(field, box, max(cfg.resolution // 2, 16), device)
     iso = _iso_value(cfg.iso, density)
-    _log_histogram(density, iso)
+    if tell is not None:
+        tell(_histogram(density, iso))
     inside = np.argwhere(density > iso)
     if len(inside) == 0:
         raise MeshError(
@@ -195,12 +201,12 @@ def _iso_value(iso: str, density: np.ndarray) -> float:
     return float(filled.mean()) if len(filled) else 0.0
 
 
-def _log_histogram(density: np.ndarray, iso: float) -> None:
+def _histogram(density: np.ndarray, iso: float) -> str:
     edges = np.array([0.0, 0.01, 0.1, 1.0, 5.0, 10.0, 25.0, 50.0, 100.0, np.inf])
     counts, _ = np.histogram(density, bins=edges)
     share = 100 * counts / density.size
     bins = "  ".join(f">={edge:g}: {part:.2f}%" for edge, part in zip(edges, share))
-    log.info("density  %s  max %.4g; surface at iso = %.4g", bins, density.max(), iso)
+    return f"density  {bins}  max {density.max():.4g}; surface at iso = {iso:.4g}"
 
 
 def _marching_cubes(

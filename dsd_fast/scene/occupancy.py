@@ -14,6 +14,9 @@ from dsd_fast import ops
 from dsd_fast.ranges import Count, CountOrNone, NonNegative, Share, check
 from dsd_fast.upload import upload
 
+# Lower corner, upper corner.
+Box = tuple[float, float, float, float, float, float]
+
 
 @dataclass
 class OccupancyConfig:
@@ -53,10 +56,29 @@ class OccupancyGrid(nn.Module):
         self._on_host: tuple[torch.cuda.Event, Tensor, int] | None = None
 
     @property
-    def aabb(self) -> tuple[float, float, float, float, float, float]:
+    def aabb(self) -> Box:
         """The box: lower corner, upper corner."""
         r = self.radius
         return (-r, -r, -r, r, r, r)
+
+    def tight(self) -> tuple[Tensor, Box]:
+        """The smallest cube of cells that holds all occupied ones, bool [g,g,g], and its box.
+
+        A march through it finds the samples that one through the whole grid finds, for the lattice
+        of a ray does not begin at the box; but for a middle that lies on a cell's border to the
+        last bit. Waits for the device.
+        """
+        occupied = self.binary.nonzero()
+        if not len(occupied):
+            return self.binary, self.aabb
+        low, high = occupied.amin(0), occupied.amax(0) + 1
+        g, cell = self.cfg.resolution, 2 * self.radius / self.cfg.resolution
+        n = int((high - low).max())
+        # Within the grid also where the cube is longer than what is occupied.
+        x, y, z = low.clamp(max=g - n).tolist()
+        part = self.binary[x : x + n, y : y + n, z : z + n].contiguous()
+        corners = [-self.radius + cell * at for at in (x, y, z, x + n, y + n, z + n)]
+        return part, tuple(corners)
 
     def alpha_threshold(self) -> Tensor:
         """Opacity under which a sample is dropped: min(max_threshold, mean of the cells), 0-dim.

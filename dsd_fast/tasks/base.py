@@ -47,6 +47,8 @@ class Task:
 
     # The flag that a run of bad gradients is told to lower.
     lr_flag: str
+    # What one run makes, in a word.
+    makes: str = "object"
     # What its steps are.
     step_class: type[TrainStep] = TrainStep
 
@@ -122,6 +124,10 @@ class Task:
         cameras, capture = self.cameras(cfg), cfg.trainer.graphs
         return self.step_class(cfg, states, guidance, cameras, device, capture, phase)
 
+    def doing(self, cfg: TrainConfig, step: int) -> str:
+        """What a run does at a step, in words for whoever waits for it."""
+        return "shaping" if 2 * step < cfg.max_steps else "adding detail"
+
     def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
         """What metrics.jsonl tells beside the step's numbers."""
         return {}
@@ -137,6 +143,13 @@ class Task:
         """What `finish` needs of a run, when the diffusion model may go."""
         raise NotImplementedError
 
-    def finish(self, result: Any, cfg: TrainConfig, step: int, run: RunFolder) -> None:
-        """Write what a run was for."""
+    def finish(
+        self,
+        result: Any,
+        cfg: TrainConfig,
+        step: int,
+        run: RunFolder,
+        say: Callable[[str], None],
+    ) -> None:
+        """Write what a run was for; `say` shows what is being done."""
         raise NotImplementedError

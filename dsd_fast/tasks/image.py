@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -74,7 +74,10 @@ class ImageStep(TrainStep):
 class UnitStep(Adam):
     """Steps of unit length in place of Adam's: the parameter less its gradient."""
 
-    def _move(self, name: str, gradient: Tensor, found_inf: Tensor) -> None:
+    def _move(
+        self, name: str, gradient: Tensor, found_inf: Tensor, share: Tensor | float | None
+    ) -> None:
+        # Its share of the rate is all of it (`ImageStep`).
         value = self._trainables[name].parameter.detach()
         # Where the gradient is not finite, so is their difference.
         moved = value - gradient / self.scale
@@ -86,6 +89,7 @@ class ImageTask(Task):
     """One image a run."""
 
     lr_flag = "--image.lr"
+    makes = "image"
     step_class = ImageStep
 
     def view_dependent(self, cfg: TrainConfig) -> bool:
@@ -153,12 +157,17 @@ class ImageTask(Task):
     def result(self, state: TrainState) -> np.ndarray:
         return _pixels(state)
 
-    def finish(self, result: np.ndarray, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+    def finish(
+        self,
+        result: np.ndarray,
+        cfg: TrainConfig,
+        step: int,
+        run: RunFolder,
+        say: Callable[[str], None],
+    ) -> None:
         """Write the image, and the strip of what it was on the way."""
         pictures.write_png(result, run.image)
-        log.info("wrote %s", run.image)
         pictures.write_png(progress_strip(run, step, result), run.preview)
-        log.info("wrote %s", run.preview)
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:
         return run.image.exists() and run.preview.exists()

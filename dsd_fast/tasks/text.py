@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -91,29 +91,43 @@ class TextTask(Task):
         conditions = MultiViewConditions(prompts, model, cfg.guidance, *views)
         return make_guidance(cfg.guidance, model, conditions, noise, cfg.max_steps)
 
+    def doing(self, cfg: TrainConfig, step: int) -> str:
+        """Detail comes with the last and largest size of renderings, where they grow."""
+        milestones = [at for at in cfg.cameras.resolution_milestones if 0 < at < cfg.max_steps]
+        if not milestones:
+            return super().doing(cfg, step)
+        return "shaping" if step < milestones[-1] else "adding detail"
+
     def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
         return {"dropped_samples": state.scene.n_dropped, "size": output.height}
 
     def write_preview(self, state: TrainState, cfg: TrainConfig, run: RunFolder) -> None:
-        size = (cfg.pictures.preview_size, cfg.pictures.preview_size)
-        views = cfg.pictures.preview_views
+        views, size = cfg.pictures.preview_views, cfg.pictures.preview_size
         sheet = pictures.contact_sheet(state.scene, cfg.cameras, state.step, views, size)
         pictures.write_png(sheet, run.previews / f"step-{state.step:06d}.png")
 
     def result(self, state: TrainState) -> FieldScene:
         return state.scene
 
-    def finish(self, result: FieldScene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+    def finish(
+        self,
+        result: FieldScene,
+        cfg: TrainConfig,
+        step: int,
+        run: RunFolder,
+        say: Callable[[str], None],
+    ) -> None:
         """Write the mesh, the turntable and the contact sheet of a trained scene."""
         if cfg.pictures.mesh:
+            say("finishing: the mesh")
             write_mesh(result, cfg, step, run)
         if cfg.pictures.turntable:
-            log.info("rendering a turntable of %d views", cfg.cameras.n_test_views)
-            pictures.write_turntable(result, cfg.cameras, step, run.turntable, cfg.pictures.fps)
-            log.info("wrote %s", run.turntable)
-        sheet = pictures.contact_sheet(result, cfg.cameras, step, cfg.pictures.sheet_views)
+            say("finishing: the video")
+            pictures.write_turntable(result, cfg, step, run.turntable)
+        say("finishing: the picture")
+        views, size = cfg.pictures.sheet_views, cfg.pictures.sheet_size
+        sheet = pictures.contact_sheet(result, cfg.cameras, step, views, size)
         pictures.write_png(sheet, run.preview)
-        log.info("wrote %s", run.preview)
 
 
 def write_mesh(scene: FieldScene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
@@ -124,4 +138,3 @@ def write_mesh(scene: FieldScene, cfg: TrainConfig, step: int, run: RunFolder) -
         log.warning("no mesh: %s", error)
         return
     write_glb(mesh, run.mesh)
-    log.info("wrote %s, %d faces", run.mesh, len(mesh.faces))
