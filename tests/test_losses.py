@@ -86,10 +86,10 @@ def test_roughness_against_plain_loops():
                         F.normalize(2 * output.normal[b, y, x] / opacity[b][y][x] - 1, dim=0)
                         for y, x in ((i, j), (k, m))
                     ]
-                    total += float((pair[0] - pair[1]).square().sum())
+                    total += float((pair[0] - pair[1]).norm())
                     count += 1
     assert count > 20
-    assert float(losses.roughness(output)) == pytest.approx(total / count)
+    assert float(losses.roughness(output)) == pytest.approx(total / count, abs=1e-3)
 
 
 def test_gradients_of_roughness():
@@ -118,7 +118,7 @@ def test_a_plane_is_smooth_and_a_step_between_objects_is_left_alone():
     assert float(losses.roughness(plane)) == 0
     normal[:, :, 3:] = torch.tensor([0.0, 1.0, 0.0])
     crease = dataclasses.replace(plane, normal=(normal + 1) / 2 * opacity)
-    assert float(losses.roughness(crease)) == pytest.approx(2 * 6 / (6 * 6 + 5 * 7))
+    assert float(losses.roughness(crease)) == pytest.approx(2**0.5 * 6 / (6 * 6 + 5 * 7), rel=1e-3)
     opacity = opacity.clone()
     opacity[:, :, 3] = 0.4
     apart = dataclasses.replace(plane, normal=(normal + 1) / 2 * opacity, opacity=opacity)

@@ -116,3 +116,20 @@ def test_a_grid_without_occupied_cells_has_no_tight_cube():
     grid = _grid(resolution=4)
     part, box = grid.tight()
     assert part is grid.binary and box == grid.aabb
+
+
+def test_grown_cells_share_a_face_and_do_not_wrap_around(device):
+    def density(points):
+        corner, middle = torch.tensor([[-1.75] * 3, [0.25] * 3]).to(points)
+        near = [(points - place).abs().amax(-1) < 0.25 for place in (corner, middle)]
+        return (near[0] | near[1]).float()
+
+    grid = _grid(resolution=8, grow=True, max_threshold=1e-9).to(device)
+    grid.update(0, density, _generator())
+    expected = {(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (4, 4, 4)}
+    expected |= {(3, 4, 4), (5, 4, 4), (4, 3, 4), (4, 5, 4), (4, 4, 3), (4, 4, 5)}
+    assert set(map(tuple, grid.binary.nonzero().tolist())) == expected
+    # What was stored is of the cells themselves: nothing grows from update to update.
+    assert int((grid.occs > 0).sum()) == 2
+    grid.update(16, density, _generator(1))
+    assert set(map(tuple, grid.binary.nonzero().tolist())) == expected

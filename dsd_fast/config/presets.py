@@ -128,12 +128,28 @@ def _embedded_single(start: Start) -> TrainConfig:
     cfg.background.eval_color = (0.7, 0.7, 0.7)
     cfg.loss.lambda_sparsity = (0, 0.2, 0.05, _at(0.75, steps))
     cfg.loss.lambda_convex = (0, 1.0, 1.0, _at(0.5, steps))
+    _embedded_surfaces(cfg)
     _embedded_scene(cfg, on_cpu)
     cfg.trainer.log_every = min(10, _at(0.02, steps))
     cfg.trainer.preview_every = _at(0.2, steps)
     cfg.trainer.checkpoint_every = _at(0.25, steps)
     cfg.mesh.resolution = 128 if on_cpu else 192
     return cfg
+
+
+def _embedded_surfaces(cfg: TrainConfig) -> None:
+    """What makes surfaces smooth and opaque; docs/logs/surfaces.md tells how it was found.
+
+    Guidance's gradients are sums over a latent's elements, regularisers means over pixels: at the
+    official weights of about 1 these move nothing. They rise while the shape forms. Earlier, fog
+    is what is smoothest, and stays.
+    """
+    begin = _at(0.3, cfg.max_steps)
+    end = max(_at(0.7, cfg.max_steps), begin + 1)
+    cfg.loss.lambda_roughness = (begin, 0.0, 50.0, end)
+    cfg.loss.lambda_opaque = (begin, 0.1, 200.0, end)
+    cfg.loss.lambda_z_variance = (begin, 1.0, 1000.0, end)
+    cfg.renderer.occupancy.grow = True
 
 
 def _embedded_scene(cfg: TrainConfig, on_cpu: bool) -> None:
@@ -266,7 +282,7 @@ def _single_view(start: Start) -> TrainConfig:
     cfg.loss.lambda_dsd = (0.2 if start.on_cpu else 0.15) if small_dsd else 0.1
     cfg.loss.lambda_orient = 1.0
     cfg.loss.lambda_sparsity = cfg.loss.lambda_opaque = 0.1
-    cfg.loss.lambda_convex = cfg.loss.lambda_z_variance = 0.0
+    cfg.loss.lambda_convex = cfg.loss.lambda_z_variance = cfg.loss.lambda_roughness = 0.0
     # The box holds the object, and the cameras stand outside.
     cfg.field.radius = 1.0
     # The picture's light is part of its colours.

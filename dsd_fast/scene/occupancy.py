@@ -30,6 +30,9 @@ class OccupancyConfig:
     decay: Share = 0.95
     # Upper bound of the threshold; the mean over the cells is used when it is lower.
     max_threshold: NonNegative = 0.01
+    # Visit the six neighbours of occupied cells too. One point a cell misses what reaches into it
+    # by a corner: of an object with sharp surfaces such cells cut pieces out of the outline.
+    grow: bool = False
 
 
 class OccupancyGrid(nn.Module):
@@ -113,11 +116,12 @@ class OccupancyGrid(nn.Module):
         values = density_fn(upload(points, device)) * self.step_size
         ops.occupancy_update(self.occs, upload(indices, device), values, self.cfg.decay)
         binary, _ = ops.occupancy_threshold(self.occs, self.cfg.max_threshold)
-        self.binary.copy_(binary.reshape(g, g, g))
+        binary = binary.reshape(g, g, g)
+        self.binary.copy_(_grown(binary) if self.cfg.grow else binary)
         if device.type == "cuda":
             # Fetched now, it is there long before the next update asks for it: nobody waits.
             host = torch.empty(g**3, dtype=torch.bool, pin_memory=True)
-            host.copy_(binary.reshape(-1), non_blocking=True)
+            host.copy_(self.binary.reshape(-1), non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
             self._on_host = (arrived, host, self.binary._version)
@@ -142,3 +146,13 @@ class OccupancyGrid(nn.Module):
             chosen = torch.randint(len(occupied), (n_uniform,), generator=generator)
             occupied = occupied[chosen]
         return torch.cat([uniform, occupied])
+
+
+def _grown(binary: Tensor) -> Tensor:
+    """Cells [G,G,G] that are set or share a face with one that is."""
+    grown = binary.clone()
+    for axis in range(3):
+        n = binary.shape[axis] - 1
+        grown.narrow(axis, 1, n).logical_or_(binary.narrow(axis, 0, n))
+        grown.narrow(axis, 0, n).logical_or_(binary.narrow(axis, 1, n))
+    return grown
