@@ -106,10 +106,12 @@ def cuda_absent() -> str:
     if driver.capabilities and not gpus.usable(driver):
         found = ", ".join(f"{major}.{minor}" for major, minor in driver.capabilities)
         return f"no GPU of Turing or newer was found, but compute capability {found}"
-    if find_nvcc() is None and driver.cuda < NVCC_WHEELS_CUDA:
+    nvcc = find_nvcc()
+    cuda = NVCC_WHEELS_CUDA if nvcc is None else gpus.cuda_of_nvcc(nvcc)
+    if cuda > driver.cuda:
         return (
-            "no nvcc was found, and the driver is too old for that of the wheels; update it to 580 "
-            "or newer, or set CUDA_HOME to a CUDA 12 toolkit"
+            f"the NVIDIA driver is too old for CUDA {cuda}, of which nvcc is; update it, or set "
+            "CUDA_HOME to an older CUDA toolkit"
         )
     return ""
 
@@ -168,8 +170,10 @@ class CMakeBuild(build_ext):
         generator = ["-G", "Ninja"] if options["CMAKE_MAKE_PROGRAM"] else []
         definitions = [f"-D{key}={value}" for key, value in options.items() if value is not None]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        run(["cmake", "-S", str(ROOT), "-B", str(BUILD), *generator, *definitions], env)
-        run(["cmake", "--build", str(BUILD), "--config", "Release", "--parallel", jobs], env)
+        configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), *generator, *definitions]
+        run(configure, env, "looking for compilers")
+        build = ["cmake", "--build", str(BUILD), "--config", "Release", "--parallel", jobs]
+        run(build, env, backends(options))
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -252,9 +256,16 @@ def cmake_options() -> tuple[dict[str, object], dict[str, str]]:
     return options, env
 
 
-def run(command: list[str], env: dict[str, str]) -> None:
-    """Runs a build step; its failure ends the build with a way out."""
-    title = "compiling" if "--build" in command else "looking for compilers"
+def backends(options: dict[str, object]) -> str:
+    """What a build with these CMake definitions compiles, in few words."""
+    if options["DSD_CUDA"] == "OFF":
+        return "CPU kernels"
+    numbers = dict.fromkeys(re.findall(r"\d+", str(options["DSD_CUDA_ARCHS"])))
+    return "CPU and CUDA kernels" + (f" for {', '.join(numbers)}" if numbers else "")
+
+
+def run(command: list[str], env: dict[str, str], title: str) -> None:
+    """Runs a build step, with `title` on the terminal; its failure ends the build with a way out."""
     try:
         progress.run(command, env, title)
     except FileNotFoundError:

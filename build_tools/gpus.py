@@ -15,7 +15,7 @@ from typing import NamedTuple
 OLDEST = (7, 5)  # Turing: the kernels use its tensor cores and instructions.
 
 # Oldest major version of a driver -> major version of CUDA that it runs.
-CUDA_OF_DRIVER = {580: 13, 525: 12}
+CUDA_OF_DRIVER = {580: 13, 525: 12, 450: 11}
 
 # In a process of its own: a driver that is broken may hang or crash who asks it.
 ASK_LIBCUDA = """
@@ -47,26 +47,26 @@ class Driver(NamedTuple):
 @cache
 def find_driver() -> Driver | None:
     """The driver of this machine with all of its GPUs, None without a driver."""
-    return ask_smi() or ask_libcuda() or ask_proc()
+    return ask_libcuda() or ask_smi() or ask_proc()
+
+
+def ask_libcuda() -> Driver | None:
+    """By the driver's library, which knows of packages for forward compatibility too."""
+    first, *rows = answer([sys.executable, "-c", ASK_LIBCUDA]).split("\n")
+    if not first:
+        return None
+    pairs = (row.split() for row in rows if row)
+    return Driver(int(first), tuple(sorted({(int(major), int(minor)) for major, minor in pairs})))
 
 
 def ask_smi() -> Driver | None:
-    """By nvidia-smi, which shows GPUs that CUDA_VISIBLE_DEVICES hides too."""
+    """By nvidia-smi, where the library is not to be found."""
     query = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     rows = re.findall(r"^(\d+)[\d.]*, (\d+)\.(\d+)\s*$", answer(query), re.MULTILINE)
     if not rows:
         return None
     capabilities = sorted({(int(major), int(minor)) for _, major, minor in rows})
     return Driver(cuda_of(int(rows[0][0])), tuple(capabilities))
-
-
-def ask_libcuda() -> Driver | None:
-    """By the driver's library: in containers, and where nvidia-smi is too old to be asked."""
-    first, *rows = answer([sys.executable, "-c", ASK_LIBCUDA]).split("\n")
-    if not first:
-        return None
-    pairs = (row.split() for row in rows if row)
-    return Driver(int(first), tuple(sorted({(int(major), int(minor)) for major, minor in pairs})))
 
 
 def ask_proc() -> Driver | None:
@@ -89,6 +89,12 @@ def answer(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.decode(errors="replace").strip() if result.returncode == 0 else ""
+
+
+def cuda_of_nvcc(nvcc: Path) -> int:
+    """Major version of CUDA that an nvcc is of, 0 if it does not say."""
+    found = re.search(r"release (\d+)\.", answer([str(nvcc), "--version"]))
+    return int(found[1]) if found else 0
 
 
 def cuda_of(driver: int) -> int:
