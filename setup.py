@@ -265,7 +265,7 @@ def backends(options: dict[str, object]) -> str:
 
 
 def run(command: list[str], env: dict[str, str], title: str) -> None:
-    """Runs a build step, with `title` on the terminal; its failure ends the build with a way out."""
+    """Runs a build step, `title` on the terminal; its failure ends the build with a way out."""
     try:
         progress.run(command, env, title)
     except FileNotFoundError:
