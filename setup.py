@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # build_tools
@@ -40,12 +41,14 @@ NVCC_WHEELS = [
 NVCC_WHEELS_CUDA = 13
 
 
+NVCC = "nvcc.exe" if os.name == "nt" else "nvcc"
+
+
 def find_nvcc() -> Path | None:
     """nvcc of CUDA_HOME, of PATH or of the nvidia-cuda-nvcc wheel, in this order."""
-    name = "nvcc.exe" if os.name == "nt" else "nvcc"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
-        nvcc = Path(home, "bin", name)
+        nvcc = Path(home, "bin", NVCC)
         if not nvcc.exists():
             raise SystemExit(f"dsd_fast: CUDA_HOME is {home}, but {nvcc} does not exist")
         return nvcc
@@ -55,10 +58,10 @@ def find_nvcc() -> Path | None:
     in_wheel = nvcc_of_wheel()
     if in_wheel is not None:
         return in_wheel
-    usual = Path("/usr/local/cuda/bin", name)
+    usual = Path("/usr/local/cuda/bin", NVCC)
     if usual.exists():
         return usual
-    return max(BUILD.parent.glob(f"nvcc-*/bin/{name}"), default=None)
+    return max(BUILD.parent.glob(f"nvcc-*/bin/{NVCC}"), default=None)
 
 
 def nvcc_of_wheel() -> Path | None:
@@ -71,8 +74,7 @@ def nvcc_of_wheel() -> Path | None:
     found = [
         nvcc
         for folder in (spec.submodule_search_locations or [] if spec else [])
-        for nvcc in Path(folder).glob("cu[0-9]*/bin/nvcc*")
-        if nvcc.stem == "nvcc"
+        for nvcc in Path(folder).glob(f"cu[0-9]*/bin/{NVCC}")
     ]
     if not found:
         return None
@@ -85,7 +87,7 @@ def nvcc_of_wheel() -> Path | None:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(nvcc.parent.parent, partial)
         partial.rename(kept)
-    return kept / "bin" / nvcc.name
+    return kept / "bin" / NVCC
 
 
 def cuda_absent() -> str:
@@ -154,6 +156,15 @@ def cmake_version() -> tuple[int, ...]:
     """(major, minor) of the cmake on PATH, (0, 0) without one that starts."""
     found = re.search(r"version (\d+)\.(\d+)", gpus.answer(["cmake", "--version"]))
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+class FreshPackage(build_py):
+    """Collects the package's files, none of an earlier build's that are no longer in it."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "dsd_fast"), ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -296,6 +307,6 @@ setup(
     },
     ext_modules=[Extension("dsd_fast._C", sources=[], py_limited_api=STABLE_ABI)],
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshPackage},
     setup_requires=requirements,
 )
