@@ -202,7 +202,7 @@ def forget_other_tools(options: dict[str, object]) -> None:
         "python": options["Python_EXECUTABLE"],
         "generator": "Ninja" if options["CMAKE_MAKE_PROGRAM"] else "",
         "cxx": f"{cxx} {gpus.answer([cxx, '--version'])}",
-        "flags": [os.environ.get(name) for name in ("CFLAGS", "CXXFLAGS", "CUDAFLAGS", "LDFLAGS")],
+        "flags": [os.environ.get(name) for name in ("CXXFLAGS", "CUDAFLAGS", "LDFLAGS")],
     }
     nvcc = options.get("CMAKE_CUDA_COMPILER")
     if nvcc is not None:
