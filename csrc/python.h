@@ -120,8 +120,17 @@ struct From<std::array<T, N>> {
 
 // ---- results ----
 
-inline PyObject* to_python(int64_t value) { return PyLong_FromLongLong(value); }
-inline PyObject* to_python(PyObject* object) { return object; }
+template <class T>
+PyObject* to_python(T value) {
+    if constexpr (std::is_same_v<T, PyObject*>) {
+        return value;
+    } else if constexpr (std::is_same_v<T, bool>) {
+        return PyBool_FromLong(value);
+    } else {
+        static_assert(std::is_integral_v<T>);
+        return PyLong_FromLongLong(value);
+    }
+}
 
 // ---- calls ----
 
