@@ -4,8 +4,7 @@
 //   stream    cudaStream_t as an integer (CUDA only)
 //   n_threads threads to use (CPU only)
 // Checks of shape, type and device are made in dsd_fast/ops. Launches run without the GIL.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "python.h"  // before all others, as Python asks
 
 #include <array>
 #include <cstdint>
@@ -23,8 +22,8 @@
 #include "prune.h"
 #include "sh.h"
 
-namespace py = pybind11;
 using Address = std::uintptr_t;
+using dsd::python::method;
 
 namespace dsd::cuda {
 int set_device(int device);
@@ -50,7 +49,7 @@ struct Target {
 // launchers out of a build without them.
 template <class Cpu, class Cuda>
 void launch(const Target& target, const Cpu& cpu, const Cuda& cuda) {
-    py::gil_scoped_release release;
+    const dsd::python::WithoutGil without_gil;
     if (target.device < 0) {
         cpu(target.n_threads);
         return;
@@ -75,24 +74,35 @@ void launch(const Target& target, const Cpu& cpu, const Cuda& cuda) {
 #endif
 #define DSD_CPU_CALL(...) [&](int n_threads) { __VA_ARGS__; }
 
-py::dict build_info() {
-    py::dict info;
-    info["cpu_isa"] = dsd::cpu_has_avx2() ? "avx2+fma" : "baseline";
-    info["sanitize"] = DSD_SANITIZE;
-    info["bindings_sha256"] = DSD_BINDINGS_SHA256;
+// What this module was built with, as a dict.
+PyObject* build_info() {
+    const char* compiler = "";
+    PyObject* cuda = nullptr;
+    const char* archs = "";
+    const char* absent = "";  // why there is no CUDA
 #if defined(__VERSION__)
-    info["compiler"] = __VERSION__;
+    compiler = __VERSION__;
+#elif defined(_MSC_VER)
+    const std::string msvc = "MSVC " + std::to_string(_MSC_FULL_VER);
+    compiler = msvc.c_str();
 #endif
 #if defined(DSD_WITH_CUDA)
-    info["cuda"] = dsd::cuda::runtime_version();
-    info["cuda_archs"] = DSD_CUDA_ARCHS;
-    info["cuda_absent"] = "";
+    cuda = PyLong_FromLong(dsd::cuda::runtime_version());
+    if (cuda == nullptr) return nullptr;
+    archs = DSD_CUDA_ARCHS;
 #else
-    info["cuda"] = py::none();
-    info["cuda_archs"] = "";
-    info["cuda_absent"] = DSD_CUDA_ABSENT;  // why
+    Py_INCREF(Py_None);
+    cuda = Py_None;
+    absent = DSD_CUDA_ABSENT;
 #endif
-    return info;
+    return Py_BuildValue("{ss ss ss ss sN ss ss}",                                  //
+                         "cpu_isa", dsd::cpu_has_avx2() ? "avx2+fma" : "baseline",  //
+                         "sanitize", DSD_SANITIZE,                                  //
+                         "bindings_sha256", DSD_BINDINGS_SHA256,                    //
+                         "compiler", compiler,                                      //
+                         "cuda", cuda,                                              //
+                         "cuda_archs", archs,                                       //
+                         "cuda_absent", absent);
 }
 
 // `levels` is GridSpec.packed_levels: one GridLevel after the other.
@@ -499,37 +509,52 @@ void adam_step(Address param, Address grad, Address exp_avg, Address exp_avg_sq,
            DSD_CUDA_CALL(dsd::cuda::adam_step(params, stream)));
 }
 
+PyMethodDef methods[] = {
+    method<build_info>("build_info", "What this module was built with, as a dict."),
+    method<dsd::keep_freed_memory>(
+        "keep_freed_memory",
+        "Tells the C library to keep freed memory (glibc): faster training steps on the CPU."),
+
+    method<hashgrid_fwd>("hashgrid_fwd"),
+    method<hashgrid_bwd_table>("hashgrid_bwd_table"),
+    method<hashgrid_sums>("hashgrid_sums"),
+    method<hashgrid_bwd_input>("hashgrid_bwd_input"),
+
+    method<field_fwd>("field_fwd"),
+    method<field_bwd>("field_bwd"),
+    method<field_workspace>("field_workspace"),
+    method<field_sums>("field_sums"),
+
+    method<sh_fwd>("sh_fwd"),
+    method<sh_bwd>("sh_bwd"),
+
+    method<march_count>("march_count"),
+    method<march_write>("march_write"),
+
+    method<visibility>("visibility"),
+    method<prune>("prune"),
+    method<composite_fwd>("composite_fwd"),
+    method<composite_bwd>("composite_bwd"),
+
+    method<occupancy_update>("occupancy_update"),
+    method<occupancy_threshold>("occupancy_threshold"),
+
+    method<adam_step>("adam_step"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef_Slot slots[] = {{0, nullptr}};
+
+PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
+                          "_C",
+                          "Compiled kernels of dsd_fast (CPU, and CUDA when built with it)",
+                          0,
+                          methods,
+                          slots,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled kernels of dsd_fast (CPU, and CUDA when built with it)";
-    m.def("build_info", &build_info, "What this module was built with, as a dict.");
-    m.def("keep_freed_memory", &dsd::keep_freed_memory,
-          "Tells the C library to keep freed memory (glibc): faster training steps on the CPU.");
-
-    m.def("hashgrid_fwd", &hashgrid_fwd);
-    m.def("hashgrid_bwd_table", &hashgrid_bwd_table);
-    m.def("hashgrid_sums", &hashgrid_sums);
-    m.def("hashgrid_bwd_input", &hashgrid_bwd_input);
-
-    m.def("field_fwd", &field_fwd);
-    m.def("field_bwd", &field_bwd);
-    m.def("field_workspace", &field_workspace);
-    m.def("field_sums", &field_sums);
-
-    m.def("sh_fwd", &sh_fwd);
-    m.def("sh_bwd", &sh_bwd);
-
-    m.def("march_count", &march_count);
-    m.def("march_write", &march_write);
-
-    m.def("visibility", &visibility);
-    m.def("prune", &prune);
-    m.def("composite_fwd", &composite_fwd);
-    m.def("composite_bwd", &composite_bwd);
-
-    m.def("occupancy_update", &occupancy_update);
-    m.def("occupancy_threshold", &occupancy_threshold);
-
-    m.def("adam_step", &adam_step);
-}
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&module_def); }

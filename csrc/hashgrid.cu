@@ -7,7 +7,7 @@
 namespace dsd::cuda {
 namespace {
 
-// Levels that a block of the backward kernel goes through: see field.cu.
+// Levels that a block of the backward kernel goes through: see field_kernels.cuh.
 constexpr int kLevels = 4;
 
 // The point of this thread; the last one for threads behind it, so that warps stay whole.

@@ -132,22 +132,31 @@ def runs_on(capability: tuple[int, int], archs: str) -> bool:
     return False
 
 
+def rebuild_for(capability: tuple[int, int]) -> str:
+    """The way out for a GPU of a capability that a build has no code for."""
+    return (
+        "Build it again on this computer, `pip install -e .` in the source folder, or with "
+        f"DSD_CUDA_ARCHS={capability[0]}.{capability[1]}; DSD_CUDA_ARCHS=all is for every GPU"
+    )
+
+
 @cache
 def _check_cuda_device(index: int) -> None:
     """Raises RuntimeError in words when the compiled module cannot run on CUDA device `index`."""
     info = extension().build_info()
     if info["cuda"] is None:
         raise RuntimeError(
-            "tensors are on a CUDA device, but dsd_fast was built for the CPU only. Rebuild it "
-            "where nvcc is found (CUDA_HOME, PATH, or `pip install nvidia-cuda-nvcc`; DSD_CUDA=1 "
-            "insists), or choose the slow pure-torch reference with DSD_BACKEND=torch."
+            "tensors are on a CUDA device, but dsd_fast was built for the CPU only: "
+            f"{info['cuda_absent']}. Build it again on this computer with `pip install -e .` in "
+            "the source folder (DSD_CUDA=1 insists on CUDA), or choose the slow pure-torch "
+            "reference with DSD_BACKEND=torch."
         )
     capability = torch.cuda.get_device_capability(index)
     if not runs_on(capability, info["cuda_archs"]):
         raise RuntimeError(
             f"{torch.cuda.get_device_name(index)} has compute capability "
             f"{capability[0]}.{capability[1]}, but dsd_fast was built for {info['cuda_archs']}. "
-            f"Rebuild it with DSD_CUDA_ARCHS={capability[0]}.{capability[1]}."
+            f"{rebuild_for(capability)}."
         )
 
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -55,11 +56,25 @@ def _kernels_cuda() -> str:
     info = extension().build_info()
     if info["cuda"] is None:
         return (
-            f"not built: {info['cuda_absent']}. It makes GPU runs possible; rebuild with "
-            "DSD_CUDA=1, and with CUDA_HOME where nvcc is not found"
+            f"not built: {info['cuda_absent']}. They make GPU runs possible: build again with "
+            "`pip install -e .` in the source folder of the computer with the GPU (DSD_CUDA=1 "
+            "builds for every GPU anywhere), and with CUDA_HOME where nvcc is not found"
         )
     major, minor = divmod(info["cuda"] // 10, 100)
-    return f"CUDA {major}.{minor} code for {info['cuda_archs']}"
+    return f"built with CUDA {major}.{minor} for compute capability {_archs(info['cuda_archs'])}"
+
+
+def _archs(built: str) -> str:
+    """build_info's architectures in words: "86-real 89-real 89-virtual" is "8.6, 8.9+PTX"."""
+    names: dict[str, str] = {}
+    for item in built.split():
+        found = re.fullmatch(r"(\d+)(\d[af]?)-(\w+)", item)
+        if found is None:
+            return built
+        major, minor, kind = found.groups()
+        name = f"{major}.{minor}"
+        names[name] = names.get(name, "") if kind == "real" else "+PTX"
+    return ", ".join(name + suffix for name, suffix in names.items())
 
 
 def _backend_choice() -> str:
@@ -82,7 +97,7 @@ def _driver() -> str:
 def _gpus() -> str:
     import torch
 
-    from dsd_fast._backend import extension, runs_on
+    from dsd_fast._backend import extension, rebuild_for, runs_on
 
     if not torch.cuda.is_available():
         return "none that torch can use: CPU runs only"
@@ -90,7 +105,9 @@ def _gpus() -> str:
     lines = []
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
-        words = "" if runs_on((found.major, found.minor), archs) else ", NO CODE BUILT FOR IT"
+        capability = (found.major, found.minor)
+        fits = not archs or runs_on(capability, archs)
+        words = "" if fits else f", NO CODE BUILT FOR IT: {rebuild_for(capability)}"
         lines.append(
             f"{found.name}, compute capability {found.major}.{found.minor}, "
             f"{found.total_memory / 2**30:.1f} GiB{words}"

@@ -13,7 +13,7 @@ tar -c --exclude='*.so' --exclude=assets --exclude=./kernels --exclude=__pycache
 cp -r kernels "$work/site/dsd_fast/kernels"
 
 cmake -S . -B "$work/cmake" -G Ninja -DDSD_CUDA=OFF -DDSD_SANITIZE=address,undefined \
-    -DPython_EXECUTABLE="$(command -v python)" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" \
+    -DPython_EXECUTABLE="$(command -v python)" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$work/site/dsd_fast"
 cmake --build "$work/cmake"
 

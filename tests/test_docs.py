@@ -40,6 +40,7 @@ NOT_RUN = {
     "python3 -m venv": "an environment is what this test runs in",
     ". .venv/bin/activate": "the same",
     "pip install": "installs packages; the extras that it names are looked up",
+    "pip wheel": "compiles for a minute",
     "pre-commit": "fetches its hooks",
     "ruff": "looks at the code, not at the docs",
     "pyright": "the same",

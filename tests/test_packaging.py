@@ -6,7 +6,6 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,7 +182,8 @@ def test_bindings_are_the_only_python_in_csrc_and_torch_is_nowhere() -> None:
     for path in (ROOT / "csrc").iterdir():
         text = path.read_text()
         assert "#include <torch" not in text and "#include <ATen" not in text, path.name
-        assert ("pybind11" in text) == (path.name == "bindings.cpp"), path.name
+        assert ('#include "python.h"' in text) == (path.name == "bindings.cpp"), path.name
+        assert ("#include <Python.h>" in text) == (path.name == "python.h"), path.name
 
 
 # ---- rooms ----
@@ -306,48 +306,7 @@ def test_a_command_runs_by_its_name() -> None:
     assert unknown.returncode == 2 and "did you mean train?" in unknown.stderr
 
 
-# ---- setup and info -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def setup_py(monkeypatch) -> dict:
-    """The functions of setup.py, by name."""
-    monkeypatch.setattr("setuptools.setup", lambda **_: None)
-    monkeypatch.setattr(sys, "argv", ["setup.py"])
-    scope: dict = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
-    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), scope)
-    return scope
-
-
-def test_cuda_architecture_lists(setup_py) -> None:
-    archs = setup_py["cmake_archs"]
-    assert archs("8.6;8.9") == "86-real;89-real"
-    assert archs("7.5 12.0+PTX") == "75-real;120-real;120-virtual"
-    assert archs("90a, 100") == "90a-real;100-real"
-    with pytest.raises(SystemExit, match="cannot read the CUDA architecture 'Ampere'"):
-        archs("Ampere")
-
-
-def test_kernels_of_a_source_folder(setup_py, tmp_path, monkeypatch) -> None:
-    """A build in place makes them importable: by a link, or a copy where there are none."""
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("first")
-    (tmp_path / "dsd_fast").mkdir()
-    made = tmp_path / "dsd_fast" / "kernels"
-    monkeypatch.setitem(setup_py, "ROOT", tmp_path)
-
-    def no_links(*_: object, **__: object) -> None:
-        raise OSError
-
-    with monkeypatch.context() as windows:
-        windows.setattr(Path, "symlink_to", no_links)
-        setup_py["link_kernels"]()
-        (tmp_path / "kernels" / "__init__.py").write_text("second")
-        setup_py["link_kernels"]()
-    assert not made.is_symlink() and (made / "__init__.py").read_text() == "second"
-    for _ in range(2):
-        setup_py["link_kernels"]()
-    assert made.resolve() == tmp_path / "kernels"
+# ---- tools, module and info ----------------------------------------------------------------------
 
 
 def test_tools_have_one_version() -> None:
@@ -357,23 +316,6 @@ def test_tools_have_one_version() -> None:
     pinned = set(re.findall(r'"((?:ruff|clang-format)==[^"]+)"', hooks))
     assert {pin.split("==")[0] for pin in pinned} == {"ruff", "clang-format"}
     assert all(f'"{pin}"' in project for pin in pinned)
-
-
-@pytest.mark.parametrize(
-    "wanted, reason", [("0", "switched off by DSD_CUDA=0"), ("", "no nvcc was found")]
-)
-def test_a_build_without_cuda_says_why(wanted, reason, setup_py, monkeypatch) -> None:
-    monkeypatch.setenv("DSD_CUDA", wanted)
-    monkeypatch.setitem(setup_py, "find_nvcc", lambda: None)
-    # A dependency of building alone, absent where the package was built in isolation.
-    pybind11 = SimpleNamespace(get_cmake_dir=lambda: "pybind11")
-    monkeypatch.setitem(sys.modules, "pybind11", pybind11)
-    options, _ = setup_py["cmake_options"](ROOT)
-    assert (options["DSD_CUDA"], options["DSD_CUDA_ABSENT"]) == ("OFF", reason)
-    built = {"cuda": None, "cuda_archs": "", "cuda_absent": reason}
-    extension = SimpleNamespace(build_info=lambda: built)
-    monkeypatch.setattr(_backend, "extension", lambda: extension)
-    assert dict(info.report())["CUDA kernels"].startswith(f"not built: {reason}. ")
 
 
 def test_module_of_other_bindings_is_refused(monkeypatch, tmp_path) -> None:

@@ -1,0 +1,1 @@
+"""What setup.py needs for a build, and nobody afterwards."""
