@@ -39,13 +39,11 @@ NVCC_WHEELS = [
     "nvidia-cuda-cccl>=13,<14",
 ]
 NVCC_WHEELS_CUDA = 13
-
-
 NVCC = "nvcc.exe" if os.name == "nt" else "nvcc"
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, of PATH or of the nvidia-cuda-nvcc wheel, in this order."""
+    """nvcc of CUDA_HOME, PATH, the nvidia-cuda-nvcc wheel, /usr/local/cuda, or an earlier build."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         nvcc = Path(home, "bin", NVCC)

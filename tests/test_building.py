@@ -323,6 +323,20 @@ def test_nvcc_of_an_isolated_build_is_kept(setup_py, tmp_path, monkeypatch) -> N
     assert setup_py["nvcc_of_wheel"]() is None
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_wheel_has_no_file_of_an_earlier_one(in_place, setup_py, tmp_path, monkeypatch) -> None:
+    from setuptools import Distribution
+
+    monkeypatch.setattr(setup_py["build_py"], "run", lambda _: None)
+    old = tmp_path / "dsd_fast" / "moved.py"
+    old.parent.mkdir()
+    old.touch()
+    command = setup_py["FreshPackage"](Distribution())
+    command.build_lib, command.editable_mode = str(tmp_path), in_place
+    command.run()
+    assert old.exists() == in_place
+
+
 def test_kernels_of_a_source_folder(setup_py, tmp_path, monkeypatch) -> None:
     """A build in place makes them importable: by a link, or a copy where there are none."""
     (tmp_path / "kernels").mkdir()
