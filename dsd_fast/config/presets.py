@@ -91,14 +91,30 @@ def _embedded_together(start: Start) -> TrainConfig:
     guidance, cameras = cfg.guidance, cfg.cameras
     guidance.use_perp_neg, guidance.standard_cfg = False, True
     guidance.mirror_trajectory = False
-    cfg.multiview.azimuth_bins, cfg.multiview.elevation_bins = (3, 1) if on_cpu else (9, 3)
+    guidance.guidance_scale = 4.0
+    # One trajectory, of four views from between the sides: the object that a seed chooses. Those of
+    # other cameras are of other objects; of them the more there are, the more alike seeds become.
+    cfg.multiview.azimuth_bins = cfg.multiview.elevation_bins = 1
+    cfg.multiview.at_bins = False
     cameras.n_view = cameras.batch_size = 4
     cameras.camera_perturb = cameras.center_perturb = cameras.up_perturb = 0.0
     # As the prior's views were taken.
     cameras.relative_distance, cameras.camera_distance_range = True, (0.65, 0.85)
     cameras.fovy_range = (40.0, 60.0)
-    cameras.elevation_range = (15.0, 15.0) if on_cpu else (-5.0, 35.0)
+    cameras.elevation_range = (-5.0, 35.0)
+    cameras.progressive_until = _at(1 / 6, steps)
     cfg.background.share_aug_bg = True
+    # The prior's own views are lit softly from above, which is part of their colours.
+    cfg.material.diffuse_prob = 0.0
+    if on_cpu:
+        # So few steps have to be long ones.
+        cfg.optimizer.geometry_lr = 0.02
+    cfg.optimizer.lr_share = (_at(0.5, steps), 1.0, 0.1, max(steps, _at(0.5, steps) + 1))
+    begin, end = _at(0.3, steps), max(_at(0.75, steps), _at(0.3, steps) + 1)
+    # A pixel of a finer picture has less of a difference to its neighbours.
+    cfg.loss.lambda_roughness = (begin, 0.0, 30.0 if on_cpu else 60.0, end)
+    cfg.loss.lambda_opaque = (begin, 0.1, 100.0, end)
+    cfg.loss.lambda_z_variance = (begin, 1.0, 100.0, end)
     return cfg
 
 
