@@ -315,15 +315,26 @@ def test_a_line_is_not_padded_before_it_is_looked_at(size, recenter, tmp_path):
 
 
 def test_large_pictures_are_made_smaller(tmp_path):
-    rgba = disc(2500, 2500, 1200, (1249.5, 1249.5))
+    rgba = disc(2500, 2500, 1100, (1249.5, 1249.5))
     rgba[..., 1][rgba[..., 3] == 0] = 255  # green where nothing is, which must not bleed
     Image.fromarray(rgba).save(tmp_path / "a.png", compress_level=1)
     small = read_picture(tmp_path / "a.png")
     side = small.shape[-1]
     assert LARGEST_SIDE / 2 < side <= LARGEST_SIDE
     cover = small[0, 3].mean().item()
-    assert cover == pytest.approx(np.pi * 1200**2 / 2500**2, rel=1e-3)
+    assert cover == pytest.approx(np.pi * 1100**2 / 2500**2, rel=1e-3)
     assert small[0, 1].max() < 0.02 and abs(small[0, 0, side // 2, side // 2] - 200 / 255) < 0.01
+
+
+def test_large_objects_are_made_smaller_and_centred(tmp_path):
+    Image.fromarray(disc(2400, 2600, 1150, (1200, 1449))).save(tmp_path / "a.png", compress_level=1)
+    seen = read_picture(tmp_path / "a.png")
+    side = seen.shape[-1]
+    assert LARGEST_SIDE / 2 < side <= LARGEST_SIDE / RECENTRED_SIDE + 1
+    for axis in (1, 2):
+        found = (seen[0, 3] > 0.5).any(axis - 1).nonzero()
+        assert abs(found[0] + found[-1] - (side - 1)) <= 2
+        assert (found[-1] - found[0] + 1) / side == pytest.approx(RECENTRED_SIDE, abs=3 / side)
 
 
 # Meshes by other tools

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from dsd_fast.picture_file import read_rgba
 from dsd_fast.ranges import AnyPath, Bins, ViewElevation, Weight
 from dsd_fast.schedules import ScheduleValue
+
+log = logging.getLogger(__name__)
 
 # Pictures whose alpha is above this everywhere have a background.
 OPAQUE_ALPHA = 250
@@ -28,6 +32,10 @@ LARGEST_SIDE = 2048
 # `recenter` gives the object this share of the picture's side: that of the small model's training
 # objects, a sphere of radius 0.6 at distance 1.75 through 50 degrees, less what corners leave.
 RECENTRED_SIDE = 0.75
+# An object that comes nearer to an edge of the square, in shares of its side, is recentred unasked:
+# cut-outs of shops and catalogues end where the object does, and what fills a view to its edge has
+# no room in it once it is turned.
+LEAST_MARGIN = 0.025
 
 
 @dataclass
@@ -36,7 +44,8 @@ class SingleViewConfig:
     image: Annotated[AnyPath | None, tyro.conf.arg(name="image", prefix_name=False)] = None
     # Elevation in degrees from which the picture was taken; azimuth 0 is where it was taken from.
     elevation: ViewElevation = 5.0
-    # Crop the picture to the object and centre it at the size of the model's training pictures.
+    # Centre the picture on the object, at the size of the model's training pictures; an object that
+    # reaches an edge of the picture is centred in any case.
     recenter: bool = False
     # The model is Stable Zero123, whose pose ends with the picture's polar angle.
     polar_pose: bool = False
@@ -73,9 +82,9 @@ def read_picture(path: Path | None, recenter: bool = False) -> Tensor:
             is opaque everywhere, loses its background through rembg.
         recenter: see SingleViewConfig.
     Returns:
-        [1,4,S,S] float32 in [0,1] on the CPU, straight alpha; the shorter side is padded with
-        nothing. S is at most LARGEST_SIDE, and a third more where `recenter` adds margins: larger
-        pictures are made smaller.
+        [1,4,S,S] float32 in [0,1] on the CPU, straight alpha; beyond the picture there is nothing.
+        S is at most LARGEST_SIDE, and a third more where recentring adds margins: larger pictures
+        are made smaller.
     Raises:
         FileNotFoundError: there is no such file, or none was named.
         ValueError: it cannot be read as a picture, or shows no object that can be seen.
@@ -92,33 +101,32 @@ def read_picture(path: Path | None, recenter: bool = False) -> Tensor:
     if rgba[..., 3].min() > OPAQUE_ALPHA:
         rgba = _without_background(rgba, path)
     there = rgba[..., 3] > 127
-    if recenter:
-        rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
-        if not len(rows):
-            raise ValueError(f"--image {path}: it shows no object; check its alpha channel")
-        around = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        rgba, there = rgba[around], there[around]
-        if max(there.shape) < LEAST_SIDE:
-            raise ValueError(
-                f"--image {path}: the object has {there.shape[1]} x {there.shape[0]} pixels, "
-                f"expected at least {LEAST_SIDE} on one side; pass a larger picture of it"
-            )
+    rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        raise ValueError(f"--image {path}: it shows no object; check its alpha channel")
+    around = _Box(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+    whole = _Box(0, there.shape[0], 0, there.shape[1])
+    if recenter and around.side < LEAST_SIDE:
+        raise ValueError(
+            f"--image {path}: the object has {around.width} x {around.height} pixels, "
+            f"expected at least {LEAST_SIDE} on one side; pass a larger picture of it"
+        )
     # Of the square that it is looked at in, which is not made before.
-    height, width = there.shape
-    cover = np.count_nonzero(there) / max(height, width) ** 2
+    cover = np.count_nonzero(there) / (around if recenter else whole).side ** 2
     if cover < LEAST_COVER:
-        what = f"in a square around it the object ({width} x {height} pixels)"
+        what = f"in a square around it the object ({around.width} x {around.height} pixels)"
         raise ValueError(
             f"--image {path}: {what if recenter else 'padded to a square, the object'} covers "
             f"{cover:.2%}, expected at least {LEAST_COVER:.1%}; "
             + ("it is too thin" if recenter else "crop it, pass --single-view.recenter")
             + ", or check its alpha channel"
         )
-    square = _squared(_to_tensor(_no_larger(rgba)))
-    if not recenter:
-        return square
-    margin = round(square.shape[-1] * (1 / RECENTRED_SIDE - 1) / 2)
-    return F.pad(square, (margin,) * 4)
+    if recenter:
+        return _square(rgba, around, RECENTRED_SIDE)
+    if around.margin_in(whole) < LEAST_MARGIN:
+        _say_recentred(path)
+        return _square(rgba, around, RECENTRED_SIDE)
+    return _square(rgba, whole)
 
 
 def on_color(rgba: Tensor, color: float = 1.0) -> Tensor:
@@ -149,26 +157,72 @@ def _without_background(rgba: np.ndarray, path: Path) -> np.ndarray:
     return np.asarray(rembg.remove(rgba[..., :3].copy()))
 
 
-def _no_larger(rgba: np.ndarray) -> np.ndarray:
-    """[h,w,4] uint8 whose longer side is at most LARGEST_SIDE, by means over whole pixels."""
-    factor = -(-max(rgba.shape[:2]) // LARGEST_SIDE)
+@functools.cache
+def _say_recentred(path: Path) -> None:
+    """Once for all the times that a session reads a picture: for each scene and for the model."""
+    log.info(
+        "%s: the object reaches the picture's edge: it is centred with room around it, as with "
+        "--single-view.recenter",
+        path,
+    )
+
+
+class _Box(NamedTuple):
+    """Rows and columns of a picture, their ends excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def height(self) -> int:
+        return self.bottom - self.top
+
+    @property
+    def width(self) -> int:
+        return self.right - self.left
+
+    @property
+    def side(self) -> int:
+        return max(self.height, self.width)
+
+    def margin_in(self, outer: _Box) -> float:
+        """Least distance to an edge of the square around the middle of `outer`, in its sides."""
+        down = outer.side - outer.height + 2 * min(self.top - outer.top, outer.bottom - self.bottom)
+        across = (
+            outer.side - outer.width + 2 * min(self.left - outer.left, outer.right - self.right)
+        )
+        return min(down, across) / (2 * outer.side)
+
+
+def _square(rgba: np.ndarray, box: _Box, share: float = 1.0) -> Tensor:
+    """The square around the middle of a box, whose longer side is `share` of the square's.
+
+    Args:
+        rgba: [h,w,4] uint8; the square may reach beyond it, where nothing is.
+    Returns:
+        [1,4,S,S] float32 in [0,1]; its part of the picture has at most LARGEST_SIDE pixels a side,
+        means over whole pixels of a larger one.
+    """
+    side = round(box.side / share)
+    top, left = box.top - (side - box.height) // 2, box.left - (side - box.width) // 2
+    part = rgba[max(top, 0) : top + side, max(left, 0) : left + side]
+    factor = -(-max(part.shape[:2]) // LARGEST_SIDE)
+    picture = torch.from_numpy(_reduced(part, factor).astype(np.float32) / 255)
+    height, width = picture.shape[:2]
+    side = max(-(-side // factor), height, width)
+    above = min(max(-top, 0) // factor, side - height)
+    before = min(max(-left, 0) // factor, side - width)
+    padding = (before, side - width - before, above, side - height - above)
+    return F.pad(picture.permute(2, 0, 1)[None], padding)
+
+
+def _reduced(rgba: np.ndarray, factor: int) -> np.ndarray:
+    """[h,w,4] uint8 made smaller, colours weighted with alpha."""
     if factor == 1:
         return rgba
     from PIL import Image
 
-    # Colours are weighted with alpha.
     small = Image.fromarray(rgba).convert("RGBa").reduce(factor)
     return np.asarray(small.convert("RGBA"))
-
-
-def _to_tensor(rgba: np.ndarray) -> Tensor:
-    """[h,w,4] uint8 as [1,4,h,w] float32 in [0,1]."""
-    return torch.from_numpy(rgba.astype(np.float32) / 255).permute(2, 0, 1)[None]
-
-
-def _squared(picture: Tensor) -> Tensor:
-    """Padded with nothing to a square, the picture in its middle."""
-    height, width = picture.shape[-2:]
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    return F.pad(picture, (left, side - width - left, top, side - height - top))
