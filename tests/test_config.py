@@ -65,7 +65,7 @@ def test_embedded_asks_for_surfaces_when_the_shape_is_there(steps):
     loss, official = preset("embedded", max_steps=steps).loss, LossConfig()
     for name in ("lambda_roughness", "lambda_opaque", "lambda_z_variance"):
         schedule = Schedule.parse(getattr(loss, name))
-        assert schedule(0) == schedule(steps // 2) == getattr(official, name)
+        assert schedule(0) == schedule(steps // 4) == getattr(official, name)
         assert schedule(max(steps, 2)) > 10
     single = preset("embedded", max_steps=steps, task="single-view").loss
     assert single.lambda_roughness == single.lambda_z_variance == 0

@@ -162,8 +162,8 @@ def _embedded_surfaces(cfg: TrainConfig) -> None:
     """
     begin = _at(0.5, cfg.max_steps)
     end = max(_at(0.75, cfg.max_steps), begin + 1)
-    cfg.loss.lambda_roughness = (begin, 0.0, 50.0, end)
-    cfg.loss.lambda_opaque = (begin, 0.1, 100.0, end)
+    cfg.loss.lambda_roughness = (begin, 0.0, 30.0, end)
+    cfg.loss.lambda_opaque = (begin, 0.1, 500.0, end)
     cfg.loss.lambda_z_variance = (begin, 1.0, 300.0, end)
     cfg.renderer.occupancy.grow = True
 
