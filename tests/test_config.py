@@ -17,6 +17,7 @@ from dsd_fast.config import (
     set_value,
     to_dict,
 )
+from dsd_fast.scene.losses import LossConfig
 from dsd_fast.schedules import Schedule
 
 
@@ -56,6 +57,18 @@ def test_embedded_schedules_scale_with_the_run(steps):
     if steps >= 100:
         last = grid.start_step + (grid.n_levels - grid.start_level) * grid.update_steps
         assert last < 0.8 * steps, "the finest level must be unlocked long before the end"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 600])
+def test_embedded_asks_for_surfaces_when_the_shape_is_there(steps):
+    """Of a picture's object the task has weights of its own."""
+    loss, official = preset("embedded", max_steps=steps).loss, LossConfig()
+    for name in ("lambda_roughness", "lambda_opaque", "lambda_z_variance"):
+        schedule = Schedule.parse(getattr(loss, name))
+        assert schedule(0) == schedule(steps // 4) == getattr(official, name)
+        assert schedule(max(steps, 2)) > 10
+    single = preset("embedded", max_steps=steps, task="single-view").loss
+    assert single.lambda_roughness == single.lambda_z_variance == 0
 
 
 def test_embedded_is_shorter_and_smaller_on_a_cpu():

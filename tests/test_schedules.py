@@ -84,4 +84,4 @@ def test_flags_keep_the_type_of_numbers(arguments, expected):
 
 def test_official_weights_parse():
     weights = [Schedule.parse(value)(0) for value in dataclasses.astuple(LossConfig())]
-    assert weights == [1.0, 0.1, 0.15, 0.1, 1.0, 1.0]
+    assert weights == [1.0, 0.1, 0.15, 0.1, 1.0, 1.0, 0.0]

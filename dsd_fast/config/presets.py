@@ -157,14 +157,14 @@ def _embedded_surfaces(cfg: TrainConfig) -> None:
     """What makes surfaces smooth and opaque; docs/logs/surfaces.md tells how it was found.
 
     Guidance's gradients are sums over a latent's elements, regularisers means over pixels: at the
-    official weights of about 1 these move nothing. They rise while the shape forms. Earlier, fog
-    is what is smoothest, and stays.
+    official weights of about 1 these move nothing. They rise when the shape is there: earlier, fog
+    is what is smoothest and stays, and what is still thin vanishes.
     """
-    begin = _at(0.3, cfg.max_steps)
-    end = max(_at(0.7, cfg.max_steps), begin + 1)
-    cfg.loss.lambda_roughness = (begin, 0.0, 50.0, end)
-    cfg.loss.lambda_opaque = (begin, 0.1, 200.0, end)
-    cfg.loss.lambda_z_variance = (begin, 1.0, 1000.0, end)
+    begin = _at(0.5, cfg.max_steps)
+    end = max(_at(0.75, cfg.max_steps), begin + 1)
+    cfg.loss.lambda_roughness = (begin, 0.0, 30.0, end)
+    cfg.loss.lambda_opaque = (begin, 0.1, 500.0, end)
+    cfg.loss.lambda_z_variance = (begin, 1.0, 300.0, end)
     cfg.renderer.occupancy.grow = True
 
 
