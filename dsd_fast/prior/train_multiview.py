@@ -85,7 +85,7 @@ def train_multiview(cfg: MultiviewTrainConfig) -> None:
     unet = models.build_multiview_unet()
     if cfg.resume is None:
         unet.load_state_dict(models.of_multiview(load_part(text_model, "unet")))
-    unet = unet.to(device, memory_format=torch.channels_last)
+    unet = unet.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     trainer = Trainer(cfg, world, {"unet": unet})
 
     table, text = _embedded_captions(cfg.views, text_model, device)

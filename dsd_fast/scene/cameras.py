@@ -309,7 +309,8 @@ class RandomCameras:
             # Spread from the middle of the quarter, which shows more than front and side.
             part = 360.0 / cfg.n_view
             opening = opening if until else 1.0
-            azimuth_deg = draw.uniform(*(_lerp(part / 2, bound, opening) for bound in (0.0, part)))
+            low, high = (_lerp(part / 2, bound, opening) for bound in (0.0, part))
+            azimuth_deg = draw.uniform(low, high)
         elif cfg.batch_uniform_azimuth:
             n = draw.n_objects
             parts = (torch.rand(n, generator=draw.generator) + torch.arange(n)) / n
