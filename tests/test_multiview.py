@@ -296,7 +296,7 @@ class TestFolder:
         return build_tiny_multiview(tmp_path / "mv")
 
     def test_loads(self, folder) -> None:
-        model = load_model(folder, n_views=4)
+        model = load_model(folder, n_views=4, engine="eager")
         assert model.n_views == 4
         assert (model.latent_size, model.image_size, model.latent_channels) == (8, 16, 4)
         assert isinstance(model.engine, EagerEngine)
