@@ -2,8 +2,8 @@
 
 #include "parallel.h"
 
-// CMakeLists.txt compiles this source for AVX-512 where the compiler can. float needs AVX-512 F, BW,
-// DQ and VL; bfloat16 alone has instructions of AVX512-BF16.
+// CMakeLists.txt compiles this source for AVX-512 where the compiler can. float needs AVX-512 F,
+// BW, DQ and VL; bfloat16 alone has instructions of AVX512-BF16.
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 
@@ -155,13 +155,13 @@ void gated(const DenseParams& p, int64_t b, int64_t i, int64_t j, int64_t o) {
     const T* w = static_cast<const T*>(p.w) + o / 16 * vector;
     __m512 sum[R][2];
     tile<T, 2, R>(x, p.x_pixel, p.taps, p.n_taps, p.terms, w, half / 16 * vector, sum);
-    const __m512 value_bias = _mm512_loadu_ps(p.bias + o), gate_bias = _mm512_loadu_ps(p.bias + half + o);
+    const __m512 value_bias = _mm512_loadu_ps(p.bias + o),
+                 gate_bias = _mm512_loadu_ps(p.bias + half + o);
     Out* y = static_cast<Out*>(p.y) + b * p.y_batch + i * p.y_row + j * p.y_pixel + o;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
         const __m512 gate = gelu(_mm512_add_ps(sum[r][1], gate_bias));
-        store(y + r * p.y_pixel, 0xffff,
-              _mm512_mul_ps(_mm512_add_ps(sum[r][0], value_bias), gate));
+        store(y + r * p.y_pixel, 0xffff, _mm512_mul_ps(_mm512_add_ps(sum[r][0], value_bias), gate));
     }
 }
 
@@ -170,7 +170,8 @@ DSD_HD int vectors_of(int64_t left) { return left == 4 || left == 2 ? 2 : left >
 
 // The outputs from o on of the pixels [j, last) of a row.
 template <class T, class Out>
-void pixels(const DenseParams& p, int64_t b, int64_t i, int64_t j, int64_t last, int64_t o, int vectors) {
+void pixels(const DenseParams& p, int64_t b, int64_t i, int64_t j, int64_t last, int64_t o,
+            int vectors) {
     if (p.gated) {
         for (; j + kTile <= last; j += kTile) gated<T, Out, kTile>(p, b, i, j, o);
         for (; j < last; ++j) gated<T, Out, 1>(p, b, i, j, o);
@@ -216,7 +217,8 @@ void dense(const DenseParams& p, int n_threads) {
     });
 }
 
-// ---- norms ---------------------------------------------------------------------------------------
+// ---- norms
+// ---------------------------------------------------------------------------------------
 
 constexpr int64_t kMostChannels = 4096;
 
@@ -428,8 +430,9 @@ void grad_sums(const DenseNormGradParams& p, int64_t b, int64_t part) {
         float* grad = p.grad + first + c;
         __m512 s1 = _mm512_setzero_ps(), s2 = s1;
         for (int64_t i = 0; i < n; ++i) {
-            const __m512 h = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(channel.mask, x + i * p.channels),
-                                             channel.scale, channel.offset);
+            const __m512 h =
+                _mm512_fmadd_ps(_mm512_maskz_loadu_ps(channel.mask, x + i * p.channels),
+                                channel.scale, channel.offset);
             __m512 g = _mm512_maskz_loadu_ps(channel.mask, grad + i * p.channels);
             if (p.silu) {
                 g = channel.gradient(g, h);
@@ -511,12 +514,14 @@ void layer_norm(const DenseLayerNormParams& p, int64_t row) {
     for (int64_t c = 0; c < p.channels; c += 16) {
         const __mmask16 mask = lanes(p.channels - c);
         const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + c), mean);
-        const __m512 w = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, p.weight + c), _mm512_set1_ps(rstd));
+        const __m512 w =
+            _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, p.weight + c), _mm512_set1_ps(rstd));
         store(y + c, mask, _mm512_fmadd_ps(d, w, _mm512_maskz_loadu_ps(mask, p.bias + c)));
     }
 }
 
-// ---- attention -----------------------------------------------------------------------------------
+// ---- attention
+// -----------------------------------------------------------------------------------
 
 // Keys and values of a head as products read them: k [keys / 16, width / P, 16, P],
 // v [width / 16, keys / P, 16, P], absent ones zero.
@@ -570,7 +575,8 @@ DSD_HD void logits_of(const T* q, int64_t q_token, const T* w, int64_t width, __
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             _mm512_store_ps(logits + r * kKeys + 16 * v, sum[r][v]);
-            top[r] = _mm512_mask_max_ps(top[r], v == V - 1 ? last : __mmask16(0xffff), top[r], sum[r][v]);
+            top[r] = _mm512_mask_max_ps(top[r], v == V - 1 ? last : __mmask16(0xffff), top[r],
+                                        sum[r][v]);
         }
     }
 }
@@ -615,7 +621,8 @@ void attend(const DenseAttentionParams& p, int64_t b, int64_t head, int64_t quer
         for (int64_t c = 0; c < n; c += 32) {
             const T* w = room + (first + c) * p.width;
             if (c + 32 <= n) {
-                logits_of<T, 2, R>(q, p.q_token, w, p.width, c + 32 < n ? 0xffff : last, logits[0] + c, top);
+                logits_of<T, 2, R>(q, p.q_token, w, p.width, c + 32 < n ? 0xffff : last,
+                                   logits[0] + c, top);
             } else {
                 logits_of<T, 1, R>(q, p.q_token, w, p.width, last, logits[0] + c, top);
             }
@@ -627,7 +634,8 @@ void attend(const DenseAttentionParams& p, int64_t b, int64_t head, int64_t quer
             __m512 sum = _mm512_setzero_ps();
             int64_t c = 0;
             for (; c < n - 16; c += 16) {
-                const __m512 share = power(_mm512_fmadd_ps(_mm512_load_ps(logits[r] + c), factor, less), T());
+                const __m512 share =
+                    power(_mm512_fmadd_ps(_mm512_load_ps(logits[r] + c), factor, less), T());
                 sum = _mm512_add_ps(sum, share);
                 store(shares[r] + c, 0xffff, share);
             }

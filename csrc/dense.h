@@ -40,8 +40,8 @@ struct DenseParams {
     bool half, half_out, gated;
 };
 
-// y = act(((s - mean) rstd weight + bias) (1 + scale) + shift), s = (x | x2) over channels, mean and
-// rstd over a group's channels and all tokens; with `groups` 0 y = act(s).
+// y = act(((s - mean) rstd weight + bias) (1 + scale) + shift), s = (x | x2) over channels, mean
+// and rstd over a group's channels and all tokens; with `groups` 0 y = act(s).
 struct DenseNormParams {
     const float* x;            // [batch, height width, channels_1]
     const float* x2;           // [batch, height width, channels - channels_1], or null
@@ -91,8 +91,8 @@ struct DenseAttentionParams {
     const void* q;  // [batch, queries, ..]: float, or bfloat16 bits with `half`, as all here
     const void* k;  // [batch, keys, ..]
     const void* v;
-    void* y;         // [batch, queries, heads width]
-    void* workspace; // batch heads dense_attention_room(keys, width) numbers as q
+    void* y;          // [batch, queries, heads width]
+    void* workspace;  // batch heads dense_attention_room(keys, width) numbers as q
     int64_t q_batch, q_token, k_batch, k_token, v_batch, v_token;  // strides
     int64_t batch, queries, keys, heads, width;  // width is even, at most kDenseHead
     float scale;

@@ -29,7 +29,7 @@ struct Work {
 constexpr std::chrono::microseconds kPatience{100};
 
 class Crew {
-   public:
+  public:
     explicit Crew(int n_helpers) {
         helpers_.reserve(static_cast<size_t>(n_helpers));
         try {
@@ -54,11 +54,13 @@ class Crew {
         while (inside_.load() > 0) std::this_thread::yield();
     }
 
-   private:
+  private:
     void call() {
         calls_.fetch_add(1);
         if (asleep_.load() > 0) {
-            { const std::lock_guard<std::mutex> lock(mutex_); }
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+            }
             awake_.notify_all();
         }
     }

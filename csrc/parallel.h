@@ -11,8 +11,8 @@ namespace dsd {
 // disjoint memory, which also makes results independent of n_threads. Tasks must not throw.
 void run_tasks(int64_t n_tasks, int n_threads, void (*task)(void*, int64_t), void* context);
 
-// Threads that wait for the calls of the calling thread, n_threads with that one, until it lets them
-// go: for a row of calls so short that starting threads for each would be a good part of them.
+// Threads that wait for the calls of the calling thread, n_threads with that one, until it lets
+// them go: for a row of calls so short that starting threads for each would be a good part of them.
 // Nothing happens where it has a crew already; keep_crew tells whether it made one.
 bool keep_crew(int n_threads);
 void release_crew();
