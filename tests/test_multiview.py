@@ -306,7 +306,7 @@ class TestFolder:
         assert not any(p.requires_grad for p in model.unet.parameters())
 
     def test_dtype(self, folder) -> None:
-        model = load_model(folder, dtype=torch.bfloat16, n_views=4)
+        model = load_model(folder, dtype=torch.bfloat16, engine="eager", n_views=4)
         assert model.dtype == torch.bfloat16
         condition = Condition(torch.randn(4, 3, 16), camera=torch.randn(4, 16)).to(torch.bfloat16)
         eps = model.engine(torch.randn(4, 4, 8, 8).bfloat16(), torch.full((4,), 500), condition)
