@@ -220,6 +220,10 @@ def test_bad_arguments_are_told():
         dense.linear(torch.zeros(2, 5), weight)
     with pytest.raises(TypeError, match="must be float32"):
         dense.linear(torch.zeros(2, 4, dtype=BF16), weight)
+    with pytest.raises(ValueError, match=r"bias must have shape \[8\]"):
+        dense.linear(torch.zeros(2, 4), weight, torch.zeros(9))
+    with pytest.raises(ValueError, match="x must be on cpu"):
+        dense.linear(torch.zeros(2, 4, device="meta"), weight)
     with pytest.raises(ValueError, match="gated takes a bias"):
         dense.linear(torch.zeros(2, 4), weight, gated=True)
     with pytest.raises(ValueError, match="in vectors of 16"):
@@ -347,7 +351,7 @@ def test_guidance_gradient_hardly_changes(exact):
 )
 def test_products_follow_the_processor(exact, monkeypatch, caplog, fastest, asked, products, words):
     monkeypatch.setattr(dense, "precision", lambda: fastest)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         assert on_cpu(exact.unet, "auto", asked) == products
     assert words in caplog.text
     assert on_cpu(exact.unet, "eager", asked) is None

@@ -22,13 +22,14 @@ from dsd_fast.ops._check import check_tensor
 
 # Widest head of an attention.
 WIDEST_HEAD = 160
+_CPU = torch.device("cpu")
 _LANES = 16
 _TAPS = 9  # at most, of a convolution
 
 
 def precision() -> torch.dtype | None:
     """The fastest dtype of products here: bfloat16, float32, or None without AVX-512."""
-    if backend(torch.device("cpu")) == "torch":
+    if backend(_CPU) == "torch":
         return None
     return {0: None, 1: torch.float32, 2: torch.bfloat16}[extension().build_info()["cpu_dense"]]
 
@@ -93,11 +94,13 @@ def linear(
         gated: the first half of the outputs times gelu of the second, [..,O/2]; with bias, without
             residual.
     """
-    check_tensor("dense.linear", "x", x, weight.dtype, [*x.shape[:-1], weight.inputs])
+    _check("dense.linear", "x", x, weight.dtype, [*x.shape[:-1], weight.inputs])
+    if bias is not None:
+        _check("dense.linear", "bias", bias, torch.float32, [weight.columns])
     columns = weight.columns // 2 if gated else weight.columns
     y = x.new_empty(*x.shape[:-1], columns, dtype=dtype)
     if residual is not None:
-        check_tensor("dense.linear", "residual", residual, torch.float32, y.shape)
+        _check("dense.linear", "residual", residual, torch.float32, y.shape)
     if gated and (bias is None or residual is not None or columns % _LANES):
         raise ValueError("dense.linear: gated takes a bias, no residual, and vectors of 16 outputs")
     if _on_torch():
@@ -136,11 +139,13 @@ def convolve(
         border: zeros that the convolution sees before the first pixel: 1, or 0.
     """
     batch, height, width = x.shape[0], x.shape[1] - 2, x.shape[2] - 2
-    check_tensor("dense.convolve", "x", x, weight.dtype, [batch, "h", "w", weight.inputs])
+    _check("dense.convolve", "x", x, weight.dtype, [batch, "h", "w", weight.inputs])
+    if bias is not None:
+        _check("dense.convolve", "bias", bias, torch.float32, [weight.columns])
     shape = (batch, height // stride, width // stride, weight.columns)
     y = x.new_empty(shape, dtype=dtype)
     if residual is not None:
-        check_tensor("dense.convolve", "residual", residual, torch.float32, shape)
+        _check("dense.convolve", "residual", residual, torch.float32, shape)
     if add is not None and (add.shape != (batch, weight.columns) or add.stride(1) != 1):
         raise ValueError(
             f"dense.convolve: expected add [{batch}, {weight.columns}] with dense rows, got "
@@ -203,7 +208,9 @@ def convolve_phases(x: Tensor, weights: Sequence[Weight], bias: Tensor | None = 
     """
     batch, height, width = x.shape[0], x.shape[1] - 2, x.shape[2] - 2
     first = weights[0]
-    check_tensor("dense.convolve_phases", "x", x, first.dtype, [batch, "h", "w", first.inputs])
+    _check("dense.convolve_phases", "x", x, first.dtype, [batch, "h", "w", first.inputs])
+    if bias is not None:
+        _check("dense.convolve_phases", "bias", bias, torch.float32, [first.columns])
     y = x.new_empty(batch, height, 2, width, 2, first.columns, dtype=torch.float32)
     for i, weight in enumerate(weights):
         part = y[:, :, i // 2, :, i % 2]
@@ -245,11 +252,20 @@ def group_norm(
         stats: [B,groups,2] float32 that gets each group's mean and 1 / deviation.
     """
     channels = x.shape[3] + (0 if x2 is None else x2.shape[3])
-    check_tensor("dense.group_norm", "x", x, torch.float32, ["B", "h", "w", "C"])
+    _check("dense.group_norm", "x", x, torch.float32, ["B", "h", "w", "C"])
     if x2 is not None:
-        check_tensor("dense.group_norm", "x2", x2, torch.float32, [*x.shape[:3], "C"])
+        _check("dense.group_norm", "x2", x2, torch.float32, [*x.shape[:3], "C"])
     for name, tensor in (("weight", weight), ("bias", bias)):
-        check_tensor("dense.group_norm", name, tensor, torch.float32, [channels])
+        _check("dense.group_norm", name, tensor, torch.float32, [channels])
+    if scale_shift is not None and (
+        scale_shift.shape != (len(x), 2 * channels) or scale_shift.stride(1) != 1
+    ):
+        raise ValueError(
+            f"dense.group_norm: expected scale_shift [{len(x)}, {2 * channels}] with dense rows, "
+            f"got {list(scale_shift.shape)}"
+        )
+    if stats is not None:
+        _check("dense.group_norm", "stats", stats, torch.float32, [len(x), groups, 2])
     if channels % groups or x.shape[3] % _LANES or channels % _LANES:
         raise ValueError(
             f"dense.group_norm: expected channels in {groups} groups and in vectors of {_LANES}, "
@@ -270,7 +286,7 @@ def group_norm(
 
 def framed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An image [B,h,w,C] float32 in `dtype` with one row of zeros around: [B,h+2,w+2,C]."""
-    check_tensor("dense.framed", "x", x, torch.float32, ["B", "h", "w", "C"])
+    _check("dense.framed", "x", x, torch.float32, ["B", "h", "w", "C"])
     if _on_torch():
         return _framed_reference(x, dtype, True)
     return _norm(x, None, None, None, None, 0, 0.0, False, dtype, True, None)
@@ -301,10 +317,10 @@ def group_norm_grad(
     images = (("grad", grad), ("x", x), ("residual", residual), ("plain", plain))
     for name, tensor in images:
         if tensor is not None:
-            check_tensor("dense.group_norm_grad", name, tensor, torch.float32, x.shape)
+            _check("dense.group_norm_grad", name, tensor, torch.float32, x.shape)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        check_tensor("dense.group_norm_grad", name, tensor, torch.float32, x.shape[3:])
-    check_tensor("dense.group_norm_grad", "stats", stats, torch.float32, [len(x), groups, 2])
+        _check("dense.group_norm_grad", name, tensor, torch.float32, x.shape[3:])
+    _check("dense.group_norm_grad", "stats", stats, torch.float32, [len(x), groups, 2])
     if _on_torch():
         mean, rstd = stats[:, None, None, :, :, None].unbind(4)
         h = (x.unflatten(3, (groups, -1)) - mean) * rstd
@@ -335,9 +351,9 @@ def group_norm_grad(
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last dimension of x [..,C] float32, in `dtype`."""
     channels = x.shape[-1]
-    check_tensor("dense.layer_norm", "x", x, torch.float32, list(x.shape))
+    _check("dense.layer_norm", "x", x, torch.float32, list(x.shape))
     for name, tensor in (("weight", weight), ("bias", bias)):
-        check_tensor("dense.layer_norm", name, tensor, torch.float32, [channels])
+        _check("dense.layer_norm", name, tensor, torch.float32, [channels])
     if _on_torch():
         return F.layer_norm(x, [channels], weight, bias, eps).to(dtype)
     y = torch.empty_like(x, dtype=dtype)
@@ -383,8 +399,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return y
 
 
+def _check(
+    op: str, name: str, tensor: object, dtype: torch.dtype, shape: Sequence[int | str]
+) -> None:
+    check_tensor(op, name, tensor, dtype, shape, _CPU)
+
+
 def _on_torch() -> bool:
-    return backend(torch.device("cpu")) == "torch"
+    return backend(_CPU) == "torch"
 
 
 def _framed_reference(x: Tensor, dtype: torch.dtype, frame: bool) -> Tensor:

@@ -109,7 +109,7 @@ def on_cpu(unet: nn.Module, kind: str, asked: torch.dtype | None) -> torch.dtype
     for products in (torch.bfloat16, torch.float32) if asked is None else (asked,):
         reason = cannot_run(unet, products)
         if reason is None:
-            log.info("UNet on the CPU with products in %s", str(products).removeprefix("torch."))
+            log.debug("UNet on the CPU with products in %s", str(products).removeprefix("torch."))
             return products
     log.info("UNet on the CPU by its own forward: %s", reason)
     return None
