@@ -6,6 +6,7 @@
 // Checks of shape, type and device are made in dsd_fast/ops. Launches run without the GIL.
 #include "python.h"  // before all others, as Python asks
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -15,10 +16,12 @@
 #include "adam.h"
 #include "common.h"
 #include "composite.h"
+#include "dense.h"
 #include "field.h"
 #include "hashgrid.h"
 #include "march.h"
 #include "occupancy.h"
+#include "parallel.h"
 #include "prune.h"
 #include "sh.h"
 
@@ -95,8 +98,9 @@ PyObject* build_info() {
     cuda = Py_None;
     absent = DSD_CUDA_ABSENT;
 #endif
-    return Py_BuildValue("{ss ss ss ss sN ss ss}",                                  //
+    return Py_BuildValue("{ss si ss ss ss sN ss ss}",                               //
                          "cpu_isa", dsd::cpu_has_avx2() ? "avx2+fma" : "baseline",  //
+                         "cpu_dense", dsd::dense_level(),                           //
                          "sanitize", DSD_SANITIZE,                                  //
                          "bindings_sha256", DSD_BINDINGS_SHA256,                    //
                          "compiler", compiler,                                      //
@@ -509,11 +513,149 @@ void adam_step(Address param, Address grad, Address exp_avg, Address exp_avg_sq,
            DSD_CUDA_CALL(dsd::cuda::adam_step(params, stream)));
 }
 
+// Strides in threes: batch, row, pixel.
+using Strides = std::array<int64_t, 3>;
+
+void need_dense(bool half) {
+    if (dsd::dense_level() < (half ? 2 : 1)) {
+        throw std::runtime_error("dense layers: this processor or build lacks AVX-512");
+    }
+}
+
+void dense(Address x, Address w, Address bias, Address add, Address residual, Address y,
+           const Strides& x_strides, const Strides& y_strides, int64_t add_stride,
+           const std::array<int64_t, 3>& size, int64_t terms, int64_t columns,
+           const std::array<int64_t, dsd::kDenseTaps>& taps, int n_taps, bool half, bool half_out,
+           bool gated, int device, Address stream, int n_threads) {
+    need_dense(half);
+    dsd::DenseParams params = {};
+    params.x = pointer<const void>(x);
+    params.w = pointer<const void>(w);
+    params.bias = pointer<const float>(bias);
+    params.add = pointer<const float>(add);
+    params.residual = pointer<const float>(residual);
+    params.y = pointer<void>(y);
+    params.x_batch = x_strides[0], params.x_row = x_strides[1], params.x_pixel = x_strides[2];
+    params.y_batch = y_strides[0], params.y_row = y_strides[1], params.y_pixel = y_strides[2];
+    params.add_stride = add_stride;
+    params.batch = size[0], params.height = size[1], params.width = size[2];
+    params.terms = terms;
+    params.columns = columns;
+    std::copy(taps.begin(), taps.end(), params.taps);
+    params.n_taps = n_taps;
+    params.half = half;
+    params.half_out = half_out;
+    params.gated = gated;
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::avx512::dense(params, n_threads)),
+           [](void*) {});
+}
+
+void dense_norm(Address x, Address x2, Address weight, Address bias, Address scale_shift,
+                Address sums, Address stats, Address y, const std::array<int64_t, 3>& size,
+                int64_t channels, int64_t channels_1, int64_t scale_stride, int groups, double eps,
+                bool silu, bool border, bool half, int device, Address stream, int n_threads) {
+    need_dense(half);
+    const dsd::DenseNormParams params = {pointer<const float>(x),
+                                         pointer<const float>(x2),
+                                         pointer<const float>(weight),
+                                         pointer<const float>(bias),
+                                         pointer<const float>(scale_shift),
+                                         pointer<float>(sums),
+                                         pointer<float>(stats),
+                                         pointer<void>(y),
+                                         size[0],
+                                         size[1],
+                                         size[2],
+                                         channels,
+                                         channels_1,
+                                         scale_stride,
+                                         groups,
+                                         static_cast<float>(eps),
+                                         silu,
+                                         border,
+                                         half};
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::avx512::dense_norm(params, n_threads)),
+           [](void*) {});
+}
+
+void dense_norm_grad(Address grad, Address x, Address weight, Address bias, Address stats,
+                     Address residual, Address sums, Address dx, Address framed,
+                     const std::array<int64_t, 3>& size, int64_t channels, int groups, bool silu,
+                     bool half, int device, Address stream, int n_threads) {
+    need_dense(half);
+    const dsd::DenseNormGradParams params = {pointer<float>(grad),
+                                             pointer<const float>(x),
+                                             pointer<const float>(weight),
+                                             pointer<const float>(bias),
+                                             pointer<const float>(stats),
+                                             pointer<const float>(residual),
+                                             pointer<float>(sums),
+                                             pointer<float>(dx),
+                                             pointer<void>(framed),
+                                             size[0],
+                                             size[1],
+                                             size[2],
+                                             channels,
+                                             groups,
+                                             silu,
+                                             half};
+    launch({device, stream, n_threads},
+           DSD_CPU_CALL(dsd::avx512::dense_norm_grad(params, n_threads)), [](void*) {});
+}
+
+void dense_layer_norm(Address x, Address weight, Address bias, Address y, int64_t rows,
+                      int64_t channels, double eps, bool half, int device, Address stream,
+                      int n_threads) {
+    need_dense(half);
+    const dsd::DenseLayerNormParams params = {pointer<const float>(x),
+                                              pointer<const float>(weight),
+                                              pointer<const float>(bias),
+                                              pointer<void>(y),
+                                              rows,
+                                              channels,
+                                              static_cast<float>(eps),
+                                              half};
+    launch({device, stream, n_threads},
+           DSD_CPU_CALL(dsd::avx512::dense_layer_norm(params, n_threads)), [](void*) {});
+}
+
+// Strides of q, k and v: batch and token of each.
+void dense_attention(Address q, Address k, Address v, Address y, Address workspace,
+                     const std::array<int64_t, 6>& strides, int64_t batch, int64_t queries,
+                     int64_t keys, int64_t heads, int64_t width, double scale, bool half,
+                     int device, Address stream, int n_threads) {
+    need_dense(half);
+    if (width > dsd::kDenseHead) throw std::invalid_argument("dense_attention: head too wide");
+    const dsd::DenseAttentionParams params = {pointer<const void>(q),
+                                              pointer<const void>(k),
+                                              pointer<const void>(v),
+                                              pointer<void>(y),
+                                              pointer<void>(workspace),
+                                              strides[0],
+                                              strides[1],
+                                              strides[2],
+                                              strides[3],
+                                              strides[4],
+                                              strides[5],
+                                              batch,
+                                              queries,
+                                              keys,
+                                              heads,
+                                              width,
+                                              static_cast<float>(scale),
+                                              half};
+    launch({device, stream, n_threads},
+           DSD_CPU_CALL(dsd::avx512::dense_attention(params, n_threads)), [](void*) {});
+}
+
 PyMethodDef methods[] = {
     method<build_info>("build_info", "What this module was built with, as a dict."),
     method<dsd::keep_freed_memory>(
         "keep_freed_memory",
         "Tells the C library to keep freed memory (glibc): faster training steps on the CPU."),
+    method<dsd::keep_crew>(
+        "keep_crew", "Threads that wait for this thread's calls; whether it had none before."),
+    method<dsd::release_crew>("release_crew"),
 
     method<hashgrid_fwd>("hashgrid_fwd"),
     method<hashgrid_bwd_table>("hashgrid_bwd_table"),
@@ -540,6 +682,14 @@ PyMethodDef methods[] = {
     method<occupancy_threshold>("occupancy_threshold"),
 
     method<adam_step>("adam_step"),
+
+    method<dense>("dense"),
+    method<dense_norm>("dense_norm"),
+    method<dense_norm_grad>("dense_norm_grad"),
+    method<dsd::dense_norm_parts>("dense_norm_parts"),
+    method<dense_layer_norm>("dense_layer_norm"),
+    method<dense_attention>("dense_attention"),
+    method<dsd::dense_attention_room>("dense_attention_room"),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,5 +1,5 @@
-// parallel_for for the CPU launchers: threads live for one call, so nothing survives a fork and
-// nothing competes with torch's own pool between calls.
+// parallel_for for the CPU launchers: threads live for one call, or for as long as a crew is kept,
+// so nothing survives a fork and nothing competes with torch's own pool between calls.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,12 @@ namespace dsd {
 // calling one included). Tasks are handed out one at a time, in any order: they must write to
 // disjoint memory, which also makes results independent of n_threads. Tasks must not throw.
 void run_tasks(int64_t n_tasks, int n_threads, void (*task)(void*, int64_t), void* context);
+
+// Threads that wait for the calls of the calling thread, n_threads with that one, until it lets
+// them go: for a row of calls so short that starting threads for each would be a good part of them.
+// Nothing happens where it has a crew already; keep_crew tells whether it made one.
+bool keep_crew(int n_threads);
+void release_crew();
 
 // The same for a callable. Templates over a local lambda stay inside the caller's translation unit.
 template <class F>

@@ -47,7 +47,11 @@ def _kernels_cpu() -> str:
 
     info = extension().build_info()
     sanitize = f", sanitizers {info['sanitize']}" if info["sanitize"] else ""
-    return f"{info['cpu_isa']} code, compiler {info['compiler']}{sanitize}"
+    dense = ("by torch", "in float32 (AVX-512)", "in bfloat16 (AVX512-BF16)")[info["cpu_dense"]]
+    return (
+        f"{info['cpu_isa']} code, products of networks {dense}, compiler {info['compiler']}"
+        f"{sanitize}"
+    )
 
 
 def _kernels_cuda() -> str:

@@ -296,7 +296,7 @@ class TestFolder:
         return build_tiny_multiview(tmp_path / "mv")
 
     def test_loads(self, folder) -> None:
-        model = load_model(folder, n_views=4)
+        model = load_model(folder, n_views=4, engine="eager")
         assert model.n_views == 4
         assert (model.latent_size, model.image_size, model.latent_channels) == (8, 16, 4)
         assert isinstance(model.engine, EagerEngine)
@@ -306,7 +306,7 @@ class TestFolder:
         assert not any(p.requires_grad for p in model.unet.parameters())
 
     def test_dtype(self, folder) -> None:
-        model = load_model(folder, dtype=torch.bfloat16, n_views=4)
+        model = load_model(folder, dtype=torch.bfloat16, engine="eager", n_views=4)
         assert model.dtype == torch.bfloat16
         condition = Condition(torch.randn(4, 3, 16), camera=torch.randn(4, 16)).to(torch.bfloat16)
         eps = model.engine(torch.randn(4, 4, 8, 8).bfloat16(), torch.full((4,), 500), condition)

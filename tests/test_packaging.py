@@ -333,7 +333,8 @@ def test_module_of_other_bindings_is_refused(monkeypatch, tmp_path) -> None:
 def test_build_info_is_complete() -> None:
     built = _backend.extension().build_info()
     cuda = {"cuda", "cuda_archs", "cuda_absent"}
-    assert set(built) == {"cpu_isa", "sanitize", "compiler", "bindings_sha256"} | cuda
+    own = {"cpu_isa", "cpu_dense", "sanitize", "compiler", "bindings_sha256"}
+    assert set(built) == own | cuda
     assert (built["cuda"] is None) == (built["cuda_archs"] == "") == (built["cuda_absent"] != "")
 
 

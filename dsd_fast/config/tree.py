@@ -98,7 +98,8 @@ class PromptConfig:
 
 @dataclass
 class DiffusionConfig:
-    # Precision of the UNet; "auto" is float16 on CUDA and float32 on the CPU.
+    # Precision of the UNet; "auto" is float16 on CUDA, on a CPU products in bfloat16 where it has
+    # AVX512-BF16, else float32.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     # How the UNet is run: "fused" passes or torch.compile in CUDA graphs, CUDA graphs alone, plain
     # calls, TensorRT; "auto" is fused where that works, else graphs, else plain calls.

@@ -27,6 +27,7 @@ from dsd_fast.diffusion.components import (
     vae_factor,
 )
 from dsd_fast.diffusion.condition import Condition, forward
+from dsd_fast.diffusion.engines import on_cpu
 from dsd_fast.diffusion.model import DiffusionModel
 from dsd_fast.diffusion.model_files import brief
 from dsd_fast.diffusion.network_loading import load_component, outline
@@ -72,9 +73,10 @@ def load_model(
             (downloaded once, then read from the local cache), a checkpoint of Stable Diffusion 1 or
             2 in one safetensors file (converted once), or "embedded" for the prior that ships with
             the package, of one view or of four.
-        dtype: of the UNet; default float16 on CUDA, float32 elsewhere. bfloat16 is 1.8 times as
-            fast on a CPU with AVX512-BF16, at a relative error of 1e-2 a prediction. The VAE,
-            which is differentiated, takes the dtype on CUDA and stays float32 elsewhere.
+        dtype: of the UNet; default float16 on CUDA. On a CPU weights and results are float32, and
+            products are bfloat16 where it has AVX512-BF16 (2.4 times as fast, at a relative error
+            of 3e-3 a prediction), which float32 declines. The VAE, which is differentiated, goes
+            with the UNet.
         engine: one of `dsd_fast.diffusion.engines.ENGINES`, see there.
         n_views: views that the model is to predict together: 1, or 4 for one of MVDream's kind
             (a folder whose UNet is a MultiViewUNetModel), which needs cameras beside the text.
@@ -86,7 +88,7 @@ def load_model(
     """
     several = n_views > 1 and str(path_or_id) == EMBEDDED
     folder = inspect_folder(_embedded(_MULTIVIEW_FOLDER) if several else resolve(path_or_id))
-    unet, vae, others = _networks(folder, device, dtype, n_views)
+    unet, vae, others = _networks(folder, device, dtype, engine, n_views)
     text = ClipText(folder.places["tokenizer"], folder.places["text_encoder"], others["device"])
     return _released(DiffusionModel(unet, vae, text, **others, engine=engine))
 
@@ -112,7 +114,7 @@ def load_view_model(
     embedded = str(path_or_id) == EMBEDDED
     path = _embedded(_VIEWS_FOLDER) if embedded else resolve(path_or_id, views=True)
     folder = inspect_view_folder(path)
-    unet, vae, others = _networks(folder, device, dtype)
+    unet, vae, others = _networks(folder, device, dtype, engine)
     encoder = None
     if "image_encoder" in folder.places:
         with quiet():
@@ -142,15 +144,16 @@ def _networks(
     folder: PipelineFolder,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    engine: str,
     n_views: int = 1,
 ) -> tuple[Network, Network, dict[str, Any]]:
     """UNet and VAE on the device, and what else a DiffusionModel is told of them, by name."""
     device = torch.device(device)
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-    if dtype == torch.float16 and device.type == "cpu":
+    asked = dtype
+    if asked == torch.float16 and device.type == "cpu":
         raise ValueError("float16 is not supported on the CPU; use float32 or bfloat16")
-    vae_dtype = dtype if device.type == "cuda" else torch.float32
+    # On a CPU the UNet takes bfloat16 as a whole where its products alone cannot.
+    dtype = (asked or torch.float16) if device.type == "cuda" else torch.float32
     _check_views(folder, n_views)
     with quiet():
         import diffusers
@@ -173,7 +176,13 @@ def _networks(
     else:
         _try_unet(folder, outline(class_of("unet"), folder.places["unet"]))
         unet = load_component(class_of("unet"), folder.places["unet"], dtype, outlined=True)
-    vae = load_component(class_of("vae"), folder.places["vae"], vae_dtype, outlined=True)
+    vae = load_component(class_of("vae"), folder.places["vae"], dtype, outlined=True)
+    products = None
+    if device.type == "cpu":
+        products = on_cpu(unet, engine, asked)
+        if products is None and asked is not None:
+            with quiet():
+                unet = unet.to(asked)
     return (
         placed(unet),
         placed(vae),
@@ -185,6 +194,7 @@ def _networks(
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": folder.configs["vae"].get("shift_factor") or 0.0,
             "device": device,
+            "products": products,
             "path": folder.path,
             "weight_files": folder.weight_files,
         },

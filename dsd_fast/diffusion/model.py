@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dsd_fast._backend import backend
 from dsd_fast.diffusion.condition import Condition
 from dsd_fast.diffusion.engines import make_engine
-from dsd_fast.diffusion.networks import Network
+from dsd_fast.diffusion.networks import Network, dense_vae
+from dsd_fast.diffusion.networks.dense_vae import DenseEncoder
 from dsd_fast.diffusion.networks.fused_vae import FusedEncoder, unsupported
 from dsd_fast.diffusion.noise_path import NoisePath
 from dsd_fast.upload import upload
@@ -36,7 +37,7 @@ class DiffusionModel:
     Use `load_model` to make one from a folder. Attributes: `unet`, `vae`, `noise_path` (on
     the device), `latent_channels`, `latent_size`, `image_size`, `scaling_factor`, `shift_factor`,
     `path`, `device`, `dtype` (of the UNet). On CUDA, in half precision, an AutoencoderKL encodes by
-    `FusedEncoder`.
+    `FusedEncoder`, on the CPU with products in bfloat16 by `DenseEncoder`.
 
     Args:
         unet: UNet2DConditionModel (or any module with its call) on `device`.
@@ -47,6 +48,7 @@ class DiffusionModel:
         vae_factor: image pixels per latent pixel, along a side.
         weight_files: what `model_hash` covers.
         engine: one of `dsd_fast.diffusion.engines.ENGINES`, see there.
+        products: on the CPU, what `dsd_fast.diffusion.engines.on_cpu` found for the UNet.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class DiffusionModel:
         path: Path | None = None,
         weight_files: Sequence[Path] = (),
         engine: str = "auto",
+        products: torch.dtype | None = None,
     ):
         self.unet = unet.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
@@ -76,12 +79,12 @@ class DiffusionModel:
         self.device = torch.device(device)
         self.noise_path = noise_path.to(self.device)
         self.path = path
-        self.engine = make_engine(self.unet, self.device, engine)
+        self.engine = make_engine(self.unet, self.device, engine, products)
         self.dtype = _dtype_of(unet)
         self._vae_dtype = _dtype_of(vae)
         self._text_encoder = text_encoder
         self._weight_files = tuple(weight_files)
-        self._encoder = _fused_encoder(vae, self.device, self._vae_dtype)
+        self._encoder = _own_encoder(vae, self.device, self._vae_dtype, products)
 
     @property
     def n_views(self) -> int:
@@ -217,8 +220,13 @@ class DiffusionModel:
         return digest.hexdigest()
 
 
-def _fused_encoder(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> FusedEncoder | None:
-    """Our own encoder where it is faster: half precision on CUDA, with Triton."""
+def _own_encoder(
+    vae: nn.Module, device: torch.device, dtype: torch.dtype, products: torch.dtype | None
+) -> FusedEncoder | DenseEncoder | None:
+    """Our own encoder where it is faster: half precision on CUDA, with Triton; products in bfloat16
+    on the CPU."""
+    if device.type == "cpu" and products == torch.bfloat16 and not dense_vae.unsupported(vae):
+        return DenseEncoder(vae, torch.bfloat16)
     if backend(device) != "triton" or dtype not in (torch.float16, torch.bfloat16):
         return None
     config = {**getattr(vae, "config", {}), "_class_name": type(vae).__name__}

@@ -50,31 +50,34 @@ def check_tensor(
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise ValueError(f"{op}: {name} must be dense, got a {kind} tensor; call .to_dense()")
-    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
     fits = tensor.dim() == len(shape) and all(
         isinstance(size, str) or size == got for size, got in zip(shape, tensor.shape)
     )
     if not fits:
-        raise ValueError(f"{op}: {name} must have shape {wanted}, got {describe(tensor)}")
+        raise ValueError(f"{op}: {name} must have shape {_text(shape)}, got {describe(tensor)}")
     if dtype is None:
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must be floating point, got {describe(tensor)}")
     elif tensor.dtype != dtype:
         expected = str(dtype).removeprefix("torch.")
         raise TypeError(
-            f"{op}: {name} must be {expected} {wanted}, got {describe(tensor)}; convert it with "
-            f".to({dtype})"
+            f"{op}: {name} must be {expected} {_text(shape)}, got {describe(tensor)}; convert it "
+            f"with .to({dtype})"
         )
     if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {describe(tensor)}")
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{op}: {name} {wanted} must be contiguous, got strides {list(tensor.stride())}; call "
-            ".contiguous()"
+            f"{op}: {name} {_text(shape)} must be contiguous, got strides {list(tensor.stride())}; "
+            "call .contiguous()"
         )
     # torch.compile has no such views, and does not know the question.
     if not torch.compiler.is_compiling() and tensor.is_neg():
         raise ValueError(f"{op}: {name} must hold its values, got a negated view; call .clone()")
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
 
 
 def check_number(op: str, name: str, value: Any) -> float:

@@ -43,14 +43,21 @@ def _compiled(unet: nn.Module) -> Forward:
     return compiled
 
 
-def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UNetEngine:
+def make_engine(
+    unet: nn.Module,
+    device: torch.device,
+    kind: str = "auto",
+    products: torch.dtype | None = None,
+) -> UNetEngine:
     """Engine for a UNet that already sits on `device`.
 
     Args:
         kind: "eager", "graph" (eager in a CUDA graph), "fused" (`engines.fused`),
             "compiled" (torch.compile in a CUDA graph), "tensorrt" ("auto" where TensorRT does not
-            support the GPU) or "auto": eager where there is no CUDA; on it fused for what
-            FusedUNet supports in half precision, else graph, both with eager as their fallback.
+            support the GPU) or "auto": on the CPU `engines.dense` with `products`, else eager; on
+            CUDA fused for what FusedUNet supports in half precision, else graph, both with eager
+            as their fallback.
+        products: dtype of the products on a CPU, of `on_cpu`; None for the module's own forward.
     Raises:
         ValueError: unknown kind, any but "auto" and "eager" on a device that is not CUDA, or
             "fused" or "tensorrt" for a UNet that it does not support.
@@ -58,6 +65,10 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
     """
     if kind not in ENGINES:
         raise ValueError(f"unknown UNet engine {kind!r}, expected one of {', '.join(ENGINES)}")
+    if kind == "auto" and device.type == "cpu" and products is not None:
+        from dsd_fast.diffusion.engines.dense import DenseEngine
+
+        return DenseEngine(unet, products)
     if kind == "eager" or (kind == "auto" and device.type != "cuda"):
         return EagerEngine(unet)
     if device.type != "cuda":
@@ -80,3 +91,25 @@ def make_engine(unet: nn.Module, device: torch.device, kind: str = "auto") -> UN
         log.info("UNet in a CUDA graph without fused passes: %s", reason)
     compiled = _compiled(unet) if kind == "compiled" else None
     return GraphEngine(unet, fallback=kind == "auto", forward=compiled)
+
+
+def on_cpu(unet: nn.Module, kind: str, asked: torch.dtype | None) -> torch.dtype | None:
+    """What `make_engine` is to be told of products for a float32 UNet on the CPU.
+
+    Args:
+        asked: bfloat16 or float32; None for the fastest that the processor has.
+    Returns:
+        bfloat16 or float32; None where the module's own forward is to run.
+    """
+    if kind != "auto":
+        return None
+    from dsd_fast.diffusion.engines.dense import cannot_run
+
+    reason = "it was not tried"
+    for products in (torch.bfloat16, torch.float32) if asked is None else (asked,):
+        reason = cannot_run(unet, products)
+        if reason is None:
+            log.debug("UNet on the CPU with products in %s", str(products).removeprefix("torch."))
+            return products
+    log.info("UNet on the CPU by its own forward: %s", reason)
+    return None
