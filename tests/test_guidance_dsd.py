@@ -321,6 +321,35 @@ class TestGuidance:
             ours = guidance.at_levels(latents, 10.0, 50.0, 620, 640).grad
             torch.testing.assert_close(ours, grad)
 
+    @pytest.mark.parametrize("perp_neg", [True, False])
+    @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+    def test_the_target_has_the_contrast_of_no_guidance(self, perp_neg: bool, share: float) -> None:
+        """What it is compared with stays: the two differ by the clean images' difference."""
+        flags = {"use_perp_neg": perp_neg, "trajectory_share": share, "weighting": "ddim"}
+        x = randn(1, 4, 6, 6)
+        plain, half = (
+            make_guidance(**flags, rescale=rescale).at_levels(x, 10.0, 50.0, 620, 640)
+            for rescale in (0.0, 0.5)
+        )
+        guidance = make_guidance(**flags)
+        path, text = guidance.model.noise_path, guidance.conditions.prompts
+        t = torch.tensor([620])
+        # Its noise is the same at both levels.
+        (alpha_d, sigma_d), (alpha, sigma) = path.at(torch.tensor([640])), path.at(t)
+        z = plain.latents_noisy
+        if share < 1:  # of the pair, x at t_delta is shown
+            z = alpha * x + sigma * (z - alpha_d * x) / sigma_d
+        rows, weights = view_embeddings(text.text_vd, text.uncond_vd, 10.0, 50.0, perp_neg)
+        n_rows = len(rows)
+        eps = guidance.model.predict_noise(
+            expand_rows(z, perp_neg), t.expand(n_rows), Condition(rows)
+        )
+        guided = path.clean(z, combine(eps, weights, guidance.cfg.guidance_scale), t)
+        own = path.clean(z, eps[:1], t)
+        want = guided * (0.5 + 0.5 * own.std() / guided.std())
+        torch.testing.assert_close(plain.grad - half.grad, want - guided, rtol=1e-3, atol=1e-4)
+        assert (want - guided).norm() > 0.02 * guided.norm()
+
     @pytest.mark.parametrize("t_delta", [500, 520])
     def test_beside_the_trajectory_it_rests_at_what_is_predicted(self, t_delta: int) -> None:
         """At DDIM's weight the gradient is x - x0(x_t), with half the rows of the UNet."""

@@ -34,12 +34,12 @@ from dsd_fast.diffusion.noise_path import NoisePath, alphas_cumprod
 from dsd_fast.diffusion.text import PromptEmbeddings
 from dsd_fast.guidance import GuidanceConfig, MultiViewConfig, dsd_gradient, settings
 from dsd_fast.guidance import make_guidance as build_guidance
-from dsd_fast.guidance.baselines import rescaled
 from dsd_fast.guidance.conditions.multiview import (
     MultiViewConditions,
     QuarterBins,
     camera_lattice,
 )
+from dsd_fast.guidance.contrast import rescaled
 from dsd_fast.rng import RngStreams
 from dsd_fast.run import checkpoint, memory, outputs
 from dsd_fast.scene.background import Background, BackgroundConfig

@@ -23,7 +23,7 @@ MVDREAM_NEGATIVE = (
 )
 
 # Steps of the embedded preset where --max-steps does not say: of four views each, and of one.
-EMBEDDED_STEPS_GPU, EMBEDDED_STEPS_CPU = 1000, 200
+EMBEDDED_STEPS_GPU, EMBEDDED_STEPS_CPU = 700, 300
 SINGLE_STEPS_GPU, SINGLE_STEPS_CPU = 1500, 600
 # Steps of a 2D run, and of one in the exact form.
 IMAGE_STEPS = 100
@@ -91,7 +91,8 @@ def _embedded_together(start: Start) -> TrainConfig:
     guidance, cameras = cfg.guidance, cfg.cameras
     guidance.use_perp_neg, guidance.standard_cfg = False, True
     guidance.mirror_trajectory = False
-    guidance.guidance_scale = 4.0
+    # Without the rescaling colours burst, the more so the longer the run.
+    guidance.guidance_scale, guidance.rescale = 4.0, 0.6
     # One trajectory, of four views from between the sides: the object that a seed chooses. Those of
     # other cameras are of other objects; of them the more there are, the more alike seeds become.
     cfg.multiview.azimuth_bins = cfg.multiview.elevation_bins = 1

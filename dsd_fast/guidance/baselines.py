@@ -20,6 +20,7 @@ from dsd_fast.guidance import passes
 from dsd_fast.guidance.base import Asked, Guidance
 from dsd_fast.guidance.conditions.multiview import MultiViewConditions
 from dsd_fast.guidance.conditions.text import TextConditions
+from dsd_fast.guidance.contrast import rescaled
 from dsd_fast.guidance.passes import Batch, Gradient, Guide
 from dsd_fast.guidance.plan import Noise, Plan, PlanKind
 from dsd_fast.guidance.registry import formulation
@@ -33,8 +34,6 @@ ANY_LEVEL = {
     "min_step_percent": 0.02,
     "max_step_percent": 0.98,
 }
-# Keeps the ratio of two standard deviations finite.
-_STD_EPS = 1e-8
 
 
 class Parts(NamedTuple):
@@ -368,20 +367,3 @@ class Reconstruction(SDS):
         )
         share = self.conditions.views.recon_std_rescale
         return Gradient.of(x - rescaled(clean, plain, share), x), noisy
-
-
-def rescaled(clean: Tensor, plain: Tensor, share: float) -> Tensor:
-    """Clean images with a share of their contrast brought to that of plain ones (Lin et al. 2023,
-    arXiv 2305.08891, Sec. 3.4, on clean images).
-
-    Args:
-        clean, plain: [G,...], with and without guidance; standard deviations are over an item.
-        share: 0 to 1.
-    """
-    if share == 0:
-        return clean
-    of_plain, of_clean = (
-        image.flatten(1).std(1).view(-1, *[1] * (image.ndim - 1)) + _STD_EPS
-        for image in (plain, clean)
-    )
-    return share * (of_plain / of_clean) * clean + (1 - share) * clean

@@ -9,7 +9,7 @@ from annotated_types import Interval
 
 from dsd_fast.diffusion.noise_path import NUM_TRAIN_TIMESTEPS
 from dsd_fast.guidance.registry import FORMULATIONS
-from dsd_fast.ranges import Bins, ConfigError, NonNegative, Registered, ShareOverRun
+from dsd_fast.ranges import Bins, ConfigError, NonNegative, Registered, Share, ShareOverRun
 from dsd_fast.schedules import Schedule
 
 TRAJECTORIES = ("exact", "cached")
@@ -32,6 +32,9 @@ class GuidanceConfig:
     # guidance_scale. Guidance narrows what a model draws, so that samples of a lower scale are more
     # diverse; of objects that has hardly been seen (docs/results/comparison.md).
     trajectory_scale: NonNegative | None = None
+    # Share of the target prediction whose contrast is brought back to that without guidance, which
+    # makes colours burst where it is followed for long (Lin et al. 2023). Of "dsd" alone.
+    rescale: Share = 0.0
     # Perp-Neg: interpolate the view prompts by azimuth and push away from the other views.
     use_perp_neg: bool = True
     # Lowest noise level, as a share of 1000: a number or a schedule.

@@ -27,6 +27,7 @@ from dsd_fast.guidance import passes
 from dsd_fast.guidance.base import Asked, Guidance, levels_of
 from dsd_fast.guidance.conditions.base import Rows
 from dsd_fast.guidance.conditions.text import wrapped
+from dsd_fast.guidance.contrast import rescaled_noise
 from dsd_fast.guidance.levels import ode_grid
 from dsd_fast.guidance.passes import Batch, Gradient, Guide
 from dsd_fast.guidance.plan import Noise, Plan, PlanKind
@@ -167,6 +168,8 @@ class DSDGuidance(Guidance):
         condition = self.conditions.condition(tensors)
         linked = self._link(x, plan, guide, condition)
         eps = self._predict(linked, condition.rows(-len(linked.rows)))
+        if cfg.rescale:
+            eps = self._rescaled(eps, guide, linked.rows, tensors["t"])
         share = tensors["trajectory_share"] if self._share.maximum > 0 else None
         found = passes.gradient(
             eps,
@@ -181,6 +184,16 @@ class DSDGuidance(Guidance):
             share,
         )
         return found, linked.rows[: len(x)].float()
+
+    def _rescaled(self, eps: Tensor, guide: Guide, rows: Tensor, t: Tensor) -> Tensor:
+        """The same stack with each row of the target replaced by what they come to, rescaled; alike
+        as they are then, they come to that at any scale."""
+        own = guide.rows * len(t)
+        target = eps[-own:].contiguous()
+        guided = passes.combine(target, guide, self.cfg.guidance_scale)
+        plain, z = target[: len(t)].float(), rows[-own : len(rows) - own + len(t)].float()
+        found = rescaled_noise(guided, plain, z, t, self._path, self.cfg.rescale)
+        return torch.cat([eps[:-own], found.to(eps.dtype).repeat(guide.rows, 1, 1, 1)])
 
     @property
     def can_capture(self) -> bool:
