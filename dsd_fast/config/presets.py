@@ -111,10 +111,10 @@ def _embedded_together(start: Start) -> TrainConfig:
         # So few steps have to be long ones.
         cfg.optimizer.geometry_lr = 0.02
     cfg.optimizer.lr_share = (_at(0.5, steps), 1.0, 0.1, max(steps, _at(0.5, steps) + 1))
-    begin, end = _at(0.3, steps), max(_at(0.75, steps), _at(0.3, steps) + 1)
+    begin, end = _at(0.5, steps), max(_at(0.75, steps), _at(0.5, steps) + 1)
     # A pixel of a finer picture has less of a difference to its neighbours.
-    cfg.loss.lambda_roughness = (begin, 0.0, 30.0 if on_cpu else 60.0, end)
-    cfg.loss.lambda_opaque = (begin, 0.1, 100.0, end)
+    cfg.loss.lambda_roughness = (begin, 0.0, 12.0 if on_cpu else 25.0, end)
+    cfg.loss.lambda_opaque = (begin, 0.1, 300.0, end)
     cfg.loss.lambda_z_variance = (begin, 1.0, 100.0, end)
     return cfg
 

@@ -42,6 +42,11 @@ def rescaled_noise(
         path: on the device of z.
         share: 0 to 1.
     """
-    clean = rescaled(path.clean(z, guided, t), path.clean(z, plain, t), share)
+    # About each channel's mean: about zero, which is a grey, backgrounds too would have to become
+    # grey, and where they cannot, an object grows in front of them until it fills the picture.
+    of_guided, of_plain = path.clean(z, guided, t), path.clean(z, plain, t)
+    mean = of_guided.mean((2, 3), keepdim=True)
+    around = of_plain - of_plain.mean((2, 3), keepdim=True)
+    clean = mean + rescaled(of_guided - mean, around, share)
     alpha, sigma = path.at(t)
     return (z - alpha * clean) / sigma
