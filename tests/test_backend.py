@@ -65,7 +65,9 @@ ASKERS: dict[str, Callable[[], bool]] = {
     "passes over tokens": lambda: token_ops._on_kernels(fake(2)),
     "passes of the VAE": lambda: vae_ops.on_kernels(fake(2)),
     "fused UNet": lambda: fused.cannot_fuse(half_unet()) is None,
-    "fused VAE": lambda: model._fused_encoder(torch.nn.Module(), CUDA, torch.float16) is not None,
+    "fused VAE": lambda: (
+        model._own_encoder(torch.nn.Module(), CUDA, torch.float16, None) is not None
+    ),
     "fused field": lambda: small_field().skips_rows(CUDA),
 }
 

@@ -158,7 +158,9 @@ def test_paths_that_are_no_text(argv, tmp_path):
     folder = os.fsdecode(b"caf\xe9")
     assert "output: expected text in UTF-8" in words(train.main, [*argv, "--output", folder])
     picture = Path(f"{folder}.png")
-    imageio.imwrite(picture, np.full((64, 64, 4), 200, np.uint8))
+    rgba = np.zeros((64, 64, 4), np.uint8)
+    rgba[16:48, 16:48] = 200
+    imageio.imwrite(picture, rgba)
     cfg = cli.parse([*argv[:-2], "--task", "single-view", "--image", str(picture)])[0].config
     write_json(tmp_path / "config.json", to_dict(cfg))
     assert b"caf\\udce9.png" in (tmp_path / "config.json").read_bytes()

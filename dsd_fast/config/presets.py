@@ -264,6 +264,9 @@ def _image(start: Start) -> TrainConfig:
     cfg = of_preset(dataclasses.replace(start, max_steps=steps))
     cfg.name = f"{cfg.name}-2d{'-exact' * start.exact}"
     cfg.image.exact = start.exact
+    if start.exact and start.on_cpu:
+        # Nothing less is exact.
+        cfg.diffusion.dtype = "float32"
     # No view is asked for, and scales are those of samplers. Levels fall evenly, as a sampler's do,
     # and to the end: no camera moves the details. Steps have DDIM's weight, for what is left of
     # official steps at the highest levels is too short to settle colours and layout.
