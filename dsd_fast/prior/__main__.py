@@ -31,6 +31,7 @@ The multi-view prior, four views of one object at once:
     python -m dsd_fast.prior export-multiview --state state \\
         --out dsd_fast/assets/multiview_prior --int8
     python -m dsd_fast.prior multiview-sheet --out report
+    python -m dsd_fast.prior evaluate-multiview --views quarters --out report
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from dsd_fast.prior import (
         evaluate,
+        evaluate_multiview,
         evaluate_views,
         objects,
         render,
@@ -166,6 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export-multiview": (
             train_multiview.MultiviewExportConfig,
             train_multiview.export_multiview,
+        ),
+        "evaluate-multiview": (
+            evaluate_multiview.MultiviewEvaluateConfig,
+            evaluate_multiview.evaluate_multiview,
         ),
         "multiview-sheet": (evaluate.SampleConfig, sheet.multiview_sheet),
         "render-objects": (objects.ObjectsConfig, objects.render_objects),
