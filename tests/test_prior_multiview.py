@@ -12,7 +12,7 @@ import torch
 from dsd_fast.diffusion import load_model
 from dsd_fast.diffusion.ddim import sample_objects
 from dsd_fast.judge import captions
-from dsd_fast.prior import models, quarters, render, train, train_multiview
+from dsd_fast.prior import evaluate_multiview, models, quarters, render, train, train_multiview
 from dsd_fast.prior.train import load_part
 from dsd_fast.prior.views import QUARTER_ELEVATION, QUARTER_FOVY, QUARTER_FRAME, sample_quarters
 from dsd_fast.scene.cameras import camera_condition
@@ -201,3 +201,35 @@ def test_the_shipped_model_draws_one_object_from_four_sides():
     # In the middle of every view is the paint.
     red, _, blue = images[:, :, :, 100:156, 100:156].mean((3, 4)).unbind(2)
     assert (red[0] > blue[0] + 0.1).all() and (blue[1] > red[1] + 0.1).all()
+
+
+def test_views_of_one_object_agree(monkeypatch):
+    """A ball is a disc from everywhere; nothing is high up from two sides and low from two."""
+    monkeypatch.setattr(evaluate_multiview, "SIZE", 24)
+    y, x = torch.meshgrid(*2 * [torch.linspace(-1, 1, 48)], indexing="ij")
+
+    def disc(height: float) -> torch.Tensor:
+        inside = x**2 + (y + height) ** 2 < 0.15
+        return torch.where(inside, torch.tensor([0.9, 0.2, 0.1]).view(3, 1, 1), torch.tensor(0.7))
+
+    cameras = (
+        torch.zeros(4),
+        45.0 + 90.0 * torch.arange(4),
+        torch.full((4,), 1.6),
+        torch.full((4,), 50.0),
+    )
+    one = torch.stack([disc(0.0)] * 4)
+    none = torch.stack([disc(0.4), disc(-0.4)] * 2)
+    agree, differ = (evaluate_multiview.consistency(v, cameras, 120) for v in (one, none))
+    assert agree > 20 and agree > differ + 4
+
+
+def test_held_out_objects_are_evaluated(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_multiview, "SIZE", 16)
+    cfg = evaluate_multiview.MultiviewEvaluateConfig(
+        views=folder, out=tmp_path / "report", device="cpu", objects=1, fit_steps=2, steps=1
+    )
+    report = evaluate_multiview.evaluate_multiview(cfg)
+    assert report["objects"] == 1
+    assert all(np.isfinite(report[name]) for name in ("multi-view", "single views", "real"))
+    assert json.loads((tmp_path / "report" / "multiview-report.json").read_text()) == report

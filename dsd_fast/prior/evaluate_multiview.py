@@ -28,12 +28,15 @@ from dsd_fast.ranges import AnyPath, Count, NonNegative
 from dsd_fast.run.optimizer import Adam
 from dsd_fast.scene.cameras import CameraBatch, look_at, orbit_positions
 from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.scene.renderer import RenderOutput
 
 SIZE = 128
 GREY = 0.7
 # Of samples, whose prior is not told them: half of the frame at the object, in the middle of what
 # it was trained on, and the field of view in degrees.
 FRAME, FOVY = 0.75, 50.0
+# Half an edge of the box, as large as the objects.
+RADIUS = 0.6
 # Brings a mean of squares to the size of distillation losses, for which the rates are.
 _WEIGHT = 1e4
 
@@ -121,16 +124,23 @@ def consistency(
     scene = FieldScene(cfg, generator).to(device)
     optimizer = Adam(scene.trainables(), cfg.optimizer.betas, cfg.optimizer.eps, device)
     fine = torch.ones((), dtype=torch.bool, device=device)
+    edge = torch.cat([want[:, 0], want[:, -1], want[:, :, 0], want[:, :, -1]], 1)
+    plain = edge.median(1).values.view(-1, 1, 1, 3)  # the background of each view
+
+    def before(seen: RenderOutput) -> Tensor:
+        return seen.rgb_fg + (1 - seen.opacity) * plain
+
     for step in range(steps):
         draws = {k: v.to(device) for k, v in scene.draw(cameras, step, generator).items()}
-        error = F.mse_loss(scene.render(cameras, draws).rgb, want)
+        error = F.mse_loss(before(scene.render(cameras, draws)), want)
         optimizer.step(_WEIGHT * error, fine, cfg.optimizer.share(step))
-    seen = scene.view(cameras, steps).rgb.clamp(0, 1)
-    return float(-10 * torch.log10((seen.detach() - want).square().mean()))
+    seen = before(scene.view(cameras, steps)).detach()
+    return float(-10 * torch.log10((seen - want).square().mean()))
 
 
 def _settings(steps: int) -> TrainConfig:
-    """Of the embedded preset's field, before a background that is learned and shown."""
+    """Of the embedded preset's field, in a box that all views see: what floats before one of them
+    stands beside the object in the others."""
     cfg = preset("embedded", steps)
-    cfg.background.random_aug, cfg.background.eval_color = False, None
+    cfg.field.radius = RADIUS
     return cfg
