@@ -91,8 +91,9 @@ def _embedded_together(start: Start) -> TrainConfig:
     guidance, cameras = cfg.guidance, cfg.cameras
     guidance.use_perp_neg, guidance.standard_cfg = False, True
     guidance.mirror_trajectory = False
-    # Without the rescaling colours burst, the more so the longer the run.
-    guidance.guidance_scale, guidance.rescale = 4.0, 0.6
+    # Without the rescaling colours burst, the more so the longer the run; at 0.6 some objects fade
+    # into the background.
+    guidance.guidance_scale, guidance.rescale = 4.0, 0.4
     # One trajectory, of four views from between the sides: the object that a seed chooses. Those of
     # other cameras are of other objects; of them the more there are, the more alike seeds become.
     cfg.multiview.azimuth_bins = cfg.multiview.elevation_bins = 1
