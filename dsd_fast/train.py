@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 makes = TASKS[finished[0].config.task].makes
                 closing.say(finished, time.monotonic() - began, argv, makes)
         except (ConfigError, OutputError, CheckpointError) as error:
+            if stop.raised:
+                return _interrupted(jobs)
             log.error("%s", error)
             return 2
         except TrainingError as error:
@@ -81,15 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.warning("%s", error)
             return interruption.EXIT_CODE
         except KeyboardInterrupt:
-            log.warning("interrupted; %s", what_is_saved(jobs))
-            return interruption.EXIT_CODE
+            return _interrupted(jobs)
         except Exception as error:
+            if stop.raised:
+                return _interrupted(jobs)
             log.error("failed before the first step: %s", in_words(error))
             return 1
         finally:
             for job in jobs:
                 job.folder.release()
     return 0
+
+
+def _interrupted(jobs: Sequence[Job]) -> int:
+    log.warning("interrupted; %s", what_is_saved(jobs))
+    return interruption.EXIT_CODE
 
 
 def train(jobs: Sequence[Job], stop: Interruption | None = None) -> Sequence[Job]:

@@ -50,6 +50,8 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
+        # Whether KeyboardInterrupt was, of which a library may make an error of its own.
+        self.raised = False
         self._patient = False
         self._previous: dict[int, Any] = {}
 
@@ -72,6 +74,7 @@ class Interruption:
         wait = self._patient and not self.requested
         self.requested = True
         if not wait:
+            self.raised = True
             raise KeyboardInterrupt
 
     def __exit__(self, *error: object) -> None:
