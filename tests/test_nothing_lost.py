@@ -16,6 +16,7 @@ from test_train import not_finite
 from tiny_model import build_tiny_model
 
 from dsd_fast import train as module
+from dsd_fast.config import ConfigError
 from dsd_fast.guidance import DSDGuidance
 from dsd_fast.run import checkpoint, outputs, pictures, saving, terminal
 from dsd_fast.run.checkpoint import CheckpointError
@@ -530,3 +531,16 @@ def test_runs_of_different_methods_do_not_meet(runner):
         assert runner(*BARE, *flags, steps=1) == 0
     runs = sorted(path.parent.name for path in runner.folder.rglob("config.json"))
     assert runs == ["a_chair+image-seed0", "a_chair+sds-seed0", "a_chair-seed0"]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, OSError])
+def test_an_interruption_that_a_library_takes_for_its_own_error(kind, monkeypatch, caplog):
+    def parse(argv):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as interruption:
+            raise kind("unable to load weights") from interruption
+
+    monkeypatch.setattr(module.cli, "parse", parse)
+    assert module.main([]) == 130
+    assert "interrupted" in caplog.text and "unable to load" not in caplog.text

@@ -112,11 +112,8 @@ def _embedded_together(start: Start) -> TrainConfig:
         # So few steps have to be long ones.
         cfg.optimizer.geometry_lr = 0.02
     cfg.optimizer.lr_share = (_at(0.5, steps), 1.0, 0.1, max(steps, _at(0.5, steps) + 1))
-    begin, end = _at(0.5, steps), max(_at(0.75, steps), _at(0.5, steps) + 1)
     # A pixel of a finer picture has less of a difference to its neighbours.
-    cfg.loss.lambda_roughness = (begin, 0.0, 12.0 if on_cpu else 25.0, end)
-    cfg.loss.lambda_opaque = (begin, 0.1, 300.0, end)
-    cfg.loss.lambda_z_variance = (begin, 1.0, 100.0, end)
+    _surfaces(cfg, roughness=12.0 if on_cpu else 25.0, opaque=300.0, z_variance=100.0)
     return cfg
 
 
@@ -146,7 +143,8 @@ def _embedded_single(start: Start) -> TrainConfig:
     cfg.background.eval_color = (0.7, 0.7, 0.7)
     cfg.loss.lambda_sparsity = (0, 0.2, 0.05, _at(0.75, steps))
     cfg.loss.lambda_convex = (0, 1.0, 1.0, _at(0.5, steps))
-    _embedded_surfaces(cfg)
+    _surfaces(cfg, roughness=30.0, opaque=500.0, z_variance=300.0)
+    cfg.renderer.occupancy.grow = True
     _embedded_scene(cfg, on_cpu)
     cfg.trainer.log_every = min(10, _at(0.02, steps))
     cfg.trainer.preview_every = _at(0.2, steps)
@@ -155,8 +153,8 @@ def _embedded_single(start: Start) -> TrainConfig:
     return cfg
 
 
-def _embedded_surfaces(cfg: TrainConfig) -> None:
-    """What makes surfaces smooth and opaque; docs/logs/surfaces.md tells how it was found.
+def _surfaces(cfg: TrainConfig, roughness: float, opaque: float, z_variance: float) -> None:
+    """Smooth and opaque surfaces, by weights that rise to these (docs/logs/surfaces.md).
 
     Guidance's gradients are sums over a latent's elements, regularisers means over pixels: at the
     official weights of about 1 these move nothing. They rise when the shape is there: earlier, fog
@@ -164,10 +162,9 @@ def _embedded_surfaces(cfg: TrainConfig) -> None:
     """
     begin = _at(0.5, cfg.max_steps)
     end = max(_at(0.75, cfg.max_steps), begin + 1)
-    cfg.loss.lambda_roughness = (begin, 0.0, 30.0, end)
-    cfg.loss.lambda_opaque = (begin, 0.1, 500.0, end)
-    cfg.loss.lambda_z_variance = (begin, 1.0, 300.0, end)
-    cfg.renderer.occupancy.grow = True
+    cfg.loss.lambda_roughness = (begin, 0.0, roughness, end)
+    cfg.loss.lambda_opaque = (begin, 0.1, opaque, end)
+    cfg.loss.lambda_z_variance = (begin, 1.0, z_variance, end)
 
 
 def _embedded_scene(cfg: TrainConfig, on_cpu: bool) -> None:
