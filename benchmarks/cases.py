@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import adam, composite, field, guidance, hashgrid, march, occupancy, render, sh
+from benchmarks import (
+    adam,
+    composite,
+    field,
+    guidance,
+    hashgrid,
+    march,
+    occupancy,
+    rasterize,
+    render,
+    sh,
+)
 from benchmarks.case import Case
 
 _POINTS = {"cpu": (1 << 16,), "cuda": (1 << 20,)}
@@ -19,6 +30,8 @@ _points = partial(Case, unit="points", sizes=_POINTS, check_size=10007)
 _samples = partial(Case, unit="px", sizes=_SAMPLED_VIEWS, check_size=19)
 _cells = partial(Case, unit="cells", sizes=_CELLS, check_size=13)
 _numbers = partial(Case, unit="numbers", sizes=_NUMBERS, check_size=10007)
+_PICTURES = {"cpu": (512,), "cuda": (512, 1024)}
+_pictures = partial(Case, unit="px", sizes=_PICTURES, check_size=67)
 # Latents of one view, and of 64 larger ones. The last digit of a half may differ.
 _view = partial(Case, unit="px", sizes={"cpu": (64,), "cuda": (64,)}, check_size=19, tolerance=1e-4)
 _views = partial(_view, sizes={"cpu": (32,), "cuda": (128,)})
@@ -59,6 +72,10 @@ CASES: dict[str, Case] = {
     "composite/forward-backward": _samples(composite.forward_backward),
     "composite-full/forward": _samples(composite.full_forward),
     "composite-full/backward": _samples(composite.full_backward),
+    "rasterize/20k": _pictures(rasterize.rasterize),
+    "rasterize/500k": _pictures(partial(rasterize.rasterize, n_faces=500_000)),
+    "rasterize/20k-1": _pictures(partial(rasterize.rasterize, n_samples=1)),
+    "rasterize/500k-1": _pictures(partial(rasterize.rasterize, n_faces=500_000, n_samples=1)),
     "occupancy/update": _cells(occupancy.update),
     "occupancy/threshold": _cells(occupancy.threshold),
     "adam/step": _numbers(adam.step),

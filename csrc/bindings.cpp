@@ -23,6 +23,7 @@
 #include "occupancy.h"
 #include "parallel.h"
 #include "prune.h"
+#include "rasterize.h"
 #include "sh.h"
 
 using Address = std::uintptr_t;
@@ -513,6 +514,27 @@ void adam_step(Address param, Address grad, Address exp_avg, Address exp_avg_sq,
            DSD_CUDA_CALL(dsd::cuda::adam_step(params, stream)));
 }
 
+// Scratch is (vertices, keys, queue), the last 0 on the CPU; outputs are ids and weights.
+void rasterize(Address positions, Address faces, const std::array<int64_t, 3>& sizes,
+               const std::array<int, 3>& picture, const Scratch& scratch, Address ids,
+               Address weights, int device, Address stream, int n_threads) {
+    const dsd::RasterizeParams params = {pointer<const float>(positions),
+                                         pointer<const int32_t>(faces),
+                                         sizes[0],
+                                         sizes[1],
+                                         sizes[2],
+                                         picture[0],
+                                         picture[1],
+                                         picture[2],
+                                         pointer<dsd::ScreenVertex>(scratch[0]),
+                                         pointer<int64_t>(scratch[1]),
+                                         pointer<int64_t>(scratch[2]),
+                                         pointer<int32_t>(ids),
+                                         pointer<float>(weights)};
+    launch({device, stream, n_threads}, DSD_CPU_CALL(dsd::rasterize(params, n_threads)),
+           DSD_CUDA_CALL(dsd::cuda::rasterize(params, stream)));
+}
+
 // Strides in threes: batch, row, pixel.
 using Strides = std::array<int64_t, 3>;
 
@@ -682,6 +704,8 @@ PyMethodDef methods[] = {
     method<occupancy_threshold>("occupancy_threshold"),
 
     method<adam_step>("adam_step"),
+
+    method<rasterize>("rasterize"),
 
     method<dense>("dense"),
     method<dense_norm>("dense_norm"),

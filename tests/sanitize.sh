@@ -23,7 +23,7 @@ for library in libasan.so libubsan.so libstdc++.so; do
     preload="$preload $(gcc -print-file-name=$library)"
 done
 tests=("$@")
-[ $# -gt 0 ] || tests=(tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,occupancy,op_properties}.py)
+[ $# -gt 0 ] || tests=(tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,rasterize,occupancy,op_properties}.py)
 # No `python -m pytest`: it would put this folder, and with it the ordinary module, first.
 PYTHONPATH="$work/site" LD_PRELOAD="${preload# }" ASAN_OPTIONS=detect_leaks=0 \
     UBSAN_OPTIONS=print_stacktrace=1 CUDA_VISIBLE_DEVICES= \

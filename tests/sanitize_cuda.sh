@@ -21,7 +21,7 @@ check() {
 }
 
 check memcheck -k "cuda and not compiles_without_graph_breaks" \
-    tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,occupancy,op_properties}.py
+    tests/test_{adam,field_op,hashgrid,sh,march,composite,prune,rasterize,occupancy,op_properties}.py
 
 check memcheck -k "grid or field or sums" tests/test_determinism.py
 
@@ -38,5 +38,7 @@ check "racecheck --kernel-name kernel_substring=dsd" \
     "tests/test_composite.py::test_forward_and_gradients[cuda-density=50.0]" \
     "tests/test_composite.py::test_golden[cuda-compiled]" \
     "tests/test_composite.py::test_visibility[cuda-0.001]" \
+    "tests/test_rasterize.py::test_same_triangles_as_reference[cuda-8-4]" \
+    "tests/test_rasterize.py::test_same_triangles_of_a_soup[cuda-33-2.0]" \
     "tests/test_occupancy.py::test_update[cuda-1000-333]" \
     "tests/test_occupancy.py::test_threshold[cuda-above-1024]"

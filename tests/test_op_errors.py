@@ -57,6 +57,12 @@ ACCEPTED = {
         "alpha_threshold": torch.zeros(()),
         "capacity": 9,
     },
+    "rasterize": {
+        "positions": torch.zeros(2, 3, 4),
+        "faces": torch.zeros(1, 3, dtype=torch.int32),
+        "height": 2,
+        "width": 2,
+    },
     "visibility": SAMPLES | {"alpha_threshold": torch.zeros(())},
     "composite": SAMPLES | COLORS,
     "composite_full": SAMPLES | COLORS | {"normals": torch.zeros(5, 3), "dirs": torch.zeros(2, 3)},

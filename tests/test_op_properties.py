@@ -261,6 +261,19 @@ def adam_arguments(d: Drawn) -> dict[str, Any]:
     }
 
 
+def mesh_arguments(d: Drawn) -> dict[str, Any]:
+    n_views, n_vertices, n_faces = d.one_of(0, 1, 3), d.size(), d.size()
+    positions = d.floats(n_views, n_vertices, 4, low=-2.0, high=2.0)
+    faces = d.integers(max(n_vertices, 1), n_faces if n_vertices else 0, 3).int()
+    return {
+        "positions": positions * d.one_of(1.0, 0.1, 1e-30, 1e30),
+        "faces": faces,
+        "height": d.one_of(1, 5, 33),
+        "width": d.one_of(1, 17, 40),
+        "n_samples": d.one_of(1, 4, 8),
+    }
+
+
 SAMPLE_VALUES = ("sigmas", "rgbs", "normals")
 WEIGHTS = ("table", "w1d", "w2d", "w1f", "w2f")
 OPS = {
@@ -276,6 +289,7 @@ OPS = {
     "composite_full": Op(composite_full_arguments, differentiable=SAMPLE_VALUES),
     "occupancy_update": Op(update_arguments, written=("occs",), exact=True),
     "occupancy_threshold": Op(threshold_arguments),
+    "rasterize": Op(mesh_arguments, exact=True),
     "adam_step": Op(
         adam_arguments,
         written=("param", "grad", "exp_avg", "exp_avg_sq", "step", "half_copy"),
@@ -309,7 +323,9 @@ GUARD = 64  # elements; every address stays as round as it was
 
 
 def guard_value(tensor: Tensor) -> float:
-    return math.nan if tensor.is_floating_point() else 1 if tensor.dtype == torch.bool else 2**40
+    if tensor.is_floating_point():
+        return math.nan
+    return 1 if tensor.dtype == torch.bool else 2**30
 
 
 class Guarded:
@@ -488,6 +504,10 @@ def negative(t: Tensor) -> Tensor:
     return torch.complex(torch.zeros_like(t), -t).conj().imag
 
 
+def is_index(t: Tensor) -> bool:
+    return t.dtype in (torch.int32, torch.int64) and t.dim() > 0
+
+
 def inside_another(t: Tensor) -> Tensor:
     """The same values, contiguous, from an address that is no rounder than an element."""
     storage = torch.zeros(t.numel() + 1, dtype=t.dtype, device=t.device)
@@ -533,12 +553,14 @@ TENSOR_FAULTS: dict[str, Callable[[Tensor], Any]] = {
 INDEX_FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reversed": lambda t: t.flip(0),
     "negative": lambda t: t - 5,
-    "the smallest": lambda t: torch.full_like(t, -(2**63)),
-    "the largest": lambda t: torch.full_like(t, 2**63 - 1),
+    "the smallest": lambda t: torch.full_like(t, torch.iinfo(t.dtype).min),
+    "the largest": lambda t: torch.full_like(t, torch.iinfo(t.dtype).max),
     "too large at last": lambda t: torch.cat([t[:-1], t[-1:] + 1000]),
     "negative at first": lambda t: torch.cat([t[:1] - 1000, t[1:]]),
-    "a leap and back": lambda t: torch.cat([t[:1], t[1:-1] + 2**62, t[-1:]]) if len(t) > 2 else t,
-    "alternating": lambda t: t * (1 - 2 * (torch.arange(len(t), device=t.device) % 2)),
+    "a leap and back": lambda t: (
+        torch.cat([t[:1], t[1:-1] + torch.iinfo(t.dtype).max // 2, t[-1:]]) if len(t) > 2 else t
+    ),
+    "alternating": lambda t: torch.where(torch.arange(t.numel()).view(t.shape) % 2 == 0, t, -t),
 }
 NUMBER_FAULTS = [
     math.nan,
@@ -587,7 +609,11 @@ def spoil(d: Drawn, op: Op, arguments: dict[str, Any], device: torch.device) -> 
         value = arguments[name]
         if isinstance(value, Tensor):
             faults = TENSOR_FAULTS
-            if value.dtype == torch.int64 and value.dim() and d.one_of(True, True, False):
+            if (
+                value.dtype in (torch.int32, torch.int64)
+                and value.dim()
+                and d.one_of(True, True, False)
+            ):
                 faults = INDEX_FAULTS
             with suppress(RuntimeError):  # a fault that such a tensor cannot have
                 arguments[name] = faults[d.one_of(*faults)](value)
@@ -675,7 +701,11 @@ def test_operators_beneath_check_too(device, name, data):
             schema = func._schema.arguments[place]
             if isinstance(value, Tensor):
                 faults = TENSOR_FAULTS
-                if value.dtype == torch.int64 and value.dim() and d.one_of(True, False):
+                if (
+                    value.dtype in (torch.int32, torch.int64)
+                    and value.dim()
+                    and d.one_of(True, False)
+                ):
                     faults = INDEX_FAULTS
                 with suppress(RuntimeError):
                     value = faults[d.one_of(*faults)](value)

@@ -29,6 +29,7 @@ KERNELS = {
     "occupancy_threshold": "occupancy",
     "occupancy_update": "occupancy",
     "prune": "prune",
+    "rasterize": "rasterize",
     "spherical_harmonics": "sh",
     "visibility": "composite",
 }

@@ -10,11 +10,13 @@ from dsd_fast.ops.hashgrid import GridSpec, hashgrid, hashgrid_jacobian
 from dsd_fast.ops.march import march, march_packed
 from dsd_fast.ops.occupancy import occupancy_threshold, occupancy_update
 from dsd_fast.ops.prune import prune
+from dsd_fast.ops.rasterize import Fragments, rasterize
 from dsd_fast.ops.sh import spherical_harmonics
 
 __all__ = [
     "Composited",
     "FieldShape",
+    "Fragments",
     "GridSpec",
     "PackedSamples",
     "adam_step",
@@ -28,6 +30,7 @@ __all__ = [
     "occupancy_threshold",
     "occupancy_update",
     "prune",
+    "rasterize",
     "spherical_harmonics",
     "visibility",
 ]

@@ -212,6 +212,31 @@ def camera_rays(c2w: Tensor, fovy: Tensor, height: int, width: int) -> tuple[Ten
     return c2w[:, None, None, :3, 3].expand(-1, height, width, -1), directions
 
 
+def clip_matrices(cameras: CameraBatch, near: Tensor | float, far: Tensor | float) -> Tensor:
+    """From world to clip space, for `ops.rasterize`: [B,4,4], of homogeneous columns.
+
+    The pixel centres of a rasterised picture are those that `camera_rays` goes through.
+
+    Args:
+        near, far: distances along the view [B], or one number, between which things are seen;
+            0 < near < far.
+    """
+    rotation, position = cameras.c2w[:, :3, :3], cameras.c2w[:, :3, 3]
+    turn = rotation.transpose(1, 2)
+    view = torch.zeros_like(cameras.c2w)
+    view[:, :3, :3] = turn
+    view[:, :3, 3] = -(turn @ position[:, :, None])[:, :, 0]
+    view[:, 3, 3] = 1.0
+    zoom = 1.0 / torch.tan(0.5 * cameras.fovy)
+    project = torch.zeros_like(view)
+    project[:, 0, 0] = zoom * cameras.height / cameras.width
+    project[:, 1, 1] = zoom
+    project[:, 2, 2] = (far + near) / (near - far)
+    project[:, 2, 3] = 2.0 * far * near / (near - far)
+    project[:, 3, 2] = -1.0
+    return project @ view
+
+
 def orbit_positions(elevation: Tensor, azimuth: Tensor, distance: Tensor) -> Tensor:
     """Positions [B,3] on a sphere around the origin; angles [B] in radians."""
     horizontal = torch.cos(elevation)
