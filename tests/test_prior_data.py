@@ -17,6 +17,7 @@ pytest.importorskip("scipy", reason="needs the extra `prior`")
 from dsd_fast.judge import captions, nouns  # noqa: E402
 from dsd_fast.prior import catalogue, credits, mesh, render, views  # noqa: E402
 from dsd_fast.prior.obj import parse_mtl, parse_obj  # noqa: E402
+from dsd_fast.scene.normals import crease_normals  # noqa: E402
 
 # A box 2 wide (x), 1 high (y), 4 deep (z), its front (+z) red, the rest blue.
 BOX = """
@@ -270,11 +271,11 @@ def test_creases_stay_hard_and_shallow_edges_smooth():
     triangles = np.array([[0, 2, 1], [0, 1, 3]], np.int32)
     for angle, expected in ((30.0, 4), (70.0, 6)):
         positions = fold(angle)
-        source, normals, split = mesh.crease_normals(positions, triangles)
+        source, normals, split = crease_normals(positions, triangles)
         assert len(source) == expected
         assert (positions[source][split] == positions[triangles]).all()
         np.testing.assert_allclose(np.linalg.norm(normals, axis=1), 1.0, rtol=1e-6)
-    _, hard, split = mesh.crease_normals(fold(70.0), triangles)
+    _, hard, split = crease_normals(fold(70.0), triangles)
     np.testing.assert_allclose(hard[split[0]], [[0, 0, 1]] * 3, atol=1e-6)
 
 
@@ -282,7 +283,7 @@ def test_seams_do_not_split_shading():
     positions = np.array(
         [[0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [-1, 0, 0.2]], np.float32
     )  # vertices 3, 4 repeat 0, 1
-    source, normals, split = mesh.crease_normals(positions, np.array([[0, 2, 1], [3, 4, 5]]))
+    source, normals, split = crease_normals(positions, np.array([[0, 2, 1], [3, 4, 5]]))
     assert len(source) == 6
     np.testing.assert_array_equal(normals[split[0, 0]], normals[split[1, 0]])
 

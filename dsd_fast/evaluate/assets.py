@@ -26,6 +26,7 @@ from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.pictures import to_uint8
 from dsd_fast.run.saved import SavedRun, open_saved
 from dsd_fast.scene.cameras import eval_camera
+from dsd_fast.scene.mesh_file import SUFFIXES
 from dsd_fast.scene.renderer import OPAQUE, RenderOutput
 from dsd_fast.schedules import Schedule
 
@@ -126,7 +127,7 @@ def _assets_below(path: Path, depth: int = 0) -> list[Path]:
         return below
     if numbered_images(path):
         return [path]
-    return below + sorted(p for p in path.iterdir() if p.suffix.lower() in meshes.SUFFIXES)
+    return below + sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
 def find_assets(path: Path) -> list[Path]:
@@ -135,12 +136,12 @@ def find_assets(path: Path) -> list[Path]:
     Raises:
         EvaluateError: there are none.
     """
-    if path.is_file() and path.suffix.lower() in meshes.SUFFIXES | {".safetensors"}:
+    if path.is_file() and path.suffix.lower() in SUFFIXES | {".safetensors"}:
         return [path]
     if not path.is_dir():
         raise EvaluateError(
             f"{path}: expected a run folder, a folder of views, or a mesh "
-            f"({', '.join(sorted(meshes.SUFFIXES))})"
+            f"({', '.join(sorted(SUFFIXES))})"
         )
     found = _assets_below(path)
     if not found:
@@ -305,7 +306,7 @@ def gather(paths: Iterable[Path], groups: dict[str, list[str]]) -> list[Source]:
             matches = [
                 path
                 for path in map(Path, sorted(glob.glob(pattern, recursive=True)))
-                if path.is_dir() or path.suffix.lower() in meshes.SUFFIXES | {".safetensors"}
+                if path.is_dir() or path.suffix.lower() in SUFFIXES | {".safetensors"}
             ]
             if not matches:
                 raise EvaluateError(f"--group {name}={pattern}: no folder matches")

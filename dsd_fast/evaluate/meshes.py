@@ -15,14 +15,11 @@ from typing import Any
 import numpy as np
 
 from dsd_fast.config import CameraConfig
-from dsd_fast.picture_file import MAX_BYTES, only_safe_pictures
 from dsd_fast.scene.cameras import eval_camera
+from dsd_fast.scene.mesh_file import Z_UP, mesh_parts
 
 log = logging.getLogger("dsd_fast.evaluate")
 
-SUFFIXES = {".glb", ".gltf", ".obj", ".ply", ".stl"}
-# Of these the third axis points up; the others have y up and their front on +z, as glTF says.
-_Z_UP = {".ply", ".stl"}
 # Half the longest side of an object's bounding box, in units of the scene.
 HALF_SIDE = 0.5
 # What a surface that is seen edge-on keeps of its colour.
@@ -55,36 +52,20 @@ def read_mesh(path: Path) -> list[Textured]:
         ImportError: trimesh is missing.
         ValueError: not a mesh, or one without a face that has an area.
     """
-    try:
-        import trimesh
-    except ImportError as error:
-        raise ImportError("meshes are read by trimesh: pip install 'dsd_fast[evaluate]'") from error
-    axes = [0, 1, 2] if path.suffix.lower() in _Z_UP else [2, 0, 1]
+    axes = [0, 1, 2] if path.suffix.lower() in Z_UP else [2, 0, 1]
     is_gltf = path.suffix.lower() in (".glb", ".gltf")
-    parts = []
     try:
-        with only_safe_pictures() as refused:
-            # Vertices stay apart as they are: merged ones would mix colours across creases.
-            scene = trimesh.load_scene(path, process=False, resolver=_resolver(path, refused))
-            for node in scene.graph.nodes_geometry:
-                transform, name = scene.graph[node]
-                part = scene.geometry[name]
-                if not (isinstance(part, trimesh.Trimesh) and len(part.faces)):
-                    continue
-                moved = part.copy().apply_transform(transform)
-                parts.append(
-                    Textured(
-                        points=np.asarray(moved.vertices, np.float64)[:, axes],
-                        normals=np.asarray(moved.vertex_normals, np.float64)[:, axes],
-                        triangles=np.asarray(moved.faces, np.int64),
-                        # A copy has lost what it knows of colours beside a material.
-                        **_appearance(part.visual, len(part.vertices), is_gltf),
-                    )
-                )
-    except Exception as error:  # its readers raise all kinds
+        parts = [
+            Textured(
+                points=np.asarray(part.mesh.vertices, np.float64)[:, axes],
+                normals=np.asarray(part.mesh.vertex_normals, np.float64)[:, axes],
+                triangles=np.asarray(part.mesh.faces, np.int64),
+                **_appearance(part.visual, len(part.mesh.vertices), is_gltf),
+            )
+            for part in mesh_parts(path)
+        ]
+    except (AttributeError, TypeError, IndexError, ArithmeticError) as error:
         raise ValueError(f"not a mesh: {type(error).__name__}: {error}") from error
-    if refused:
-        raise ValueError("; ".join(dict.fromkeys(refused)))
     if not parts:
         raise ValueError("no triangles in it")
     used = np.concatenate([part.points[np.unique(part.triangles)] for part in parts])
@@ -94,30 +75,6 @@ def read_mesh(path: Path) -> list[Textured]:
         raise ValueError("its vertices are one point, or not finite")
     scale = 2 * HALF_SIDE / side
     return [replace(part, points=(part.points - (low + high) / 2) * scale) for part in parts]
-
-
-def _resolver(path: Path, refused: list[str]) -> Any:
-    """What trimesh asks for files that a mesh names: regular ones in its folder, and no others.
-
-    Others are added to `refused`, in words; one that is missing is a warning, as most viewers have
-    it.
-    """
-    from trimesh.resolvers import FilePathResolver
-
-    class Beside(FilePathResolver):
-        def get(self, name: str) -> bytes:
-            file, folder = path.parent / name.strip(), path.parent.resolve()
-            if not file.exists():
-                log.warning("%s: names a file that is not there: %s", path, name)
-            elif folder not in file.resolve().parents or not file.is_file():
-                refused.append(f"{name}: expected a regular file in the mesh's folder")
-            elif file.stat().st_size > MAX_BYTES:
-                refused.append(f"{name}: has more than {MAX_BYTES >> 20} MiB")
-            else:
-                return file.read_bytes()
-            raise ValueError(name)
-
-    return Beside(str(path))
 
 
 def _appearance(visual: Any, n_vertices: int, is_gltf: bool) -> dict[str, np.ndarray]:

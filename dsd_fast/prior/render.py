@@ -21,7 +21,7 @@ import numpy as np
 
 from dsd_fast.judge import captions
 from dsd_fast.judge.nouns import noun_by_id
-from dsd_fast.prior.mesh import Model, Pack, crease_normals
+from dsd_fast.prior.mesh import Model, Pack
 from dsd_fast.prior.views import (
     Views,
     is_recolourable,
@@ -39,6 +39,7 @@ from dsd_fast.ranges import (
     Workers,
     check,
 )
+from dsd_fast.scene.normals import crease_normals
 
 if TYPE_CHECKING:
     import moderngl

@@ -69,12 +69,8 @@ class FieldScene(nn.Module):
         return self.renderer.render(self.field, self.background, views, draws)
 
     def surface(self, views: CameraBatch, seen: RenderOutput) -> Tensor:
-        """Where the pixels of a rendering see the object, for `guidance.Plan.seeing`: [B,H,W,4],
-        their mean depth's point in half edges of the box, and opacity; without gradient."""
-        opacity = seen.opacity.detach()
-        depth = seen.depth.detach() / opacity.clamp_min(1e-5)
-        points = views.rays_o + depth * views.rays_d
-        return torch.cat([points / self.field.cfg.radius, opacity], -1)
+        """As `RenderOutput.surface`, of the field's box."""
+        return seen.surface(views, self.field.cfg.radius)
 
     @property
     def can_capture(self) -> bool:

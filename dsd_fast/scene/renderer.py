@@ -71,6 +71,14 @@ class RenderOutput:
     orientation: Tensor  # [B,H,W,1] Σ w max(0, n·d)², w without gradient: normals that face away
     n_samples: Tensor  # 0-dim int64; zero is legal: only the background is seen
 
+    def surface(self, views: CameraBatch, radius: float) -> Tensor:
+        """Where the pixels see the object, for `guidance.Plan.seeing`: [B,H,W,4], their mean
+        depth's point in half edges of the box of this radius, and opacity; without gradient."""
+        opacity = self.opacity.detach()
+        depth = self.depth.detach() / opacity.clamp_min(1e-5)
+        points = views.rays_o + depth * views.rays_d
+        return torch.cat([points / radius, opacity], -1)
+
 
 @dataclass(frozen=True)
 class _Samples:
