@@ -1,5 +1,5 @@
-"""From a prompt and a seed to a 3D object, or to an image (`--task image`); from one picture to an
-object (`--task single-view`).
+"""From a prompt and a seed to a 3D object, to the texture of a mesh (`--task texture`), or to an
+image (`--task image`); from one picture to an object (`--task single-view`).
 
 python -m dsd_fast.train --prompt "an armchair" --seed 0
 python -m dsd_fast.train --prompt "an armchair" --seed 0 --resume auto

@@ -12,6 +12,7 @@ from dsd_fast.ranges import ConfigError
 from dsd_fast.scene.background import BackgroundConfig
 from dsd_fast.scene.cameras import CameraConfig
 from dsd_fast.scene.material import MaterialConfig
+from dsd_fast.scene.mesh_file import RADIUS
 
 STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
@@ -61,7 +62,7 @@ def preset(
     for kind, given, known in (("preset", name, PRESETS), ("task", task, TASK_PRESETS)):
         if given not in known:
             raise ConfigError(f"unknown {kind} {given!r}: expected one of {', '.join(known)}")
-    if name == "mvdream" and task != "text":
+    if name == "mvdream" and task not in ("text", "texture"):
         raise ConfigError(f"--preset mvdream makes objects from prompts: drop --task {task}")
     start = Start(name, max_steps, on_cpu, method, model, exact)
     cfg = (TASK_PRESETS[task] or PRESETS[name])(start)
@@ -284,6 +285,24 @@ def _image(start: Start) -> TrainConfig:
     return cfg
 
 
+def _texture(start: Start) -> TrainConfig:
+    """Settings of the task "texture": those of an object's, at full size from the start."""
+    cfg = PRESETS[start.preset](start)
+    cameras, field = cfg.cameras, cfg.field
+    for name in ("height", "width", "batch_size"):
+        setattr(cameras, name, cameras.per_stage(name)[-1])
+    cameras.resolution_milestones = ()
+    # What is there from the first step needs no time to form.
+    cameras.progressive_from = cameras.progressive_until = 0
+    field.radius = 1.05 * RADIUS
+    field.grid.start_level = field.grid.n_levels
+    if start.preset == "embedded":
+        finest = 256 if start.on_cpu else 512  # cells along an edge
+        field.grid.per_level_scale = (finest / field.grid.base_resolution) ** (1 / 11)
+    cfg.material.diffuse_prob, cfg.material.ambient_only_on_test = 0.0, True
+    return cfg
+
+
 def _single_view(start: Start) -> TrainConfig:
     """Settings for one picture: Zero-1-to-3's in threestudio (mathematics.md 11.2), on the presets
     "dsd" and "dsd-low-res" as they are, on "embedded" with the small model's camera and size."""
@@ -366,3 +385,4 @@ PRESETS |= {"embedded": _embedded, "dsd": _dsd, "dsd-low-res": _dsd_low_res, "mv
 register_task("text")
 register_task("single-view", _single_view)
 register_task("image", _image)
+register_task("texture", _texture)

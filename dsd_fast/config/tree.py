@@ -28,6 +28,7 @@ from dsd_fast.scene.mesh import MeshConfig
 from dsd_fast.scene.picture import SingleViewConfig
 from dsd_fast.scene.rates import OptimizerConfig
 from dsd_fast.scene.renderer import RendererConfig
+from dsd_fast.scene.texture import TextureConfig
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ class TrainConfig:
 
     # What to make, for example "an armchair".
     prompt: str = ""
-    # What is made: a 3D object from a prompt ("text") or from one picture of it ("single-view"), or
-    # a single "image".
+    # What is made: a 3D object from a prompt ("text") or from one picture of it ("single-view"),
+    # the "texture" of a mesh, or a single "image".
     task: Annotated[str, _TASK.check, _TASK.flag] = "text"
     # Random seed: other seeds give other objects.
     seed: ranges.Seed = 0
@@ -196,6 +197,7 @@ class TrainConfig:
     guidance: GuidanceConfig = dataclasses.field(default_factory=GuidanceConfig)
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     single_view: SingleViewConfig = dataclasses.field(default_factory=SingleViewConfig)
+    texture: TextureConfig = dataclasses.field(default_factory=TextureConfig)
     multiview: MultiViewConfig = dataclasses.field(default_factory=MultiViewConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     cameras: CameraConfig = dataclasses.field(default_factory=CameraConfig)
@@ -227,6 +229,12 @@ class TrainConfig:
         """Raise ConfigError for settings that do not go together."""
         if self.task == "single-view" and self.single_view.image is None:
             raise ConfigError("--task single-view needs a picture: pass --image chair.png")
+        if self.task == "texture" and self.texture.mesh is None:
+            raise ConfigError("--task texture needs a mesh: pass --mesh chair.glb")
+        if self.task != "texture" and self.texture.mesh is not None:
+            raise ConfigError(
+                f"--mesh {self.texture.mesh} is what --task texture paints: pass that too"
+            )
         if not self.prompt.strip():
             raise ConfigError('the prompt is empty: pass --prompt "an armchair"')
         if self.guidance.method == "recon" and self.cameras.n_view == 1:

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -19,11 +19,22 @@ from torch import Tensor
 from dsd_fast.config import TrainConfig
 from dsd_fast.output_file import writing
 from dsd_fast.scene.cameras import CameraBatch, CameraConfig, eval_camera, turntable
-from dsd_fast.scene.field_scene import FieldScene
+from dsd_fast.scene.renderer import RenderOutput
+
+
+class Shown(Protocol):
+    """A scene that can be looked at when it is finished."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def view(self, cameras: CameraBatch, step: int) -> RenderOutput:
+        """What cameras see at a step of the run, without chance or gradients."""
+        ...
 
 
 def contact_sheet(
-    scene: FieldScene, cfg: CameraConfig, step: int, n_views: int, size: int
+    scene: Shown, cfg: CameraConfig, step: int, n_views: int, size: int
 ) -> np.ndarray:
     """Square views around the object, colours above normals: uint8 [2*size, n_views*size, 3]."""
     columns = []
@@ -46,7 +57,7 @@ def write_png(image: np.ndarray, path: Path) -> None:
 
 
 def write_turntable(
-    scene: FieldScene,
+    scene: Shown,
     cfg: TrainConfig,
     step: int,
     path: Path,

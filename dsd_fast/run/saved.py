@@ -49,6 +49,10 @@ def open_saved(
             raise CheckpointError(
                 f"{path} is a run of --task image, which has no object: its image is {folder.image}"
             )
+        if cfg.task == "texture":
+            raise CheckpointError(
+                f"{path} is a run of --task texture, whose object is a mesh: it is {folder.mesh}"
+            )
         if background is not None:
             cfg.background.eval_color = background
         _check_sizes(cfg, state, file)

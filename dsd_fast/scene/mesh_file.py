@@ -83,9 +83,8 @@ def read_mesh_file(path: Path, up: Literal["auto", "y", "z"] = "auto") -> MeshFi
     if not path.is_file():
         raise MeshFileError(f"there is no such file: {path}")
     if path.suffix.lower() not in SUFFIXES:
-        raise MeshFileError(
-            f"{path}: expected a mesh in {', '.join(sorted(SUFFIXES))}, got {path.suffix or 'no suffix'}"
-        )
+        known = ", ".join(sorted(SUFFIXES))
+        raise MeshFileError(f"{path}: expected a mesh in {known}, got {path.suffix or 'no suffix'}")
     if path.stat().st_size > MAX_BYTES:
         raise MeshFileError(f"{path} has more than {MAX_BYTES >> 20} MiB")
     points, normals, faces, uvs, n_points = [], [], [], [], 0

@@ -1,0 +1,133 @@
+"""Painting a mesh that somebody brings.
+
+python -m dsd_fast.train --task texture --mesh chair.glb --prompt "a wooden chair" --num-seeds 4
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsd_fast.config import ConfigError, TrainConfig
+from dsd_fast.run import pictures
+from dsd_fast.run.outputs import RunFolder
+from dsd_fast.run.state import TrainState
+from dsd_fast.scene.atlas import Atlas, AtlasError
+from dsd_fast.scene.mesh_file import MeshFile, MeshFileError, read_mesh_file
+from dsd_fast.scene.mesh_scene import MeshScene
+from dsd_fast.scene.renderer import RenderOutput
+from dsd_fast.scene.texture import TextureConfig, choose_atlas, write_painted
+from dsd_fast.tasks.base import register
+from dsd_fast.tasks.step import Drawn, StepOutput, TrainStep, Weights
+from dsd_fast.tasks.text import FieldStep, TextTask
+
+
+class MeshStep(FieldStep):
+    """Steps of scenes whose shape is given: there is nothing to regularise."""
+
+    losses = TrainStep.losses
+
+    def _weights(self, step: int) -> dict[str, float]:
+        weights = TrainStep._weights(self, step)
+        share = self.cfg.optimizer.share(step)
+        return weights if share is None else {**weights, "share": share}
+
+    def _losses(
+        self, state: TrainState, drawn: Drawn, seen: RenderOutput, weights: Weights
+    ) -> dict[str, Tensor]:
+        return {}
+
+
+class Canvas(NamedTuple):
+    """What is painted, and where its texture lies."""
+
+    mesh: MeshFile
+    atlas: Atlas | None
+
+
+@register("texture")
+class TextureTask(TextTask):
+    """One texture a run; runs of the same mesh and settings share geometry and coordinates."""
+
+    makes = "texture"
+    step_class = MeshStep
+
+    def check(self, cfg: TrainConfig, n_runs: int) -> None:
+        """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
+        self._canvas(cfg)
+        super().check(cfg, n_runs)
+
+    def scene(self, cfg: TrainConfig, generator: torch.Generator) -> MeshScene:
+        surface = self._canvas(cfg).mesh.surface(cfg.texture.turn)
+        return MeshScene(cfg, surface, cfg.texture.samples, generator)
+
+    def doing(self, cfg: TrainConfig, step: int) -> str:
+        return "painting"
+
+    def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
+        return {"size": output.height}
+
+    def finish(
+        self,
+        result: MeshScene,
+        cfg: TrainConfig,
+        step: int,
+        run: RunFolder,
+        say: Callable[[str], None],
+    ) -> None:
+        """Write the painted mesh, the turntable and the contact sheet."""
+        if cfg.pictures.mesh:
+            say("finishing: the texture")
+            canvas, own = self._canvas(cfg), cfg.texture
+            points = canvas.mesh.surface(own.turn).points
+            about = {"prompt": cfg.prompt, "seed": cfg.seed, "method": cfg.guidance.method}
+
+            def colors(at):
+                return result.colors(at, step)
+
+            write_painted(*canvas, colors, points, own.size, run.mesh, about)
+        if cfg.pictures.turntable:
+            say("finishing: the video")
+            pictures.write_turntable(result, cfg, step, run.turntable)
+        say("finishing: the picture")
+        views, size = cfg.pictures.sheet_views, cfg.pictures.sheet_size
+        sheet = pictures.contact_sheet(result, cfg.cameras, step, views, size)
+        pictures.write_png(sheet, run.preview)
+
+    def _canvas(self, cfg: TrainConfig) -> Canvas:
+        """The mesh of a run; ConfigError where it is none, or not the one of its start."""
+        own = cfg.texture
+        assert own.mesh is not None  # cfg.validate
+        try:
+            digest = hashlib.sha256(own.mesh.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(f"--mesh {own.mesh}: cannot be read: {error.strerror}") from error
+        if own.digest and own.digest != digest:
+            raise ConfigError(
+                f"{own.mesh} is not the mesh that this run was started with: put that back, or "
+                "start a new run"
+            )
+        try:
+            canvas = _canvas(own.mesh, digest, own.up, own.uv, own.unwrap_seconds)
+        except (MeshFileError, ImportError) as error:
+            raise ConfigError(f"--mesh: {error}") from error
+        except AtlasError as error:
+            raise ConfigError(
+                f"--texture.uv keep: {error}: pass --texture.uv new for new ones"
+            ) from error
+        own.digest = digest
+        return canvas
+
+
+@lru_cache(maxsize=1)
+def _canvas(path: Path, digest: str, up: str, uv: str, seconds: float) -> Canvas:
+    """Once for all seeds of a command, and for its beginning and end."""
+    mesh = read_mesh_file(path, up)  # pyright: ignore[reportArgumentType]
+    settings = TextureConfig(uv=uv, unwrap_seconds=seconds)  # pyright: ignore[reportArgumentType]
+    return Canvas(mesh, choose_atlas(mesh, settings))
