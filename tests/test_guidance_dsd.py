@@ -25,6 +25,7 @@ from dsd_fast.guidance import (
     view_embeddings,
 )
 from dsd_fast.guidance.conditions.text import ViewBins
+from dsd_fast.guidance.passes import Batch
 from dsd_fast.guidance.rows import expand_rows
 from dsd_fast.guidance.trajectory import simulate
 
@@ -639,3 +640,53 @@ class TestErrors:
     def test_settings(self, settings: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make_guidance(**settings)
+
+
+@CACHED
+def test_trajectories_that_begin_from_pictures(table_step) -> None:
+    """They are DDIM from the noisy pictures at the run's highest level on, a bin's own each."""
+    guidance = make_guidance(
+        n_seeds=2,
+        trajectory="cached",
+        noise_table_step=table_step,
+        azimuth_bins=3,
+        max_step_percent=0.6,
+        use_perp_neg=False,
+        n_ddim_steps=4,
+    )
+    model, n_bins = guidance.model, len(guidance.conditions.bins)
+    size = (model.latent_channels, model.latent_size, model.latent_size)
+    pictures = randn(n_bins, *size, seed=5)
+    guidance.begin_from(pictures)
+    path, noise = model.noise_path, guidance.noise
+    assert guidance._tables.grid == (600, 450, 300, 150, 0)
+    for azimuth in (20.0, 100.0):
+        asked = torch.full((2,), azimuth)
+        view, _ = guidance.conditions.bins.index(torch.zeros(2), asked)
+        plan = guidance.plan_levels(torch.zeros(2), asked, 450, 450)
+        x = randn(2, *size, seed=6)
+        noisy = guidance.at_plan(x, plan).latents_noisy
+        z = path.noisy(pictures[view].expand(2, *size), noise, torch.tensor([600]))
+        eps = torch.cat([predicted(guidance, z[i : i + 1], 600, view) for i in range(2)])
+        z = path.step(z, eps, torch.tensor([600]), torch.tensor([450]))
+        eps = torch.cat([predicted(guidance, z[i : i + 1], 450, view) for i in range(2)])
+        wanted = path.noisy(x, eps, torch.tensor([450]))
+        torch.testing.assert_close(noisy, wanted, atol=1e-5, rtol=1e-5)
+    # Above them there is nothing.
+    plan = guidance.plan_levels(torch.zeros(2), torch.zeros(2), 600, 640)
+    assert plan.t_delta.tolist() == [600, 600]
+    assert guidance.at_plan(randn(2, *size), plan).finite.all()
+
+
+def predicted(guidance: DSDGuidance, z: Tensor, level: int, view: int) -> Tensor:
+    """The guided noise on the trajectory of a bin."""
+    rows = z.to(guidance.model.dtype).repeat(2, 1, 1, 1)
+    return guidance._predict_bin(Batch(z, rows, torch.full((2,), level)), view)
+
+
+def test_pictures_that_trajectories_cannot_begin_from() -> None:
+    guidance = make_guidance(trajectory="cached", azimuth_bins=3)
+    with pytest.raises(ValueError, match=r"expected pictures \[4, 4, \d+, \d+\], one of each bin"):
+        guidance.begin_from(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"expected --guidance.trajectory cached, got exact"):
+        make_guidance(trajectory="exact").begin_from(torch.zeros(1, 4, 8, 8))

@@ -299,7 +299,23 @@ def _texture(start: Start) -> TrainConfig:
     if start.preset == "embedded":
         finest = 256 if start.on_cpu else 512  # cells along an edge
         field.grid.per_level_scale = (finest / field.grid.base_resolution) ** (1 / 11)
-    cfg.material.diffuse_prob, cfg.material.ambient_only_on_test = 0.0, True
+    # Lit from about where the camera is, so that the model sees the shape, and shadows are none of
+    # the colours that are learned.
+    cfg.material = MaterialConfig(
+        ambient_light_color=(0.6, 0.6, 0.6),
+        diffuse_light_color=(0.45, 0.45, 0.45),
+        ambient_only_steps=0,
+        diffuse_prob=1.0,
+        textureless_prob=0.0,
+    )
+    cameras.light_position_perturb = 0.3
+    guidance = cfg.guidance
+    if start.method == "dsd":
+        # Where trajectories begin, from the shape: higher, what they come to has a shape of its
+        # own, lower, the grey of the shape.
+        guidance.max_step_percent = 0.85
+        # Of what is seen from the left the mirror image is near what is seen from the right.
+        guidance.mirror_trajectory = cameras.n_view == 1
     return cfg
 
 

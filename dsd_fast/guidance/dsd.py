@@ -115,13 +115,70 @@ class DSDGuidance(Guidance):
 
     name, works_with = "dsd", None
 
+    # Where trajectories begin: pictures [n_bins,C,h,w], or None for noise alone.
+    _pictures: Tensor | None = None
+
     def _prepare(self) -> None:
         cfg = self.cfg
-        self._grid = ode_grid(cfg.n_ddim_steps)
         self._share = Schedule.parse(cfg.trajectory_share)
         own = cfg.trajectory_scale
         self._trajectory_scale = cfg.guidance_scale if own is None else own
         self._done = torch.zeros((), dtype=torch.int32, device=self.model.device)
+
+    def begin_from(self, pictures: Tensor) -> None:
+        """Let trajectories begin from pictures in the seed's noise, at the run's highest level, in
+        place of noise alone at 999 (SDEdit, Meng et al. 2021): what a trajectory comes to then has
+        the pictures' shapes.
+
+        Args:
+            pictures: latents [n_bins*V,C,h,w], of what the camera of each bin of the conditions
+                sees; of a multi-view model its V views.
+        Raises:
+            ValueError: other shapes, or trajectories that are not cached.
+        """
+        if self.cfg.trajectory != "cached":
+            raise ValueError(
+                "guidance: trajectories that begin from pictures are those of the bins, expected "
+                f"--guidance.trajectory cached, got {self.cfg.trajectory}"
+            )
+        n_bins, size = len(self.conditions.bins), self.model.latent_size
+        expected = (n_bins * self.n_views, self.model.latent_channels, size, size)
+        if pictures.shape != expected:
+            raise ValueError(
+                f"guidance: expected pictures {list(expected)}, one of each bin and view, got "
+                f"{list(pictures.shape)}"
+            )
+        self._pictures = self._fold(pictures.detach().to(self.model.device, torch.float32))
+        self.load_state_dict(self.state_dict())
+
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        """Levels of the trajectories' DDIM steps."""
+        n_steps = self.cfg.n_ddim_steps
+        return ode_grid(n_steps) if self._pictures is None else ode_grid(n_steps, self._highest)
+
+    @property
+    def _highest(self) -> int:
+        """The highest level of the run."""
+        percents = [knot[1] for knot in self.max_percent.knots]
+        return min(int(NUM_TRAIN_TIMESTEPS * max(percents)), NUM_TRAIN_TIMESTEPS - 1)
+
+    def _starts(self) -> Tensor:
+        """Where every track begins: [S*n_bins,C,h,w]."""
+        n_bins = len(self.conditions.bins)
+        noise = self.noise.repeat_interleave(n_bins, dim=0)
+        if self._pictures is None:
+            return noise
+        level = torch.full((len(noise),), self._highest, device=noise.device)
+        return self._path.noisy(self._pictures.repeat(self._n_seeds, 1, 1, 1), noise, level)
+
+    def _other_level(
+        self, t: Tensor, t_delta: Tensor | int, chance: Mapping[str, Tensor]
+    ) -> Tensor | int:
+        """Above where they begin there are no trajectories."""
+        if self._pictures is None:
+            return t_delta
+        return torch.as_tensor(t_delta).clamp_max(self._highest)
 
     def _plan(self, asked: Asked) -> Plan:
         t, t_delta = asked.t, asked.t_delta
@@ -208,9 +265,9 @@ class DSDGuidance(Guidance):
             percents = [knot[1] for knot in (*self.min_percent.knots, *self.max_percent.knots)]
             lowest = int(NUM_TRAIN_TIMESTEPS * min(percents))
             self._tables = TrajectoryTables(
-                self.noise,
+                self._starts(),
                 self._form,
-                cfg.n_ddim_steps,
+                self._grid,
                 len(self.conditions.bins),
                 cfg.noise_table_step,
                 min(max(lowest, 0), NUM_TRAIN_TIMESTEPS - 1),

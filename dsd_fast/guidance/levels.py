@@ -60,11 +60,11 @@ def shifted_level(t: Tensor, u: Tensor, min_percent: float, delta_min: int = 1) 
     return (t + (u.double() * room).floor().long()).clamp(delta_min, LAST_LEVEL)
 
 
-def ode_grid(n_steps: int) -> tuple[int, ...]:
-    """n_steps + 1 levels of the full ODE path from 999 to 0, descending (deviations.md Q5)."""
+def ode_grid(n_steps: int, first: int = LAST_LEVEL) -> tuple[int, ...]:
+    """n_steps + 1 levels of the ODE path from `first` to 0, descending (deviations.md Q5)."""
     if n_steps < 1:
         raise ValueError(f"n_ddim_steps must be at least 1, got {n_steps}")
-    return tuple(LAST_LEVEL * (n_steps - i) // n_steps for i in range(n_steps + 1))
+    return tuple(first * (n_steps - i) // n_steps for i in range(n_steps + 1))
 
 
 def n_nodes(t_delta: int, grid: tuple[int, ...]) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsd_fast.guidance import passes
-from dsd_fast.guidance.levels import n_nodes, ode_grid
+from dsd_fast.guidance.levels import n_nodes
 from dsd_fast.guidance.passes import Batch, Form
 from dsd_fast.upload import upload
 
@@ -31,10 +31,11 @@ class Reach(NamedTuple):
 class TrajectoryTables:
     """Trajectories of every seed and bin, as tables on the device, filled when first needed.
 
-    `states` hold z at the grid levels 999, 899, ...; `predictions` hold the guided prediction
-    there and, with a `table_step`, at every so many levels below each, where z is one DDIM step
-    away. Between two of those eps_o is interpolated; never across a grid level, where the path
-    bends, for each is an entry. A slot is entry * n_tracks + track, track = seed * n_bins + bin.
+    `states` hold z at the levels of the grid (999, 899, ...); `predictions` hold the guided
+    prediction there and, with a `table_step`, at every so many levels below each, where z is one
+    DDIM step away. Between two of those eps_o is interpolated; never across a grid level, where the
+    path bends, for each is an entry. A slot is entry * n_tracks + track, track = seed * n_bins +
+    bin.
 
     As t falls during a run, a track gains one entry at a time; each costs one guided prediction,
     once. Every entry is computed alone, with a batch of one item, so tables rebuilt after a resume
@@ -45,8 +46,10 @@ class TrajectoryTables:
     320: 43 MiB, with a table step of 20 129 MiB; a seed.
 
     Args:
-        noise: seed noises [S,C,h,w] float32, on the device of the tables.
+        starts: [S*n_bins,C,h,w] float32, where each track begins: z at the first level of the
+            grid, on the device of the tables.
         form: of the UNet's batches, there too.
+        grid: levels of DDIM steps, falling.
         n_bins: trajectories of a seed.
         table_step: levels between the entries of `predictions`; 0 for those of the grid alone.
         lowest: the lowest level that room is made for now. Levels below it enlarge the tables:
@@ -55,23 +58,23 @@ class TrajectoryTables:
 
     def __init__(
         self,
-        noise: Tensor,
+        starts: Tensor,
         form: Form,
-        n_ddim_steps: int,
+        grid: tuple[int, ...],
         n_bins: int,
         table_step: int,
         lowest: int,
     ):
         self.form = form
         self.n_bins = n_bins
-        self.n_tracks = n_bins * noise.shape[0]
-        self.grid = ode_grid(n_ddim_steps)
+        self.n_tracks = starts.shape[0]
+        self.grid = grid
         self.table_step = table_step
         # Of the entries of `predictions`, falling.
         self.levels = _table_levels(self.grid, table_step)
         self._negative_levels = [-level for level in self.levels]  # rising, for bisection
-        self.states = noise.repeat_interleave(n_bins, dim=0)
-        self.predictions = noise.new_empty((0, *noise.shape[1:]))
+        self.states = starts
+        self.predictions = starts.new_empty((0, *starts.shape[1:]))
         self._filled: set[int] = set()
         self._make_room(lowest)
 
@@ -130,7 +133,7 @@ class TrajectoryTables:
         return passes.state(self.states, self.predictions, slot, slot_eps, t, t_next, self.form)
 
     def _node_above(self, level: int) -> int:
-        """Grid level from which one DDIM step leads to `level`; 999 is its own."""
+        """Grid level from which one DDIM step leads to `level`; the first is its own."""
         return max(n_nodes(level, self.grid) - 1, 0)
 
     def _make_room(self, lowest: int) -> None:

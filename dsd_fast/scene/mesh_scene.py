@@ -24,6 +24,9 @@ from dsd_fast.upload import upload
 
 # Cameras nearer to the mesh than this share of its reach see through what is before them.
 NEAREST = 0.01
+# What shows a shape alone: its grey, the share of that where light grazes, and what is behind it.
+CLAY, CLAY_AMBIENT = 0.5, 0.5
+PLAIN = (0.7, 0.7, 0.7)
 # Points at which colours are asked for at a time where no gradient is needed.
 QUERY_POINTS = 1 << 18
 
@@ -140,8 +143,7 @@ class MeshScene(nn.Module):
         self, views: CameraBatch, draws: Mapping[str, Tensor], training: bool = True
     ) -> RenderOutput:
         """Gradients go to colours and background, none to the mesh."""
-        seen = self._on_surface(views)
-        skips = seen.n_valid is not None
+        seen = self._on_surface(views, self.field.skips_rows(self.device))
         features = self._features(seen.points, seen.n_valid)
         shading = draws["shading"]
         # On the CPU by its mode: an albedo needs no light computed.
@@ -150,9 +152,7 @@ class MeshScene(nn.Module):
         lights = views.light_positions
         if len(views) > 1:
             lights = lights.index_select(0, seen.rows // per_view)
-        colors = shade(
-            features, seen.points, seen.normals, lights, shading, seen.n_valid if skips else None
-        )
+        colors = shade(features, seen.points, seen.normals, lights, shading, seen.n_valid)
         rgb_fg = self._pixels(seen.spread(colors), views)
         with torch.no_grad():
             opacity = self._pixels((seen.places >= 0).float()[:, None], views)
@@ -201,6 +201,20 @@ class MeshScene(nn.Module):
         return self.render(cameras, draws, training=False)
 
     @torch.no_grad()
+    def clay(self, cameras: CameraBatch) -> Tensor:
+        """The shape alone, without colours: [B,H,W,3], grey, lit from the camera, over the plain
+        background of pictures."""
+        seen = self._on_surface(cameras, False)
+        per_view = cameras.height * cameras.width * self.n_samples
+        origins = cameras.camera_positions.index_select(0, seen.rows // per_view)
+        towards = F.normalize(origins - seen.points, dim=-1)
+        light = CLAY_AMBIENT + (1 - CLAY_AMBIENT) * (seen.normals * towards).sum(-1, keepdim=True)
+        shape = self._pixels(seen.spread(CLAY * light), cameras)
+        opacity = self._pixels((seen.places >= 0).float()[:, None], cameras)
+        behind = shape.new_tensor(self.background.cfg.eval_color or PLAIN)
+        return shape + (1.0 - opacity) * behind
+
+    @torch.no_grad()
     def colors(self, points: np.ndarray, step: int) -> np.ndarray:
         """sRGB in [0,1], float32 [N,3], of points [N,3] on the surface at a step of the run."""
         self.field.set_step(step)
@@ -212,7 +226,9 @@ class MeshScene(nn.Module):
         return self.field(points, normals=False, n_valid=n_valid).features
 
     @torch.no_grad()
-    def _on_surface(self, views: CameraBatch) -> _OnSurface:
+    def _on_surface(self, views: CameraBatch, skips: bool) -> _OnSurface:
+        """With `skips` every sample has room, those that see the mesh first, and the host counts
+        nothing."""
         far = views.camera_positions.norm(dim=-1) + self._reach
         near = (far - 2 * self._reach).clamp_min(NEAREST * self._reach)
         clip = self.points @ clip_matrices(views, near, far).transpose(1, 2)
@@ -220,9 +236,6 @@ class MeshScene(nn.Module):
         found = ops.rasterize(clip.contiguous(), self.faces, *size)
         ids, weights = found.ids.flatten(), found.weights.view(-1, 3)
         seen = ids >= 0
-        # On CUDA all samples have room, those that see the mesh first: nothing is counted by the
-        # host.
-        skips = self.field.skips_rows(self.device)
         rows = (~seen).byte().argsort(stable=True) if skips else seen.nonzero()[:, 0]
         counted = seen.cumsum(0)
         n_valid = counted[-1] if skips else None
@@ -239,13 +252,13 @@ class MeshScene(nn.Module):
 
     def _mean(self, values: Tensor, corners: Tensor, weights: Tensor) -> Tensor:
         """Of vertices' values [V,K], by the corners [C,3] and their weights: [C,K]."""
-        own = values.index_select(0, corners.flatten()).view(len(corners), 3, -1)
+        own = values.index_select(0, corners.flatten()).view(len(corners), 3, values.shape[1])
         return (weights[:, :, None] * own).sum(1)
 
     def _pixels(self, samples: Tensor, views: CameraBatch) -> Tensor:
         """[N,K] of samples as [B,H,W,K], their means."""
-        shape = (len(views), views.height, views.width, self.n_samples, -1)
-        return samples.view(shape).mean(3)
+        size = (len(views), views.height, views.width, self.n_samples)
+        return samples.view(*size, samples.shape[1]).mean(3)
 
 
 class _Spread(torch.autograd.Function):

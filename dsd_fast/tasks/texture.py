@@ -6,7 +6,9 @@ python -m dsd_fast.train --task texture --mesh chair.glb --prompt "a wooden chai
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsd_fast.config import ConfigError, TrainConfig
+from dsd_fast.config import CameraConfig, ConfigError, TrainConfig
+from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
+from dsd_fast.guidance import DSDGuidance, Guidance
 from dsd_fast.run import pictures
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.atlas import Atlas, AtlasError
+from dsd_fast.scene.cameras import eval_camera
 from dsd_fast.scene.mesh_file import MeshFile, MeshFileError, read_mesh_file
 from dsd_fast.scene.mesh_scene import MeshScene
 from dsd_fast.scene.renderer import RenderOutput
@@ -66,6 +71,17 @@ class TextureTask(TextTask):
     def scene(self, cfg: TrainConfig, generator: torch.Generator) -> MeshScene:
         surface = self._canvas(cfg).mesh.surface(cfg.texture.turn)
         return MeshScene(cfg, surface, cfg.texture.samples, generator)
+
+    def guidance(
+        self, cfg: TrainConfig, model: DiffusionModel, prompts: PromptEmbeddings, noise: Tensor
+    ) -> Guidance:
+        """With DSD the seeds' trajectories begin from the shape: those that begin from noise come
+        to objects of other shapes, whose colours fit this one nowhere."""
+        guidance = super().guidance(cfg, model, prompts, noise)
+        if isinstance(guidance, DSDGuidance):
+            scene = self.scene(cfg, torch.Generator()).to(model.device)
+            guidance.begin_from(shapes(scene, cfg.cameras, guidance))
+        return guidance
 
     def doing(self, cfg: TrainConfig, step: int) -> str:
         return "painting"
@@ -123,6 +139,25 @@ class TextureTask(TextTask):
             ) from error
         own.digest = digest
         return canvas
+
+
+@torch.no_grad()
+def shapes(scene: MeshScene, cfg: CameraConfig, guidance: Guidance) -> Tensor:
+    """The shape alone as the cameras of trajectories see it, latents [n_bins*V,C,h,w]."""
+    fovy = sum(cfg.fovy_range) / 2
+    distance = sum(cfg.camera_distance_range) / 2
+    if cfg.relative_distance:
+        distance /= math.tan(math.radians(fovy) / 2)
+    middle = replace(cfg, eval_camera_distance=distance, eval_fovy_deg=fovy)
+    bins, n_views, size = guidance.conditions.bins, guidance.n_views, guidance.model.image_size
+    latents = []
+    for number in range(len(bins)):
+        elevation, azimuth = bins.camera(number)
+        for view in range(n_views):
+            at = azimuth + 360.0 / n_views * view
+            camera = eval_camera(middle, at, elevation, (size, size), scene.device)
+            latents.append(guidance.encode(scene.clay(camera), None))
+    return torch.cat(latents)
 
 
 @lru_cache(maxsize=1)
