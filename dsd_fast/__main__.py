@@ -12,7 +12,8 @@ from dsd_fast.run.terminal import reader_may_leave
 
 # Said here and not read from the modules: they load torch, which a list need not wait for.
 COMMANDS = {
-    "train": "a prompt or one picture, and a seed, to a 3D object or an image",
+    "train": "a prompt, one picture or a mesh, and a seed, to a 3D object, a texture or an image",
+    "refine": "a crisper texture on the mesh of a trained object",
     "sample": "images of a prompt straight from the diffusion model",
     "export": "a mesh or a video of a trained run",
     "evaluate": "compare methods, prompts and seeds: figures and pictures on one page",

@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,7 @@ from dsd_fast.run.saving import Saver, what_is_saved
 from dsd_fast.run.state import TrainState
 from dsd_fast.run.unforeseen import in_words
 from dsd_fast.tasks import TASKS, Task
+from dsd_fast.tasks.refine import refinement
 from dsd_fast.tasks.step import StepOutput
 
 # Not __name__, which is "__main__" when this module is the command.
@@ -60,17 +61,31 @@ class Interrupted(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    given = sys.argv[1:] if argv is None else argv
+    return run(lambda: cli.parse(given), given)
+
+
+def run(make_jobs: Callable[[], Sequence[Job]], argv: Sequence[str] | None = None) -> int:
+    """What a command that trains does with its jobs, from the first signal to the exit code.
+
+    Args:
+        make_jobs: raises as `cli.parse` does.
+        argv: flags by which others of the kind can be made, for the last line.
+    """
     began = time.monotonic()
     terminal.set_up()
     set_up_logging()
-    argv = sys.argv[1:] if argv is None else argv
     jobs: Sequence[Job] = ()
     with Interruption() as stop:
         try:
-            jobs = cli.parse(argv)
+            jobs = make_jobs()
             if finished := train(jobs, stop):
-                makes = TASKS[finished[0].config.task].makes
-                closing.say(finished, time.monotonic() - began, argv, makes)
+                _say_end(finished, began, argv)
+                jobs = [*jobs, *(more := _refinements(finished))]
+                for job in more:
+                    began = time.monotonic()
+                    if refined := train([job], stop):
+                        _say_end(refined, began, None)
         except (ConfigError, OutputError, CheckpointError) as error:
             if stop.raised:
                 return _interrupted(jobs)
@@ -93,6 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             for job in jobs:
                 job.folder.release()
     return 0
+
+
+def _say_end(finished: Sequence[Job], began: float, argv: Sequence[str] | None) -> None:
+    closing.say(finished, time.monotonic() - began, argv, TASKS[finished[0].config.task].makes)
+
+
+def _refinements(finished: Sequence[Job]) -> list[Job]:
+    """What --refine asks for when objects are there."""
+    return [
+        refinement(job.folder, job.config.device)
+        for job in finished
+        if job.config.task == "text" and job.config.refine.steps
+    ]
 
 
 def _interrupted(jobs: Sequence[Job]) -> int:

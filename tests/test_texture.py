@@ -15,7 +15,7 @@ from dsd_fast.run.pictures import contact_sheet
 from dsd_fast.scene import atlas as atlas_module
 from dsd_fast.scene.atlas import Atlas, AtlasError, make_atlas, own_atlas
 from dsd_fast.scene.mesh_file import MAX_FACES, RADIUS, MeshFileError, read_mesh_file
-from dsd_fast.scene.texture import TextureConfig, bake, choose_atlas, write_painted
+from dsd_fast.scene.texture import bake, choose_atlas, write_painted
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("xatlas")
@@ -246,7 +246,7 @@ def test_a_baked_texture_has_the_surfaces_colours(size, tmp_path, monkeypatch) -
     """Through the file, by another reader: at points of the surface, and in strips as at once."""
     mesh = read_mesh_file(written(tmp_path / "t.obj", trimesh.creation.torus(0.4, 0.17)))
     points = mesh.surface().points
-    atlas = choose_atlas(mesh, TextureConfig())
+    atlas = choose_atlas(mesh, "auto", 60.0)
     assert atlas is not None
     texture = bake(rainbow, points, atlas, size)
     assert texture.shape == (size, size, 3) and texture.dtype == np.uint8
@@ -302,7 +302,7 @@ def test_a_slow_unwrapping_leaves_colours_of_vertices(tmp_path, monkeypatch, cap
         raise AtlasError("unwrapping took more than 1 seconds")
 
     monkeypatch.setattr("dsd_fast.scene.texture.make_atlas", late)
-    assert choose_atlas(mesh, TextureConfig()) is None
+    assert choose_atlas(mesh, "auto", 60.0) is None
     assert "colours of vertices, no texture: unwrapping took more than 1 seconds" in caplog.text
 
 

@@ -288,16 +288,19 @@ def _image(start: Start) -> TrainConfig:
 def _texture(start: Start) -> TrainConfig:
     """Settings of the task "texture": those of an object's, at full size from the start."""
     cfg = PRESETS[start.preset](start)
-    cameras, field = cfg.cameras, cfg.field
+    cameras, field, steps = cfg.cameras, cfg.field, cfg.max_steps
     for name in ("height", "width", "batch_size"):
         setattr(cameras, name, cameras.per_stage(name)[-1])
     cameras.resolution_milestones = ()
-    # What is there from the first step needs no time to form.
-    cameras.progressive_from = cameras.progressive_until = 0
+    # Views spread from those of the trajectories, whose colours are the seed's: from everywhere at
+    # once they mix.
+    cameras.progressive_from, cameras.progressive_until = 0, _at(0.5, steps)
     field.radius = 1.05 * RADIUS
     field.grid.start_level = field.grid.n_levels
     if start.preset == "embedded":
-        finest = 256 if start.on_cpu else 512  # cells along an edge
+        # A rasterised view costs little at any size. Cells much finer than its pixels are noise.
+        cameras.height = cameras.width = 128 if start.on_cpu else 256
+        finest = 192 if start.on_cpu else 384
         field.grid.per_level_scale = (finest / field.grid.base_resolution) ** (1 / 11)
     # Lit from about where the camera is, so that the model sees the shape, and shadows are none of
     # the colours that are learned.
@@ -309,13 +312,12 @@ def _texture(start: Start) -> TrainConfig:
         textureless_prob=0.0,
     )
     cameras.light_position_perturb = 0.3
-    guidance = cfg.guidance
     if start.method == "dsd":
         # Where trajectories begin, from the shape: higher, what they come to has a shape of its
         # own, lower, the grey of the shape.
-        guidance.max_step_percent = 0.85
-        # Of what is seen from the left the mirror image is near what is seen from the right.
-        guidance.mirror_trajectory = cameras.n_view == 1
+        cfg.guidance.max_step_percent = 0.85
+        # What is seen from the left is near the mirror image of what is seen from the right.
+        cfg.guidance.mirror_trajectory = cameras.n_view == 1
     return cfg
 
 

@@ -28,7 +28,7 @@ from dsd_fast.scene.mesh import MeshConfig
 from dsd_fast.scene.picture import SingleViewConfig
 from dsd_fast.scene.rates import OptimizerConfig
 from dsd_fast.scene.renderer import RendererConfig
-from dsd_fast.scene.texture import TextureConfig
+from dsd_fast.scene.texture import RefineConfig, TextureConfig
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,7 @@ class TrainConfig:
     image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     single_view: SingleViewConfig = dataclasses.field(default_factory=SingleViewConfig)
     texture: TextureConfig = dataclasses.field(default_factory=TextureConfig)
+    refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     multiview: MultiViewConfig = dataclasses.field(default_factory=MultiViewConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     cameras: CameraConfig = dataclasses.field(default_factory=CameraConfig)
@@ -234,6 +235,15 @@ class TrainConfig:
         if self.task != "texture" and self.texture.mesh is not None:
             raise ConfigError(
                 f"--mesh {self.texture.mesh} is what --task texture paints: pass that too"
+            )
+        if self.task == "refine" and self.refine.run is None:
+            raise ConfigError(
+                "--task refine is of an object that is there: python -m dsd_fast.refine RUN, or "
+                "--refine 100 beside a prompt"
+            )
+        if self.refine.steps and self.task not in ("text", "refine"):
+            raise ConfigError(
+                f"--refine goes on with objects from prompts: drop it, or --task {self.task}"
             )
         if not self.prompt.strip():
             raise ConfigError('the prompt is empty: pass --prompt "an armchair"')

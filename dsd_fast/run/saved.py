@@ -49,9 +49,9 @@ def open_saved(
             raise CheckpointError(
                 f"{path} is a run of --task image, which has no object: its image is {folder.image}"
             )
-        if cfg.task == "texture":
+        if cfg.task in ("texture", "refine"):
             raise CheckpointError(
-                f"{path} is a run of --task texture, whose object is a mesh: it is {folder.mesh}"
+                f"{path} is a run of --task {cfg.task}, whose object is a mesh: it is {folder.mesh}"
             )
         if background is not None:
             cfg.background.eval_color = background

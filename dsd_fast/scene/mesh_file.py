@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,11 +71,12 @@ class MeshFile:
         )
 
 
-def read_mesh_file(path: Path, up: Literal["auto", "y", "z"] = "auto") -> MeshFile:
+def read_mesh_file(path: Path, up: str = "auto") -> MeshFile:
     """All parts of a mesh as one.
 
     Args:
-        up: the axis that points up in the file; "auto" is z for PLY and STL, y for others.
+        up: the axis that points up in the file, "y" or "z"; "auto" is z for PLY and STL, y for
+            others.
     Raises:
         ImportError: trimesh is missing.
         MeshFileError: no mesh, no triangle with an area, or more triangles than MAX_FACES.

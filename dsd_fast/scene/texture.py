@@ -15,7 +15,7 @@ from annotated_types import Interval
 
 from dsd_fast import ops
 from dsd_fast.output_file import writing
-from dsd_fast.ranges import AnyPath
+from dsd_fast.ranges import AnyPath, Count, CountOrNone
 from dsd_fast.scene.atlas import Atlas, AtlasError, make_atlas, own_atlas
 from dsd_fast.scene.mesh import Mesh, write_glb
 from dsd_fast.scene.mesh_file import MeshFile
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # Colours [N,3] in [0,1], sRGB, of points [N,3] of a surface.
 ColorsOf = Callable[[np.ndarray], np.ndarray]
+
+TextureSize = Literal[512, 1024, 2048, 4096]
 
 # Samples of a texel, and of all texels that are looked at in one go.
 TEXEL_SAMPLES = 4
@@ -35,7 +37,7 @@ class TextureConfig:
     # Mesh to paint (--task texture): .glb, .gltf, .obj, .ply or .stl of up to 500,000 triangles.
     mesh: Annotated[AnyPath | None, tyro.conf.arg(name="mesh", prefix_name=False)] = None
     # Rows and columns of the texture.
-    size: Literal[512, 1024, 2048, 4096] = 1024
+    size: TextureSize = 1024
     # Where the texture lies on the mesh: by the file's own coordinates ("keep"), by "new" ones, or
     # by its own where no two parts of the surface share a place ("auto").
     uv: Literal["auto", "keep", "new"] = "auto"
@@ -53,23 +55,38 @@ class TextureConfig:
     digest: tyro.conf.Suppress[str] = ""
 
 
-def choose_atlas(mesh: MeshFile, cfg: TextureConfig) -> Atlas | None:
+@dataclass
+class RefineConfig:
+    # Go on with the mesh of a finished object for so many steps, so that its texture comes out
+    # crisp; 0 does not.
+    steps: Annotated[CountOrNone, tyro.conf.arg(name="refine", prefix_name=False)] = 0
+    # Triangles that the mesh is decimated to.
+    max_faces: Count = 20_000
+    # The run whose object it is (python -m dsd_fast.refine), as of its newest checkpoint.
+    run: tyro.conf.Suppress[AnyPath | None] = None
+    # Of that checkpoint: a resumed run must find the same.
+    digest: tyro.conf.Suppress[str] = ""
+
+
+def choose_atlas(mesh: MeshFile, uv: str, seconds: float) -> Atlas | None:
     """The atlas that the settings ask for; None, with a line in the log, where there can be none
     and vertices must be coloured.
 
+    Args:
+        uv, seconds: `TextureConfig.uv` and `unwrap_seconds`.
     Raises:
         AtlasError: own coordinates are asked for that are no atlas.
     """
-    if cfg.uv != "new":
+    if uv != "new":
         try:
             return own_atlas(mesh.points, mesh.faces, mesh.uvs)
         except AtlasError as error:
-            if cfg.uv == "keep":
+            if uv == "keep":
                 raise
             if mesh.uvs is not None:
                 log.info("the mesh gets new texture coordinates: %s", error)
     try:
-        return make_atlas(mesh.points, mesh.faces, cfg.unwrap_seconds)
+        return make_atlas(mesh.points, mesh.faces, seconds)
     except AtlasError as error:
         log.warning("the mesh gets colours of vertices, no texture: %s", error)
         return None

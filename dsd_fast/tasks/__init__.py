@@ -5,7 +5,7 @@ task of one's own is registered by the file that has it (`register`), imported b
 is read.
 """
 
-from dsd_fast.tasks import image, single_view, text, texture
+from dsd_fast.tasks import image, refine, single_view, text, texture
 from dsd_fast.tasks.base import TASKS, Task, register
 
-__all__ = ["TASKS", "Task", "image", "register", "single_view", "text", "texture"]
+__all__ = ["TASKS", "Task", "image", "refine", "register", "single_view", "text", "texture"]

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,9 @@ from dsd_fast.run.state import TrainState
 from dsd_fast.scene.atlas import Atlas, AtlasError
 from dsd_fast.scene.cameras import eval_camera
 from dsd_fast.scene.mesh_file import MeshFile, MeshFileError, read_mesh_file
-from dsd_fast.scene.mesh_scene import MeshScene
+from dsd_fast.scene.mesh_scene import MeshScene, Surface
 from dsd_fast.scene.renderer import RenderOutput
-from dsd_fast.scene.texture import TextureConfig, choose_atlas, write_painted
+from dsd_fast.scene.texture import choose_atlas, write_painted
 from dsd_fast.tasks.base import register
 from dsd_fast.tasks.step import Drawn, StepOutput, TrainStep, Weights
 from dsd_fast.tasks.text import FieldStep, TextTask
@@ -50,41 +51,30 @@ class MeshStep(FieldStep):
 
 
 class Canvas(NamedTuple):
-    """What is painted, and where its texture lies."""
+    """What is painted."""
 
-    mesh: MeshFile
-    atlas: Atlas | None
+    mesh: MeshFile  # as it is written
+    surface: Surface  # as it is looked at
+    atlas: Atlas | None  # where its texture lies; None where vertices are coloured
 
 
-@register("texture")
-class TextureTask(TextTask):
-    """One texture a run; runs of the same mesh and settings share geometry and coordinates."""
+class MeshTask(TextTask):
+    """Colours of a mesh, whose shape stays."""
 
     makes = "texture"
     step_class = MeshStep
 
+    def canvas(self, cfg: TrainConfig) -> Canvas:
+        """The mesh of a run; ConfigError where there is none."""
+        raise NotImplementedError
+
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
-        self._canvas(cfg)
         super().check(cfg, n_runs)
+        self.canvas(cfg)
 
     def scene(self, cfg: TrainConfig, generator: torch.Generator) -> MeshScene:
-        surface = self._canvas(cfg).mesh.surface(cfg.texture.turn)
-        return MeshScene(cfg, surface, cfg.texture.samples, generator)
-
-    def guidance(
-        self, cfg: TrainConfig, model: DiffusionModel, prompts: PromptEmbeddings, noise: Tensor
-    ) -> Guidance:
-        """With DSD the seeds' trajectories begin from the shape: those that begin from noise come
-        to objects of other shapes, whose colours fit this one nowhere."""
-        guidance = super().guidance(cfg, model, prompts, noise)
-        if isinstance(guidance, DSDGuidance):
-            scene = self.scene(cfg, torch.Generator()).to(model.device)
-            guidance.begin_from(shapes(scene, cfg.cameras, guidance))
-        return guidance
-
-    def doing(self, cfg: TrainConfig, step: int) -> str:
-        return "painting"
+        return MeshScene(cfg, self.canvas(cfg).surface, cfg.texture.samples, generator)
 
     def record(self, state: TrainState, output: StepOutput) -> dict[str, float]:
         return {"size": output.height}
@@ -100,14 +90,13 @@ class TextureTask(TextTask):
         """Write the painted mesh, the turntable and the contact sheet."""
         if cfg.pictures.mesh:
             say("finishing: the texture")
-            canvas, own = self._canvas(cfg), cfg.texture
-            points = canvas.mesh.surface(own.turn).points
+            mesh, surface, atlas = self.canvas(cfg)
             about = {"prompt": cfg.prompt, "seed": cfg.seed, "method": cfg.guidance.method}
 
-            def colors(at):
-                return result.colors(at, step)
+            def colors(points: np.ndarray) -> np.ndarray:
+                return result.colors(points, step)
 
-            write_painted(*canvas, colors, points, own.size, run.mesh, about)
+            write_painted(mesh, atlas, colors, surface.points, cfg.texture.size, run.mesh, about)
         if cfg.pictures.turntable:
             say("finishing: the video")
             pictures.write_turntable(result, cfg, step, run.turntable)
@@ -116,8 +105,27 @@ class TextureTask(TextTask):
         sheet = pictures.contact_sheet(result, cfg.cameras, step, views, size)
         pictures.write_png(sheet, run.preview)
 
-    def _canvas(self, cfg: TrainConfig) -> Canvas:
-        """The mesh of a run; ConfigError where it is none, or not the one of its start."""
+
+@register("texture")
+class TextureTask(MeshTask):
+    """One texture a run; runs of the same mesh and settings share geometry and coordinates."""
+
+    def guidance(
+        self, cfg: TrainConfig, model: DiffusionModel, prompts: PromptEmbeddings, noise: Tensor
+    ) -> Guidance:
+        """With DSD the seeds' trajectories begin from the shape: those that begin from noise come
+        to objects of other shapes, whose colours fit this one nowhere."""
+        guidance = super().guidance(cfg, model, prompts, noise)
+        if isinstance(guidance, DSDGuidance):
+            scene = self.scene(cfg, torch.Generator()).to(model.device)
+            guidance.begin_from(shapes(scene, cfg.cameras, guidance))
+        return guidance
+
+    def doing(self, cfg: TrainConfig, step: int) -> str:
+        return "painting"
+
+    def canvas(self, cfg: TrainConfig) -> Canvas:
+        """ConfigError where there is no mesh, or not the one of the run's start."""
         own = cfg.texture
         assert own.mesh is not None  # cfg.validate
         try:
@@ -130,7 +138,7 @@ class TextureTask(TextTask):
                 "start a new run"
             )
         try:
-            canvas = _canvas(own.mesh, digest, own.up, own.uv, own.unwrap_seconds)
+            found = _read(own.mesh, digest, own.up, own.uv, own.unwrap_seconds, own.turn)
         except (MeshFileError, ImportError) as error:
             raise ConfigError(f"--mesh: {error}") from error
         except AtlasError as error:
@@ -138,7 +146,14 @@ class TextureTask(TextTask):
                 f"--texture.uv keep: {error}: pass --texture.uv new for new ones"
             ) from error
         own.digest = digest
-        return canvas
+        return found
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, digest: str, up: str, uv: str, seconds: float, turn: float) -> Canvas:
+    """Once for all seeds of a command, and for its beginning and end."""
+    mesh = read_mesh_file(path, up)
+    return Canvas(mesh, mesh.surface(turn), choose_atlas(mesh, uv, seconds))
 
 
 @torch.no_grad()
@@ -158,11 +173,3 @@ def shapes(scene: MeshScene, cfg: CameraConfig, guidance: Guidance) -> Tensor:
             camera = eval_camera(middle, at, elevation, (size, size), scene.device)
             latents.append(guidance.encode(scene.clay(camera), None))
     return torch.cat(latents)
-
-
-@lru_cache(maxsize=1)
-def _canvas(path: Path, digest: str, up: str, uv: str, seconds: float) -> Canvas:
-    """Once for all seeds of a command, and for its beginning and end."""
-    mesh = read_mesh_file(path, up)  # pyright: ignore[reportArgumentType]
-    settings = TextureConfig(uv=uv, unwrap_seconds=seconds)  # pyright: ignore[reportArgumentType]
-    return Canvas(mesh, choose_atlas(mesh, settings))
