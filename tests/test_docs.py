@@ -23,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import trimesh
 import tyro
 from runs import SMALL, picture
 from tiny_model import build_tiny_multiview, build_tiny_view_model
@@ -327,6 +328,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "objects" / "van").mkdir(parents=True)
     picture(tmp_path / "chair.png")
     picture(tmp_path / "objects" / "van" / "van.png")
+    trimesh.creation.box().export(tmp_path / "chair.glb")
     official = next((Path(__file__).parent / "data").glob("*dsd.yaml"))
     (tmp_path / "dsd.yaml").write_bytes(official.read_bytes())
     for view in range(8):
@@ -362,6 +364,10 @@ def small_export(arguments: Sequence[str], models: dict[str, Path]) -> list[str]
     )
 
 
+def small_refine(arguments: Sequence[str], models: dict[str, Path]) -> list[str]:
+    return with_values(arguments, {"--device": "cpu", "--steps": "2", "--max-faces": "200"})
+
+
 def small_sample(arguments: Sequence[str], models: dict[str, Path]) -> list[str]:
     changed = {"--steps": "2", "--device": "cpu"}
     if "--like" not in arguments:
@@ -376,6 +382,7 @@ def small_evaluate(arguments: Sequence[str], models: dict[str, Path]) -> list[st
 SMALLER = {
     "dsd_fast.train": small,
     "dsd_fast.export": small_export,
+    "dsd_fast.refine": small_refine,
     "dsd_fast.sample": small_sample,
     "dsd_fast.evaluate": small_evaluate,
 }
