@@ -23,19 +23,21 @@ struct Bands {
     std::vector<int32_t> faces;
 };
 
-// The triangles of a face, whole or in pieces.
-template <class F>
-void for_triangles(const RasterizeParams& p, int64_t view, int64_t face, const F& f) {
-    int64_t corners[3];
-    if (!corners_of(p, face, corners)) return;
-    const ScreenVertex* vertices = p.vertices + view * p.n_vertices;
-    const ScreenVertex &a = vertices[corners[0]], &b = vertices[corners[1]],
-                       &c = vertices[corners[2]];
-    if (a.x != kOutside && b.x != kOutside && c.x != kOutside) {
-        const Triangle t = triangle_of(a, b, c, p.height, p.width);
-        if (!is_empty(t)) f(t);
-        return;
+// The corners of a face on the screen; false where there are none. `clipped` where it must be cut.
+bool screen_corners(const RasterizeParams& p, int64_t view, int64_t face, int64_t* corners,
+                    const ScreenVertex** screen, bool* clipped) {
+    if (!corners_of(p, face, corners)) return false;
+    *clipped = false;
+    for (int k = 0; k < 3; ++k) {
+        screen[k] = p.vertices + view * p.n_vertices + corners[k];
+        *clipped = *clipped || screen[k]->x == kOutside;
     }
+    return true;
+}
+
+// The pieces that clipping leaves of a face.
+template <class F>
+void for_pieces(const RasterizeParams& p, int64_t view, const int64_t* corners, const F& f) {
     int n_pieces = 1;
     for (int piece = 0; piece < n_pieces; ++piece) {
         const Triangle t = clipped_piece(p, view, corners, piece, &n_pieces);
@@ -43,15 +45,35 @@ void for_triangles(const RasterizeParams& p, int64_t view, int64_t face, const F
     }
 }
 
+// The triangles of a face, whole or in pieces.
+template <class F>
+void for_triangles(const RasterizeParams& p, int64_t view, int64_t face, const F& f) {
+    int64_t corners[3];
+    const ScreenVertex* s[3];
+    bool clipped;
+    if (!screen_corners(p, view, face, corners, s, &clipped)) return;
+    if (clipped) return for_pieces(p, view, corners, f);
+    const Triangle t = triangle_of(*s[0], *s[1], *s[2], p.height, p.width);
+    if (!is_empty(t)) f(t);
+}
+
 // First and last band of a face (last < first for none).
 void bands_of(const RasterizeParams& p, int64_t view, int64_t face, int64_t* first, int64_t* last) {
+    int64_t corners[3];
+    const ScreenVertex* s[3];
+    bool clipped;
     *first = p.height;
     *last = -1;
-    for_triangles(p, view, face, [&](const Triangle& t) {
+    if (!screen_corners(p, view, face, corners, s, &clipped)) return;
+    const auto join = [&](const Triangle& t) {
         const int64_t from = t.y0 / kBandRows, to = (t.y1 - 1) / kBandRows;
         *first = from < *first ? from : *first;
         *last = to > *last ? to : *last;
-    });
+    };
+    if (clipped) return for_pieces(p, view, corners, join);
+    Triangle t;
+    set_bounds(t, *s[0], *s[1], *s[2], p.height, p.width);
+    if (!is_empty(t)) join(t);
 }
 
 Bands sort_into_bands(const RasterizeParams& p, int n_threads) {

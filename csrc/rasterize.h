@@ -164,14 +164,20 @@ DSD_HD void set_edge(Triangle& t, int k, const ScreenVertex& from, const ScreenV
 DSD_HD int32_t lesser(int32_t a, int32_t b) { return a < b ? a : b; }
 DSD_HD int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
 
-// Seen from either side. Without an area it is empty.
-DSD_HD Triangle triangle_of(const ScreenVertex& a, ScreenVertex b, ScreenVertex c, int height,
-                            int width) {
-    Triangle t;
+// Sets the pixels that a triangle may be seen in.
+DSD_HD void set_bounds(Triangle& t, const ScreenVertex& a, const ScreenVertex& b,
+                       const ScreenVertex& c, int height, int width) {
     t.x0 = greater(lesser(lesser(a.x, b.x), c.x) >> kSubpixelBits, 0);
     t.y0 = greater(lesser(lesser(a.y, b.y), c.y) >> kSubpixelBits, 0);
     t.x1 = lesser((greater(greater(a.x, b.x), c.x) >> kSubpixelBits) + 1, width);
     t.y1 = lesser((greater(greater(a.y, b.y), c.y) >> kSubpixelBits) + 1, height);
+}
+
+// Seen from either side. Without an area it is empty.
+DSD_HD Triangle triangle_of(const ScreenVertex& a, ScreenVertex b, ScreenVertex c, int height,
+                            int width) {
+    Triangle t;
+    set_bounds(t, a, b, c, height, width);
     if (is_empty(t)) return t;
     int64_t area = static_cast<int64_t>(b.x - a.x) * (c.y - a.y) -
                    static_cast<int64_t>(b.y - a.y) * (c.x - a.x);

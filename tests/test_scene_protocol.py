@@ -29,6 +29,7 @@ from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import CameraBatch, RandomCameras, eval_camera
 from dsd_fast.scene.field_scene import FieldScene
 from dsd_fast.scene.image import Image, ImageConfig
+from dsd_fast.scene.mesh_scene import MeshScene, Surface
 from dsd_fast.scene.protocol import GraphKey, Scene, Trainable
 from dsd_fast.tasks import TASKS, Task, register
 from dsd_fast.tasks.step import TrainStep
@@ -197,6 +198,7 @@ def test_every_scene_has_the_protocol() -> None:
     cfg.field.grid.log2_table_size = 8
     scenes = (
         FieldScene(cfg),
+        MeshScene(cfg, Surface(np.eye(3), np.eye(3), np.array([[0, 1, 2]]))),
         Image(ImageConfig(), (4, 8, 8), 64),
         TexturedSphere(8, torch.Generator()),
     )
