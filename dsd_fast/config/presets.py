@@ -301,6 +301,9 @@ def _texture(start: Start) -> TrainConfig:
         # A rasterised view costs little at any size. Cells much finer than its pixels are noise.
         cameras.height = cameras.width = 128 if start.on_cpu else 256
         finest = 192 if start.on_cpu else 384
+        # What is opaque from the first step gets all of the gradient: faster, colours burst before
+        # the trajectory has a say in them.
+        cfg.optimizer.geometry_lr = 0.005
         field.grid.per_level_scale = (finest / field.grid.base_resolution) ** (1 / 11)
     # Lit from about where the camera is, so that the model sees the shape, and shadows are none of
     # the colours that are learned.
