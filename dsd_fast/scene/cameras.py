@@ -433,7 +433,8 @@ def _camera_frame(positions: Tensor) -> Tensor:
 
 def _middle(span: tuple[float, float], only: bool) -> tuple[float, float]:
     """The span, or its middle alone."""
-    return (sum(span) / 2,) * 2 if only else span
+    middle = sum(span) / 2
+    return (middle, middle) if only else span
 
 
 def _lerp(start: float, end: float, weight: float) -> float:
