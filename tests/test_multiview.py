@@ -708,6 +708,88 @@ class TestDSD:
         with pytest.raises(ValueError, match="a model of several views"):
             make_guidance(model=toy_model())
 
+    @pytest.mark.parametrize("percent", [0.98, 0.6, 0.02])
+    def test_an_anchored_step_leads_to_the_trajectorys_clean_image(self, percent) -> None:
+        """DDIM written apart from the guidance, to the grid level above; and one step of unit
+        length is there."""
+        views = MultiViewConfig(azimuth_bins=1, elevation_bins=1)
+        elevation, azimuth = object_views(15.0, 45.0)
+        guidance = make_guidance(views=views, anchors=1.0, anchor_percent=percent, n_ddim_steps=5)
+        latents = make_latents().requires_grad_()
+        output = guidance.from_latents(latents, elevation, azimuth, 7, torch.Generator())
+        predict = predictor(elevation, azimuth, make_prompts())
+        abar, z = alphas_cumprod(SCHEDULER).double(), make_noise()
+        grid = [999, 799, 599, 399, 199]
+        above = [level for level in grid if level > 1000 * percent]
+        for level, lower in zip(above, [*above[1:], None]):
+            eps = predict(z, torch.tensor([level] * 4), guidance.cfg.guidance_scale)
+            clean = (z - (1 - abar[level]).sqrt() * eps) / abar[level].sqrt()
+            if lower is not None:
+                z = (abar[lower].sqrt() * clean + (1 - abar[lower]).sqrt() * eps).float()
+        assert relative_error(output.target, clean) < 1e-4
+        output.loss.backward()
+        torch.testing.assert_close(latents.grad, (latents.detach() - output.target) / 4)
+        assert output.t.tolist() == [round(1000 * percent)] * 4
+
+    def test_seeds_anchored_side_by_side(self) -> None:
+        noise = torch.cat([make_noise(), -make_noise()])
+        own = {"views": MultiViewConfig(azimuth_bins=2, elevation_bins=1), "anchors": 1.0}
+        elevation, azimuth = (angle.repeat(2) for angle in object_views(15.0, 67.5))
+        draws = torch.Generator()
+        both = make_guidance(noise=noise, **own).from_latents(
+            make_latents(8), elevation, azimuth, 0, draws
+        )
+        for i in range(2):
+            rows = slice(4 * i, 4 * i + 4)
+            alone = make_guidance(noise=noise[rows], **own).from_latents(
+                make_latents(8)[rows], elevation[rows], azimuth[rows], 0, draws
+            )
+            torch.testing.assert_close(both.target[rows], alone.target, rtol=1e-3, atol=1e-4)
+        assert relative_error(both.target[:4], both.target[4:]) > 0.1
+
+    def test_no_unet_call_but_for_the_trajectory(self) -> None:
+        views = MultiViewConfig(azimuth_bins=1, elevation_bins=1)
+        guidance = make_guidance(views=views, anchors=1.0, n_ddim_steps=5)
+        calls, engine = [], guidance.model.engine
+        guidance.model.engine = lambda *args: calls.append(args) or engine(*args)
+        for step in range(3):
+            views = object_views(15.0, 45.0)
+            guidance.from_latents(make_latents(), *views, step, torch.Generator())
+        assert len(calls) == 5
+
+    def test_an_anchored_step_of_other_cameras(self) -> None:
+        guidance = make_guidance(anchors=1.0)
+        with pytest.raises(ValueError, match=r"anchored step: expected views .* at elevation"):
+            guidance.plan(*object_views(12.0, 33.0), 0, torch.Generator())
+
+    def test_anchored_steps_are_spread_evenly(self) -> None:
+        cfg = GuidanceConfig(anchors=0.25)
+        steps = [step for step in range(400) if cfg.is_anchored(step)]
+        assert len(steps) == 100
+        assert max(np.diff(steps)) <= 5
+        falling = GuidanceConfig(anchors=(10, 1.0, 0.0, 20))
+        assert [falling.is_anchored(step) for step in (0, 9, 20, 30)] == [True, True, False, False]
+        assert not GuidanceConfig(method="sds", anchors=1.0).is_anchored(0)
+
+    def test_anchored_cameras_and_backgrounds(self) -> None:
+        views = MultiViewConfig(azimuth_bins=1, elevation_bins=1, at_bins=False)
+        guidance = GuidanceConfig(anchors=0.5, use_perp_neg=False)
+        lattice = camera_lattice(guidance, views, ELEVATIONS, 4)
+        cfg = camera_config(camera_distance_range=(0.6, 0.8), fovy_range=(40.0, 60.0))
+        cameras = RandomCameras(cfg, lattice, guidance.is_anchored)
+        background = Background(BackgroundConfig(random_aug_prob=1.0))
+        generator = torch.Generator().manual_seed(0)
+        for step in range(8):
+            batch = cameras.sample(step, generator)
+            at = float(batch.azimuth_deg[0]), round(float(batch.elevation_deg[0]), 4)
+            frame = float(batch.distance[0]), round(float(torch.rad2deg(batch.fovy[0])), 4)
+            assert batch.anchored == guidance.is_anchored(step) == (at == (45.0, 15.0))
+            middle = 0.7 / math.tan(math.radians(25)) if cfg.relative_distance else 0.7
+            assert (frame == (pytest.approx(middle), 50.0)) == batch.anchored
+            painted = background.draw(4, generator, batch.anchored)[:, 3]
+            assert bool((painted == (0.0 if batch.anchored else 1.0)).all())
+        assert {guidance.is_anchored(step) for step in range(8)} == {False, True}
+
     def test_lattice_of_cameras(self) -> None:
         views = MultiViewConfig()
         cfg = preset("mvdream").guidance
@@ -957,6 +1039,8 @@ class TestRun:
             (["--cameras.n-view", "1"], "predicts 4 views"),
             (["--guidance.use-perp-neg"], "--guidance.no-use-perp-neg"),
             (["--multiview.azimuth-bins", "0"], "multiview.azimuth_bins"),
+            (["--guidance.anchors", "0.5"], "--multiview.no-at-bins"),
+            (["--guidance.anchors", "0.5", "--guidance.trajectory", "exact"], "trajectory cached"),
         ],
     )
     def test_bad_input(self, tmp_path, folder, caplog, flags, message) -> None:

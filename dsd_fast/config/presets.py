@@ -99,13 +99,20 @@ def _embedded_together(start: Start) -> TrainConfig:
     # other cameras are of other objects; of them the more there are, the more alike seeds become.
     cfg.multiview.azimuth_bins = cfg.multiview.elevation_bins = 1
     cfg.multiview.at_bins = False
+    # At first the trajectory's own views alone, as its clean images sharpen; then views from
+    # everywhere, which know what those do not see.
+    alone = _at(0.2, steps)
+    guidance.anchors = (alone, 1.0, 0.1, max(_at(0.6, steps), alone + 1))
+    guidance.anchor_percent = (0, 0.98, 0.02, alone)
+    # A trajectory for all of the run may be a fine one.
+    guidance.n_ddim_steps = 40
     cameras.n_view = cameras.batch_size = 4
     cameras.camera_perturb = cameras.center_perturb = cameras.up_perturb = 0.0
     # As the prior's views were taken.
     cameras.relative_distance, cameras.camera_distance_range = True, (0.65, 0.85)
     cameras.fovy_range = (40.0, 60.0)
     cameras.elevation_range = (-5.0, 35.0)
-    cameras.progressive_until = _at(1 / 6, steps)
+    cameras.progressive_until = 0
     cfg.background.share_aug_bg = True
     # The prior's own views are lit softly from above, which is part of their colours.
     cfg.material.diffuse_prob = 0.0

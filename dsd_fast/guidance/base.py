@@ -60,6 +60,7 @@ class Asked(NamedTuple):
     t: Tensor  # levels, int64 [B]
     t_delta: Tensor
     chance: dict[str, Tensor]  # of `Guidance.draw_noise`, [B,...]
+    anchored: bool  # `GuidanceConfig.anchors`
 
 
 class Guidance(ABC):
@@ -236,7 +237,8 @@ class Guidance(ABC):
         elevation, azimuth = angles(elevation_deg, azimuth_deg)
         t, t_delta = self.levels(elevation.numel(), step, generator)
         chance = self.draw_noise(elevation.numel(), generator)
-        return self.plan_levels(elevation, azimuth, t, t_delta, chance)
+        anchored = self.cfg.is_anchored(step)
+        return self.plan_levels(elevation, azimuth, t, t_delta, chance, anchored)
 
     @torch.no_grad()
     def plan_levels(
@@ -246,8 +248,12 @@ class Guidance(ABC):
         t: Tensor | int,
         t_delta: Tensor | int,
         chance: Mapping[str, Tensor] | None = None,
+        anchored: bool = False,
     ) -> Plan:
-        """The same at given levels, one or [B], with what `draw_noise` drew; draws nothing."""
+        """The same at given levels, one or [B], with what `draw_noise` drew; draws nothing.
+
+        `anchored` views stand on their trajectories (`GuidanceConfig.anchors`).
+        """
         elevation, azimuth = angles(elevation_deg, azimuth_deg)
         n_views, chance = azimuth.numel(), dict(chance or {})
         n_items = self._n_items(n_views)
@@ -268,7 +274,7 @@ class Guidance(ABC):
                     f"got that of {len(drawn)}"
                 )
         folded = {name: self._fold(drawn) for name, drawn in chance.items()}
-        return self._plan(Asked(elevation, azimuth, t, t_delta, folded))
+        return self._plan(Asked(elevation, azimuth, t, t_delta, folded, anchored))
 
     @abstractmethod
     def _plan(self, asked: Asked) -> Plan:

@@ -14,6 +14,9 @@ from dsd_fast.schedules import Schedule
 
 TRAJECTORIES = ("exact", "cached")
 
+# Multiples of it, modulo 1, are spread evenly however many there are.
+_GOLDEN = 0.6180339887498949
+
 _METHOD = Registered(lambda: FORMULATIONS)
 
 
@@ -70,6 +73,15 @@ class GuidanceConfig:
     # classifier's direction is left, which has no rest. At 1 the gradient rests where a rendering
     # is what is predicted of it, as in DDIM, and half of the UNet's rows are saved.
     trajectory_share: ShareOverRun = 0.0
+    # Of "dsd" with a multi-view model and cached trajectories: the share of the steps that are
+    # anchored, a number or a schedule. Their views stand where a trajectory's own do, and what they
+    # see is drawn to the clean images that the seed's trajectory has there at anchor_percent: the
+    # exact form, whose renderings are those. Elsewhere the UNet is asked about the rendering, at
+    # each step anew, and what it answers is followed to the end, which is what the prompt makes
+    # likeliest: the more steps, the more alike seeds become.
+    anchors: ShareOverRun = 0.0
+    # Noise level of the anchors, as a share of 1000: a number or a schedule.
+    anchor_percent: ShareOverRun = 0.02
     # Draw the rendering's latents from the VAE's posterior; False takes its mean.
     sample_posterior: bool = True
     # Without Perp-Neg: the usual guidance convention instead of the official one (a scale higher).
@@ -78,7 +90,13 @@ class GuidanceConfig:
     pure_conditional: bool = False
 
     def validate(self) -> None:
-        """Raise ConfigError for levels whose lowest is above the highest."""
+        """Raise ConfigError for levels whose lowest is above the highest, or anchors without cached
+        trajectories."""
+        if self.method == "dsd" and self.trajectory != "cached" and self.has_anchors:
+            raise ConfigError(
+                "anchors: they are of cached trajectories: pass --guidance.trajectory cached, or "
+                f"--guidance.anchors 0; got {self.anchors}"
+            )
         low, high = Schedule.parse(self.min_step_percent), Schedule.parse(self.max_step_percent)
         for step in sorted({int(step) for step, _ in (*low.knots, *high.knots)}):
             if low(step) > high(step):
@@ -86,6 +104,15 @@ class GuidanceConfig:
                     f"min_step_percent: expected at most max_step_percent, {high(step):g} at step "
                     f"{step}, got {low(step):g}"
                 )
+
+    def is_anchored(self, step: int) -> bool:
+        """Whether the views of a step stand on their trajectory. Such steps are spread evenly."""
+        return self.has_anchors and step * _GOLDEN % 1.0 < Schedule.parse(self.anchors)(step)
+
+    @property
+    def has_anchors(self) -> bool:
+        """Whether any step is anchored; of "dsd" alone."""
+        return self.method == "dsd" and Schedule.parse(self.anchors).maximum > 0
 
     @property
     def lattice(self) -> int | None:

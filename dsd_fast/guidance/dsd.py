@@ -8,6 +8,9 @@ One step (mathematics.md 3.3), for a rendering x in latent space at level t:
    the trajectory's own noise: (1 - share) eps(x_delta; 1) + share eps_o (`trajectory_share`), and
    the trajectory may have a scale of its own (`trajectory_scale`).
 
+Of an anchored step the trajectory is that of the views themselves, and the gradient is x - c with
+the clean image c of the trajectory: what the exact form has for a rendering (`anchors`).
+
 The host's part of a step, `plan`, draws levels, looks up where the trajectories of its views are in
 the tables, and adds what they lack. The device's, `at_plan`, takes latents and plan to the loss
 without a look at the host.
@@ -121,9 +124,17 @@ class DSDGuidance(Guidance):
     def _prepare(self) -> None:
         cfg = self.cfg
         self._share = Schedule.parse(cfg.trajectory_share)
+        self._anchor_percent = Schedule.parse(cfg.anchor_percent)
         own = cfg.trajectory_scale
         self._trajectory_scale = cfg.guidance_scale if own is None else own
         self._done = torch.zeros((), dtype=torch.int32, device=self.model.device)
+
+    def _levels(self, n_items: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        t, t_delta = super()._levels(n_items, step, generator)
+        if self.cfg.is_anchored(step):
+            level = round(NUM_TRAIN_TIMESTEPS * self._anchor_percent(step))
+            t = t_delta = torch.full((n_items,), min(level, NUM_TRAIN_TIMESTEPS - 1))
+        return t, t_delta
 
     def begin_from(self, pictures: Tensor) -> None:
         """Let trajectories begin from pictures in the seed's noise, at the run's highest level, in
@@ -181,6 +192,8 @@ class DSDGuidance(Guidance):
         return torch.as_tensor(t_delta).clamp_max(self._highest)
 
     def _plan(self, asked: Asked) -> Plan:
+        if asked.anchored:
+            return self._anchored(asked)
         t, t_delta = asked.t, asked.t_delta
         share = torch.tensor([self._share(level) for level in t.tolist()])
         shared = torch.equal(t, t_delta) or bool((share == 1).all())
@@ -207,6 +220,24 @@ class DSDGuidance(Guidance):
         kind = PlanKind(len(t), noise, shared)
         return Plan(kind, t, t_delta, tensors, self.model.device)
 
+    def _anchored(self, asked: Asked) -> Plan:
+        bins = self.conditions.bins.index(asked.elevation, asked.azimuth)
+        own = torch.tensor([self.conditions.bins.camera(view) for view in bins])
+        given = torch.stack([asked.elevation, asked.azimuth], dim=1)
+        if not torch.allclose(given, own, rtol=0.0, atol=1e-2):
+            raise ValueError(
+                "anchored step: expected views where their trajectories have them, at elevation and "
+                f"azimuth {own.tolist()}, got {given.tolist()}"
+            )
+        nodes = [
+            self._tables.node(i if self._n_seeds > 1 else 0, view, level, self._predict_bin)
+            for i, (view, level) in enumerate(zip(bins, asked.t.tolist()))
+        ]
+        names = ("state", "prediction", "level")
+        tensors = {name: torch.tensor([getattr(node, name) for node in nodes]) for name in names}
+        kind = PlanKind(len(nodes), "anchored", True)
+        return Plan(kind, asked.t, asked.t_delta, tensors, self.model.device)
+
     def _reached(self, bins: list[int], t_delta: Tensor) -> dict[str, Tensor]:
         """Where the tables have the trajectories of bins at t_delta [B], after they got what they
         lacked: [B] by the names of `Reach`."""
@@ -221,6 +252,10 @@ class DSDGuidance(Guidance):
 
     def _gradient(self, x: Tensor, plan: Plan) -> tuple[Gradient, Tensor]:
         tensors, cfg = plan.tensors, self.cfg
+        if plan.kind.noise == "anchored":
+            z = self._tables.states[tensors["state"]]
+            eps = self._tables.predictions[tensors["prediction"]]
+            return Gradient.of(x - self._path.clean(z, eps, tensors["level"]), x), z
         guide = self._guide(tensors["weights"] if cfg.use_perp_neg else None)
         condition = self.conditions.condition(tensors)
         linked = self._link(x, plan, guide, condition)
@@ -262,7 +297,10 @@ class DSDGuidance(Guidance):
         super().load_state_dict(state)
         cfg = self.cfg
         if cfg.trajectory == "cached":
-            percents = [knot[1] for knot in (*self.min_percent.knots, *self.max_percent.knots)]
+            schedules = [self.min_percent, self.max_percent]
+            if cfg.has_anchors:
+                schedules.append(Schedule.parse(cfg.anchor_percent))
+            percents = [value for schedule in schedules for _, value in schedule.knots]
             lowest = int(NUM_TRAIN_TIMESTEPS * min(percents))
             self._tables = TrajectoryTables(
                 self._starts(),

@@ -14,7 +14,8 @@ from dsd_fast.upload import Pack
 # Where the trajectory's noise eps_o comes from: the whole trajectory simulated, one UNet call from
 # a cached state, or a table of earlier such calls.
 # Other formulations take noise that was drawn, or find it by inversion of the rendering.
-Noise = Literal["simulated", "predicted", "tabulated", "drawn", "inverted"]
+# Anchored views have the trajectory's clean image instead, and no UNet call.
+Noise = Literal["simulated", "predicted", "tabulated", "anchored", "drawn", "inverted"]
 
 
 class PlanKind(NamedTuple):
@@ -40,6 +41,7 @@ class Plan:
     - weights: float32 [B,2], of the views' negatives, where there are any;
     - trajectory_share: float32 [B], where it is not zero throughout;
     - predicted: state, prediction, level: int64 [B] (`tables.Reach`), bin_weights: as weights;
+    - anchored: state, prediction, level: int64 [B] (`tables.Reach`), the other names left out;
     - tabulated: prediction, below: int64 [B], mix: float32 [B];
     - of other formulations than DSD what they drew (`Guidance.draw_noise`), by name;
     - inverted: path, int64 [strides,2,B], the levels between which each stride goes.

@@ -109,6 +109,19 @@ class TrajectoryTables:
             mix,
         )
 
+    def node(
+        self, seed: int, view: int, level: int, predict: Callable[[Batch, int], Tensor]
+    ) -> Reach:
+        """The grid level above `level` on a trajectory: the state there, and what is predicted of
+        it. Arguments as of `reach`."""
+        track = seed * self.n_bins + view
+        self._make_room(level)
+        node = self._node_above(level)
+        entry = self.levels.index(self.grid[node])
+        self._fill(entry, track, predict)
+        slot = entry * self.n_tracks + track
+        return Reach(node * self.n_tracks + track, slot, self.grid[node], slot, 0.0)
+
     def _fill(self, entry: int, track: int, predict: Callable[[Batch, int], Tensor]) -> None:
         """Make sure that an entry of a track is there, and all that it stands on."""
         slot = entry * self.n_tracks + track

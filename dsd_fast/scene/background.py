@@ -44,15 +44,20 @@ class Background(nn.Module):
             generator=generator,
         )
 
-    def draw(self, n_views: int, generator: torch.Generator) -> Tensor | None:
+    def draw(
+        self, n_views: int, generator: torch.Generator, learned: bool = False
+    ) -> Tensor | None:
         """The paint of training views, for `forward`; None where it is never used.
+
+        `learned` views have the learned map.
 
         [B,4] on the generator's device: a colour, and 1 where it takes the learned map's place.
         """
         if not self.cfg.random_aug:
             return None
         device = generator.device
-        if torch.rand((), generator=generator, device=device) < self.cfg.random_aug_prob:
+        chance = torch.rand((), generator=generator, device=device)
+        if not learned and chance < self.cfg.random_aug_prob:
             n_colors = 1 if self.cfg.share_aug_bg else n_views
             color = torch.rand(n_colors, 3, generator=generator, device=device)
             color = color.expand(n_views, -1)

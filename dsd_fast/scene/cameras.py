@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Literal, NamedTuple, Protocol
@@ -141,6 +141,8 @@ class CameraBatch:
     distance: Tensor  # [B] on the CPU
     height: int
     width: int
+    # Whether they stand where a trajectory's own cameras do, before its background.
+    anchored: bool = False
 
     def __len__(self) -> int:
         return self.c2w.shape[0]
@@ -270,6 +272,8 @@ class RandomCameras:
 
     Args:
         cfg: settings.
+        anchored: with a `Lattice`, the steps whose views are on it, at the middle of the ranges of
+            distance and field of view, a trajectory's own frame; None for all, in any frame.
         lattice: with a number n, nominal azimuths are moved to the nearest of the n values +-a that
             stand in the middle of equal parts of [0, 180] degrees, the sign kept: those for which
             guidance keeps trajectories (`GuidanceConfig.lattice`). Positions are perturbed after
@@ -281,10 +285,16 @@ class RandomCameras:
     a + 180 and a + 270 with a in [0, 90). (The reference begins with a - 180: the same four.)
     """
 
-    def __init__(self, cfg: CameraConfig, lattice: int | Lattice | None = None) -> None:
+    def __init__(
+        self,
+        cfg: CameraConfig,
+        lattice: int | Lattice | None = None,
+        anchored: Callable[[int], bool] | None = None,
+    ) -> None:
         check(cfg)
         self.cfg = cfg
         self.lattice = lattice
+        self.anchored = anchored
         self._heights, self._widths, self._batch_sizes = (
             cfg.per_stage(name) for name in ("height", "width", "batch_size")
         )
@@ -297,12 +307,13 @@ class RandomCameras:
         """Draw the cameras of a training step from the CPU `generator`."""
         cfg, stage = self.cfg, self.stage(step)
         draw = _PerObject(self._batch_sizes[stage] // cfg.n_view, cfg.n_view, generator)
+        anchored = self.anchored is not None and self.anchored(step)
         elevation, azimuth_deg = self._angles(step, draw)
-        distance = draw.uniform(*cfg.camera_distance_range)
+        distance = draw.uniform(*_middle(cfg.camera_distance_range, anchored))
         shift = draw.uniform(-cfg.camera_perturb, cfg.camera_perturb, 3)
         centers = draw.normal(cfg.center_perturb)
         up = torch.tensor([0.0, 0.0, 1.0]) + draw.normal(cfg.up_perturb)
-        fovy = torch.deg2rad(draw.uniform(*cfg.fovy_range))
+        fovy = torch.deg2rad(draw.uniform(*_middle(cfg.fovy_range, anchored)))
         if cfg.relative_distance:
             distance = distance / torch.tan(0.5 * fovy)
         positions = orbit_positions(elevation, torch.deg2rad(azimuth_deg), distance) + shift
@@ -315,6 +326,7 @@ class RandomCameras:
             distance,
             self._heights[stage],
             self._widths[stage],
+            anchored,
         )
 
     def _angles(self, step: int, draw: _PerObject) -> tuple[Tensor, Tensor]:
@@ -342,7 +354,8 @@ class RandomCameras:
             azimuth_deg = low + (high - low) * parts
         else:
             azimuth_deg = draw.uniform(low, high)
-        elevation, azimuth_deg = self._placed(elevation, azimuth_deg)
+        if self.anchored is None or self.anchored(step):
+            elevation, azimuth_deg = self._placed(elevation, azimuth_deg)
         if cfg.n_view > 1:
             around = 360.0 / cfg.n_view * torch.arange(cfg.n_view)
             azimuth_deg = azimuth_deg + around.repeat(draw.n_objects)
@@ -441,6 +454,12 @@ def _camera_frame(positions: Tensor) -> Tensor:
     x = F.normalize(torch.stack([z[:, 1], -z[:, 0], torch.zeros_like(z[:, 0])], dim=-1), dim=-1)
     y = F.normalize(torch.linalg.cross(z, x), dim=-1)
     return torch.stack([x, y, z], dim=-1)
+
+
+def _middle(span: tuple[float, float], only: bool) -> tuple[float, float]:
+    """The span, or its middle alone."""
+    middle = sum(span) / 2
+    return (middle, middle) if only else span
 
 
 def _lerp(start: float, end: float, weight: float) -> float:

@@ -192,7 +192,7 @@ class Renderer(nn.Module):
             n_rays, device = cameras.n_rays, generator.device
             draws["jitter"] = torch.rand(n_rays, generator=generator, device=device)
         draws["shading"] = choose_shading(self.material, step, True, generator).numbers()
-        paint = background.draw(len(cameras), generator)
+        paint = background.draw(len(cameras), generator, cameras.anchored)
         return draws if paint is None else {**draws, "paint": paint}
 
     def render(

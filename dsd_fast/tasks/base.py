@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsd_fast.config import Preset, TrainConfig, register_task
+from dsd_fast.config import ConfigError, Preset, TrainConfig, register_task
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings, embed_views, load_model
 from dsd_fast.guidance import FORMULATIONS, Guidance, make_guidance
 from dsd_fast.run import needs
@@ -55,6 +55,12 @@ class Task:
     def check(self, cfg: TrainConfig, n_runs: int) -> None:
         """ConfigError for what `n_runs` runs side by side cannot have, before any work."""
         needs.check(cfg, n_runs)
+        if cfg.guidance.has_anchors and (cfg.cameras.n_view == 1 or cfg.multiview.at_bins):
+            raise ConfigError(
+                "guidance.anchors: expected a multi-view model, some of whose views come from "
+                "elsewhere: pass --cameras.n-view 4 --multiview.no-at-bins, or "
+                f"--guidance.anchors 0; got {cfg.guidance.anchors}"
+            )
         self.cameras(cfg)  # ValueError for what they cannot do
 
     def is_finished(self, cfg: TrainConfig, run: RunFolder) -> bool:

@@ -166,6 +166,7 @@ class TrainStep:
             torch.cat([d.t for d in drawn]),
             torch.cat([d.t_delta for d in drawn]),
             chance,
+            drawn[0].views.anchored,
         )
 
     def _run(self, drawn: Sequence[Drawn], plan: Plan, weights: Weights) -> None:

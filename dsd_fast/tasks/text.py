@@ -80,6 +80,8 @@ class TextTask(Task):
         if cfg.cameras.n_view > 1:
             ranges = (cfg.cameras.elevation_range, cfg.cameras.n_view)
             lattice = camera_lattice(cfg.guidance, cfg.multiview, *ranges)
+            if lattice is not None and not cfg.multiview.at_bins:
+                return RandomCameras(cfg.cameras, lattice, cfg.guidance.is_anchored)
         return RandomCameras(cfg.cameras, lattice)
 
     def guidance(

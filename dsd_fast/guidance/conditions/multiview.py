@@ -144,7 +144,10 @@ def camera_lattice(
     elevation_range: tuple[float, float],
     n_views: int,
 ) -> QuarterBins | None:
-    """Where training cameras are to be: the middles of the bins that have cached trajectories."""
-    if cfg.method != "dsd" or cfg.trajectory != "cached" or not views.at_bins:
+    """Where training cameras are to be, of all steps or of the anchored ones: the middles of the
+    bins that have cached trajectories."""
+    if cfg.method != "dsd" or cfg.trajectory != "cached":
+        return None
+    if not (views.at_bins or cfg.has_anchors):
         return None
     return QuarterBins(views, elevation_range, n_views)
