@@ -1,6 +1,7 @@
 """A mesh as a scene: what is seen of it, where gradients go, and runs of training steps."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,13 @@ def test_room_for_all_samples_changes_nothing(device) -> None:
     weights = torch.rand(spread.shape, generator=torch.Generator().manual_seed(1)).to(device)
     (spread * weights).sum().backward()
     assert torch.equal(values.grad[:n], weights[few.rows])
+
+
+def test_anchored_views_have_the_learned_background() -> None:
+    scene, views = ball(settings(random_aug_prob=1.0)), look()
+    assert (draws_of(scene, views)["paint"][:, 3] == 1).all()
+    anchored = replace(views, anchored=True)
+    assert (draws_of(scene, anchored)["paint"] == 0).all()
 
 
 def test_nothing_in_sight(device) -> None:

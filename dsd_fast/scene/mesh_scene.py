@@ -136,7 +136,7 @@ class MeshScene(nn.Module):
         """The field's levels for a step; then shading and paint, as `Renderer.draw` has them."""
         self.field.set_step(step)
         draws = {"shading": choose_shading(self.material, step, True, generator).numbers()}
-        paint = self.background.draw(len(views), generator)
+        paint = self.background.draw(len(views), generator, views.anchored)
         return draws if paint is None else {**draws, "paint": paint}
 
     def render(
