@@ -299,9 +299,10 @@ def _texture(start: Start) -> TrainConfig:
     for name in ("height", "width", "batch_size"):
         setattr(cameras, name, cameras.per_stage(name)[-1])
     cameras.resolution_milestones = ()
-    # Views spread from those of the trajectories, whose colours are the seed's: from everywhere at
-    # once they mix.
-    cameras.progressive_from, cameras.progressive_until = 0, _at(0.5, steps)
+    if not cfg.guidance.has_anchors:
+        # Views spread from those of the trajectories, whose colours are the seed's: from everywhere
+        # at once they mix.
+        cameras.progressive_from, cameras.progressive_until = 0, _at(0.5, steps)
     field.radius = 1.05 * RADIUS
     field.grid.start_level = field.grid.n_levels
     if start.preset == "embedded":

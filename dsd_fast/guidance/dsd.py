@@ -226,8 +226,8 @@ class DSDGuidance(Guidance):
         given = torch.stack([asked.elevation, asked.azimuth], dim=1)
         if not torch.allclose(given, own, rtol=0.0, atol=1e-2):
             raise ValueError(
-                "anchored step: expected views where their trajectories have them, at elevation and "
-                f"azimuth {own.tolist()}, got {given.tolist()}"
+                "anchored step: expected views where their trajectories have them, at elevation "
+                f"and azimuth {own.tolist()}, got {given.tolist()}"
             )
         nodes = [
             self._tables.node(i if self._n_seeds > 1 else 0, view, level, self._predict_bin)

@@ -26,6 +26,7 @@ from dsd_fast.scene.mesh_file import MeshFile
 from dsd_fast.scene.mesh_scene import MeshScene, Surface
 from dsd_fast.scene.normals import crease_normals
 from dsd_fast.scene.texture import TextureSize, choose_atlas
+from dsd_fast.schedules import Schedule
 from dsd_fast.tasks.base import register
 from dsd_fast.tasks.texture import Canvas, MeshTask
 
@@ -153,7 +154,7 @@ def refinement(
 def _settle(cfg: TrainConfig, steps: int | None) -> None:
     """Turn the settings of an object's run into those of its refinement."""
     on_cpu = resolve_device(cfg.device).type == "cpu"
-    cfg.task = "refine"
+    cfg.task, done = "refine", cfg.max_steps
     cfg.max_steps = steps or (STEPS_CPU if on_cpu else STEPS_GPU)
     cameras, grid, guidance = cfg.cameras, cfg.field.grid, cfg.guidance
     cameras.batch_size = cameras.per_stage("batch_size")[-1]
@@ -164,6 +165,9 @@ def _settle(cfg: TrainConfig, steps: int | None) -> None:
     cameras.progressive_from = cameras.progressive_until = 0
     grid.start_level = grid.n_levels
     guidance.min_step_percent, guidance.max_step_percent = LEVELS
+    # As many as at the end of the object's run, of the clean images.
+    guidance.anchors = Schedule.parse(guidance.anchors)(done)
+    guidance.anchor_percent = Schedule.parse(guidance.anchor_percent)(done)
     cfg.optimizer.lr_share = LR_SHARE
     cfg.loss.lambda_dsd = 1.0
     # Shadows are part of the colours by now.
