@@ -99,11 +99,11 @@ def _embedded_together(start: Start) -> TrainConfig:
     # other cameras are of other objects; of them the more there are, the more alike seeds become.
     cfg.multiview.azimuth_bins = cfg.multiview.elevation_bins = 1
     cfg.multiview.at_bins = False
-    # At first the trajectory's own views alone, as its clean images sharpen; then views from
-    # everywhere, which know what those do not see.
-    alone = _at(0.2, steps)
-    guidance.anchors = (alone, 1.0, 0.1, max(_at(0.6, steps), alone + 1))
-    guidance.anchor_percent = (0, 0.98, 0.02, alone)
+    # At first mostly the trajectory's own views, as its clean images sharpen; then ever more from
+    # everywhere, which know what those do not see and mend where those do not agree.
+    sharp = _at(0.1, steps)
+    guidance.anchors = (sharp, 0.75, 0.0, max(_at(0.6, steps), sharp + 1))
+    guidance.anchor_percent = (0, 0.98, 0.02, sharp)
     # A trajectory for all of the run may be a fine one.
     guidance.n_ddim_steps = 40
     cameras.n_view = cameras.batch_size = 4
