@@ -26,7 +26,7 @@ PIECES = {
     "triton": "torch.compile and fused passes on CUDA; nothing requires it",
     "tensorrt_rtx": "TensorRT for the UNet, GeForce and RTX (pip install dsd_fast[tensorrt])",
     "tensorrt": "TensorRT for the UNet on any GPU (pip install tensorrt onnx)",
-    "fast_simplification": "fewer triangles in exported meshes (pip install dsd_fast[mesh])",
+    "pxr": "meshes as USDZ (pip install dsd_fast[usd])",
     "moderngl": "rendering training views for a prior of your own (pip install dsd_fast[prior])",
 }
 

@@ -47,7 +47,7 @@ from dsd_fast.tasks.step import StepOutput
 # Not __name__, which is "__main__" when this module is the command.
 log = logging.getLogger("dsd_fast.train")
 
-# Pictures, video and mesh of a run, with room to spare.
+# Pictures, video and mesh of a run, with room to spare; without the mesh's textures.
 OUTPUT_BYTES = 64 * 2**20
 
 
@@ -318,9 +318,11 @@ def _build(
     scenes = [task.scene(cfg, rng.init) for rng in rngs]
     # A checkpoint has every parameter and two moments of each.
     checkpoint_bytes = 3 * sum(parameter.nbytes for parameter in scenes[0].parameters())
+    # Colours and normals, as they are before they are packed.
+    texture_bytes = 6 * cfg.mesh.texture_size**2
     for job in jobs:
         job.folder.ask_for_room(
-            checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES
+            checkpoint_bytes * (cfg.trainer.keep_checkpoints + 1) + OUTPUT_BYTES + texture_bytes
         )
 
     dtype = None if cfg.diffusion.dtype == "auto" else getattr(torch, cfg.diffusion.dtype)

@@ -211,7 +211,7 @@ def test_packages_of_extras_are_asked_for_by_the_extra():
 # last room, the modules beside the rooms the first.
 GROUND = {"_C", "_backend", "determinism", "files", "graphs", "kernels", "output_file"}
 GROUND |= {"picture_file", "ranges", "resize", "rng", "schedules", "upload"}
-ROOMS = ["ops", "scene", "diffusion", "guidance", "config", "run", "tasks"]
+ROOMS = ["ops", "asset", "scene", "diffusion", "guidance", "config", "run", "tasks"]
 ROOMS += ["judge", "prior", "evaluate"]
 
 

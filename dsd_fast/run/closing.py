@@ -46,12 +46,13 @@ def say(
 def _files(job: Job, n_jobs: int) -> list[str]:
     """Lines that name a run's files, the one to look at first first."""
     run, cfg = job.folder, job.config
-    found = [path for path in (run.image, run.preview, run.turntable, run.mesh) if path.exists()]
+    pictures = [path for path in (run.image, run.preview, run.turntable) if path.exists()]
+    found = pictures + run.meshes()
     if n_jobs == 1:
         lines = [f"  {path}" for path in found]
     else:
         lines = [f"  {run.path}: {', '.join(path.name for path in found)}"]
-    if cfg.task != "image" and cfg.pictures.mesh and not run.mesh.exists():
+    if cfg.task != "image" and cfg.pictures.mesh and not run.meshes():
         export = shell([*_python(), "-m", "dsd_fast.export", str(run.path)])
         lines.append(f"  no mesh of {run.path}: {export} tells why")
     return lines

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from dsd_fast.asset.formats import check_format
 from dsd_fast.config import ConfigError, TrainConfig, resolve_device
 from dsd_fast.guidance import FORMULATIONS
 from dsd_fast.ops.hashgrid import GridSpec
@@ -42,19 +43,10 @@ def check_packages(cfg: TrainConfig) -> None:
     when all training is done."""
     in_3d = cfg.task != "image"
     needed = []
-    if in_3d and cfg.task in ("text", "single-view") and cfg.pictures.mesh and cfg.mesh.max_faces:
-        flag = f"--mesh.max-faces {cfg.mesh.max_faces}"
-        needed.append((flag, "fast_simplification", "[mesh]", "pass --mesh.max-faces 0"))
+    if cfg.task in ("text", "single-view") and cfg.pictures.mesh:
+        check_format(cfg.mesh.format, "--mesh.format")
     if in_3d and cfg.pictures.turntable:
         needed.append(("the video", "imageio_ffmpeg", "", "pass --pictures.no-turntable"))
-    if cfg.task in ("texture", "refine") or cfg.refine.steps:
-        what = "--task texture" if cfg.task == "texture" else "--refine"
-        packages = ["trimesh", "xatlas"]
-        if cfg.task == "texture" and cfg.texture.uv == "keep":
-            packages.remove("xatlas")
-        if cfg.task != "texture":
-            packages.append("fast_simplification")
-        needed += [(what, package, "[mesh]", "drop it") for package in packages]
     if FORMULATIONS[cfg.guidance.method].one_run:  # it has adapters
         flag = f"--guidance.method {cfg.guidance.method}"
         needed.append((flag, "peft", "[vsd]", "pass another method"))

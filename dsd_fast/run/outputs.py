@@ -7,7 +7,7 @@
     previews/         contact sheets while the run goes on
     checkpoints/      the newest checkpoints
     turntable.mp4     the object once around
-    mesh.glb          the mesh with vertex colours
+    mesh.glb          the mesh with its texture, or another format
     preview.png       the final contact sheet
     .lock             held by the process that writes here
 
@@ -34,6 +34,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dsd_fast.asset.formats import FORMATS, files_of
 from dsd_fast.config import TrainConfig
 from dsd_fast.files import UNFINISHED, write_json, write_text
 from dsd_fast.run import checkpoint
@@ -107,7 +108,15 @@ class RunFolder:
 
     @property
     def mesh(self) -> Path:
-        return self._at / "mesh.glb"
+        return self.mesh_as("glb")
+
+    def mesh_as(self, name: str) -> Path:
+        """Where the mesh is in one of `asset.formats.FORMATS`."""
+        return self._at / f"mesh.{name}"
+
+    def meshes(self) -> list[Path]:
+        """The meshes that there are."""
+        return [path for path in map(self.mesh_as, FORMATS) if path.exists()]
 
     @property
     def preview(self) -> Path:
@@ -204,8 +213,9 @@ class RunFolder:
 
     def has_results(self) -> bool:
         """Whether a run has got somewhere here."""
-        results = (self.mesh, self.turntable, self.image)
-        return self.last_step() is not None or any(path.exists() for path in results)
+        results = (self.turntable, self.image)
+        found = self.meshes() or any(path.exists() for path in results)
+        return self.last_step() is not None or bool(found)
 
     def is_used(self) -> bool:
         """Whether a run has been begun here."""
@@ -275,7 +285,8 @@ class RunFolder:
             for path in folder.glob(pattern):
                 path.unlink()
         checkpoint.clear_aside(self.checkpoints)
-        results = (self.turntable, self.mesh, self.image, self.preview, self.path / ERROR_LOG)
+        meshes = [file for name in FORMATS for file in files_of(self.mesh_as(name))]
+        results = (self.turntable, *meshes, self.image, self.preview, self.path / ERROR_LOG)
         for path in (self.versions, self.metrics, *results):
             path.unlink(missing_ok=True)
 

@@ -21,6 +21,18 @@ from dsd_fast.output_file import writing
 from dsd_fast.scene.cameras import CameraBatch, CameraConfig, eval_camera, turntable
 from dsd_fast.scene.renderer import RenderOutput
 
+# Of a video that does not name its colours every player has a guess of its own.
+_COLORS = "scale=out_color_matrix=bt709,setparams=color_primaries=bt709:color_trc=bt709"
+# What ffmpeg is told of the kinds of videos, by the endings of their names.
+VIDEOS = {
+    ".mp4": f"-vf {_COLORS} -vcodec libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart -f mp4",
+    ".webm": f"-vf {_COLORS} -vcodec libvpx-vp9 -pix_fmt yuv420p -crf 18 -b:v 0 -cpu-used 4 "
+    "-row-mt 1 -f webm",
+    # One palette for all frames, so that nothing that stands still flickers; over and over.
+    ".gif": "-filter_complex split[a][b];[a]palettegen=stats_mode=full[p];"
+    "[b][p]paletteuse=dither=sierra2_4a -loop 0 -f gif",
+}
+
 
 class Shown(Protocol):
     """A scene that can be looked at when it is finished."""
@@ -64,7 +76,7 @@ def write_turntable(
     n_views: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> None:
-    """Render once around the object into an mp4, written atomically.
+    """Render once around the object into a video, written atomically.
 
     Colours, or with ``pictures.panels`` "all" colours | normals | opacity.
 
@@ -93,7 +105,7 @@ def _enlarged(view: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def write_video(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
-    """Encode uint8 frames [H, W, 3] as H.264, atomically.
+    """Encode uint8 frames [H, W, 3] as the name's ending says, one of VIDEOS, atomically.
 
     Odd sides lose one row or column, one of a single pixel has it twice.
 
@@ -107,7 +119,8 @@ def write_video(frames: Iterable[np.ndarray], path: Path, fps: int) -> None:
         try:
             for frame in frames:
                 even = _even(frame)
-                encoder = encoder or _Encoder(temporary, even.shape[:2], fps, said)
+                kind = path.suffix.lower()
+                encoder = encoder or _Encoder(temporary, kind, even.shape[:2], fps, said)
                 encoder.write(even)
             if encoder is None:
                 raise ValueError("a video needs at least one frame")
@@ -129,12 +142,15 @@ class _Encoder:
     """The program that imageio-ffmpeg brings; its own function hides that, and why, it ended.
 
     Args:
-        path: of the mp4 file.
+        path: of the file.
+        kind: of VIDEOS.
         size: height and width of frames, even.
         said: takes the program's words.
     """
 
-    def __init__(self, path: Path, size: tuple[int, ...], fps: int, said: IO[bytes]) -> None:
+    def __init__(
+        self, path: Path, kind: str, size: tuple[int, ...], fps: int, said: IO[bytes]
+    ) -> None:
         import imageio_ffmpeg
 
         try:
@@ -143,14 +159,9 @@ class _Encoder:
             raise OSError(errno.ENOENT, f"no video without ffmpeg: {error}") from error
         self._said = said
         source = f"-f rawvideo -pix_fmt rgb24 -s {size[1]}x{size[0]} -r {fps} -i - -an"
-        # Of a video that does not name its colours every player has a guess of its own.
-        colors = "scale=out_color_matrix=bt709,setparams=color_primaries=bt709:color_trc=bt709"
-        result = (
-            f"-vf {colors} -vcodec libx264 -pix_fmt yuv420p -crf 10 -movflags +faststart -f mp4"
-        )
         self._process = subprocess.Popen(
             # A path may look like an address to ffmpeg.
-            [program, "-y", "-v", "error", *source.split(), *result.split(), f"file:{path}"],
+            [program, "-y", "-v", "error", *source.split(), *VIDEOS[kind].split(), f"file:{path}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=said,

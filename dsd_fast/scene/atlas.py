@@ -10,6 +10,8 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,12 +79,18 @@ def own_atlas(points: np.ndarray, faces: np.ndarray, uvs: np.ndarray | None) -> 
     return Atlas(np.arange(len(uvs)), faces, uvs.clip(0, 1).astype(np.float32))
 
 
-def make_atlas(points: np.ndarray, faces: np.ndarray, seconds: float) -> Atlas:
+def make_atlas(
+    points: np.ndarray,
+    faces: np.ndarray,
+    seconds: float,
+    tell: Callable[[int], object] | None = None,
+) -> Atlas:
     """New coordinates by xatlas (Young; after thekla_atlas of Castaño), the same for the same mesh.
 
     Args:
         points: [V,3], any scale; faces: [F,3] int.
         seconds: after which it ends.
+        tell: is told from time to time how many seconds it has taken.
     Raises:
         AtlasError: it took longer, failed, or xatlas is not installed.
     """
@@ -95,20 +103,45 @@ def make_atlas(points: np.ndarray, faces: np.ndarray, seconds: float) -> Atlas:
         np.savez(given, points=np.nan_to_num(scaled), faces=faces.astype(np.uint32))
         code = "import sys; from dsd_fast.scene.atlas import _unwrap; _unwrap(*sys.argv[1:])"
         command = [sys.executable, "-c", code, str(given), str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=seconds, text=True)
-        except subprocess.TimeoutExpired:
-            raise AtlasError(
-                f"unwrapping its {len(faces):,} triangles took more than {seconds:g} seconds"
-            ) from None
-        if done.returncode or not made.exists():
-            lines = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+        said = Path(folder, "said")
+        with open(said, "w") as errors:
+            process = subprocess.Popen(command, stdout=errors, stderr=errors)
+            try:
+                _wait(process, seconds, tell)
+            except subprocess.TimeoutExpired:
+                raise AtlasError(
+                    f"unwrapping its {len(faces):,} triangles took more than {seconds:g} seconds"
+                ) from None
+            finally:
+                # Also where this process is interrupted: nobody waits for it any more.
+                process.kill()
+                process.wait()
+        if process.returncode or not made.exists():
+            lines = said.read_text(errors="replace").strip().splitlines()
+            lines = lines or [f"it ended with code {process.returncode}"]
             raise AtlasError(f"xatlas failed: {lines[-1]}")
         with np.load(made) as found:
             atlas = Atlas(found["vertices"], found["faces"], found["uvs"])
     if not np.isfinite(atlas.uvs).all():
         raise AtlasError("xatlas failed: it gave coordinates that are not finite")
     return atlas
+
+
+def _wait(
+    process: subprocess.Popen[bytes], seconds: float, tell: Callable[[int], object] | None
+) -> None:
+    """Until it ends, TimeoutExpired after so many seconds."""
+    begun = time.monotonic()
+    while True:
+        left = begun + seconds - time.monotonic()
+        try:
+            process.wait(max(min(left, 1.0), 0.0))
+            return
+        except subprocess.TimeoutExpired:
+            if left <= 1.0:
+                raise
+        if tell is not None:
+            tell(round(time.monotonic() - begun))
 
 
 def _areas(corners: np.ndarray) -> np.ndarray:

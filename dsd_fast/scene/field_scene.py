@@ -12,7 +12,8 @@ from dsd_fast.scene.background import Background, BackgroundConfig
 from dsd_fast.scene.cameras import CameraBatch
 from dsd_fast.scene.field import Field, FieldConfig
 from dsd_fast.scene.material import MaterialConfig
-from dsd_fast.scene.mesh import Mesh, MeshConfig, make_mesh
+from dsd_fast.scene.mesh import Made, MeshConfig, make_asset, make_mesh
+from dsd_fast.scene.mesh_scene import Surface
 from dsd_fast.scene.protocol import GraphKey, Trainable
 from dsd_fast.scene.rates import OptimizerConfig
 from dsd_fast.scene.renderer import Renderer, RendererConfig, RenderOutput
@@ -95,7 +96,22 @@ class FieldScene(nn.Module):
         """What cameras see at a step of the run, without chance or gradients."""
         return self.renderer.view(self.field, self.background, cameras, step)
 
-    def mesh(self, cfg: MeshConfig, step: int, tell: Callable[[str], None] | None = None) -> Mesh:
-        """The surface at a step of the run. MeshError where there is none; `tell` as there."""
+    def asset(
+        self,
+        cfg: MeshConfig,
+        step: int,
+        tell: Callable[[str], object] | None = None,
+        say: Callable[[str], object] | None = None,
+    ) -> Made:
+        """The object at a step of the run, as `make_asset`, with its arguments and errors."""
         self.field.set_step(step)
-        return make_mesh(self.field, self.field.cfg.radius, cfg, self.device, tell)
+        length = self.renderer.step_size
+        return make_asset(self.field, self.field.cfg.radius, cfg, self.device, length, tell, say)
+
+    def mesh(
+        self, cfg: MeshConfig, step: int, tell: Callable[[str], object] | None = None
+    ) -> Surface:
+        """The surface alone, in the field's coordinates."""
+        self.field.set_step(step)
+        length = self.renderer.step_size
+        return make_mesh(self.field, self.field.cfg.radius, cfg, self.device, length, tell)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,10 +14,10 @@ import tyro
 from annotated_types import Interval
 
 from dsd_fast import ops
-from dsd_fast.output_file import writing
+from dsd_fast.asset import formats
+from dsd_fast.asset.model import Asset
 from dsd_fast.ranges import AnyPath, Count, CountOrNone
 from dsd_fast.scene.atlas import Atlas, AtlasError, make_atlas, own_atlas
-from dsd_fast.scene.mesh import Mesh, write_glb
 from dsd_fast.scene.mesh_file import MeshFile
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def bake(colors: ColorsOf, points: np.ndarray, atlas: Atlas, size: int) -> np.nd
         for k in range(3):
             texture[strip, :, k] = np.bincount(texels, seen[:, k], n).reshape(-1, size)
     texture /= np.maximum(count, 1)[..., None]
-    texture = _filled(texture, count > 0)
+    texture = filled(texture, count > 0)
     return (texture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -134,7 +134,7 @@ def _strip(uvs: np.ndarray, faces: torch.Tensor, size: int, rows: slice) -> ops.
     return ops.rasterize(clip, faces, n_rows, size, TEXEL_SAMPLES)
 
 
-def _filled(texture: np.ndarray, known: np.ndarray) -> np.ndarray:
+def filled(texture: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Texels [h,w,3] of which nothing is known have the colour of the nearest one that is."""
     from scipy.ndimage import distance_transform_edt
 
@@ -162,36 +162,25 @@ def write_painted(
     Args:
         atlas: None colours vertices.
         colors, points: as of `bake`.
-        about: goes to the asset's extras, where there is an atlas.
+        about: goes to the asset's extras.
     """
-    if atlas is None:
-        in_field = mesh.points if mesh.z_up else mesh.points[:, [2, 0, 1]]
-        write_glb(Mesh(in_field.astype(np.float32), mesh.faces, colors(points)), path)
-        return
-
-    import trimesh
-    from PIL import Image
-    from trimesh.exchange.gltf import export_glb
-    from trimesh.visual import TextureVisuals
-    from trimesh.visual.material import PBRMaterial
-
-    image = Image.fromarray(bake(colors, points, atlas, size))
-    material = PBRMaterial(
-        name="texture", baseColorTexture=image, metallicFactor=0.0, roughnessFactor=1.0
+    at, corners = mesh.in_gltf(mesh.points), mesh.in_gltf(mesh.normals)
+    painted = Asset(
+        at.astype(np.float32),
+        corners.astype(np.float32),
+        mesh.faces,
+        colors(points),
+        name=path.stem,
+        about=about,
     )
-    painted = trimesh.Trimesh(
-        mesh.in_gltf(mesh.points)[atlas.vertices],
-        atlas.faces,
-        vertex_normals=mesh.in_gltf(mesh.normals)[atlas.vertices],
-        visual=TextureVisuals(atlas.uvs, material=material),
-        process=False,
-    )
-    scene = trimesh.Scene()
-    scene.add_geometry(painted, node_name="mesh", geom_name="mesh")
-
-    def with_extras(tree: dict[str, Any]) -> None:
-        tree["asset"] |= {"generator": "dsd_fast", "extras": dict(about)}
-
-    content = export_glb(scene, include_normals=True, tree_postprocessor=with_extras)
-    with writing(path) as temporary:
-        temporary.write_bytes(content)
+    if atlas is not None:
+        painted = replace(
+            painted,
+            points=painted.points[atlas.vertices],
+            normals=painted.normals[atlas.vertices],
+            faces=atlas.faces,
+            colors=painted.colors[atlas.vertices],
+            uvs=atlas.uvs,
+            texture=bake(colors, points, atlas, size),
+        )
+    formats.write(painted, path)

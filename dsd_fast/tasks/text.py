@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dsd_fast.asset import formats
 from dsd_fast.config import ConfigError, TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
 from dsd_fast.guidance import Guidance, Plan, make_guidance
 from dsd_fast.guidance.conditions.multiview import MultiViewConditions, camera_lattice
 from dsd_fast.run import memory, pictures
+from dsd_fast.run.about import about
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.cameras import RandomCameras
 from dsd_fast.scene.field_scene import FieldScene
 from dsd_fast.scene.losses import REGULARIZERS, regularizer_weights
-from dsd_fast.scene.mesh import MeshError, write_glb
 from dsd_fast.scene.renderer import RenderOutput
+from dsd_fast.scene.surface import MeshError
 from dsd_fast.tasks.base import Task, register
 from dsd_fast.tasks.step import NORMS, SCALING, Cameras, Drawn, StepOutput, TrainStep, Weights
 
@@ -122,7 +124,7 @@ class TextTask(Task):
         """Write the mesh, the turntable and the contact sheet of a trained scene."""
         if cfg.pictures.mesh:
             say("finishing: the mesh")
-            write_mesh(result, cfg, step, run)
+            write_mesh(result, cfg, step, run, say)
         if cfg.pictures.turntable:
             say("finishing: the video")
             pictures.write_turntable(result, cfg, step, run.turntable)
@@ -132,11 +134,14 @@ class TextTask(Task):
         pictures.write_png(sheet, run.preview)
 
 
-def write_mesh(scene: FieldScene, cfg: TrainConfig, step: int, run: RunFolder) -> None:
+def write_mesh(
+    scene: FieldScene, cfg: TrainConfig, step: int, run: RunFolder, say: Callable[[str], None]
+) -> None:
     """Write the mesh; a scene without a surface is worth a warning, not the loss of the rest."""
     try:
-        mesh = scene.mesh(cfg.mesh, step)
+        made = scene.asset(cfg.mesh, step, say=lambda what: say(f"finishing: the mesh, {what}"))
     except MeshError as error:
         log.warning("no mesh: %s", error)
         return
-    write_glb(mesh, run.mesh)
+    asset = made.asset.called(cfg.prompt, about(cfg, step, run))
+    formats.write(asset, run.mesh_as(cfg.mesh.format))

@@ -1,0 +1,1 @@
+"""Objects as other programs take them: triangles, textures, and the files that hold them."""
