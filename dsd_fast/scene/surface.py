@@ -20,6 +20,8 @@ COARSE = 128
 # A cell belongs to what is looked at where its density could make a ray of the box's length this
 # much darker.
 _THIN = 0.02
+# Of a logarithm of the density: what differs more from the level is no error of a grid's.
+_NEAR = 0.5
 
 
 class MeshError(RuntimeError):
@@ -59,7 +61,7 @@ def fine_surface(
         tell(_histogram(density, level))
     box = _box(density, axes, level, radius, device)
     density, axes = _density_grid(field, box, resolution, device)
-    relative = density / np.exp(_on_grid(level, axes, device))
+    relative = _relative(level, density, axes, device)
     points, faces = _marching_cubes(relative, axes)
     points, faces = _whole_parts(points, faces, min_component)
     if not len(faces):
@@ -107,7 +109,7 @@ def _box(
     density: np.ndarray, axes: list[np.ndarray], level: Level, radius: float, device: torch.device
 ) -> np.ndarray:
     """Corners [2,3] of what is inside of the surface, with a cell of the coarse grid around it."""
-    inside = np.argwhere(density > np.exp(_on_grid(level, axes, device)))
+    inside = np.argwhere(_relative(level, density, axes, device) > 1)
     if not len(inside):
         raise MeshError(_nothing(float(level.logs.exp().mean()), density))
     spacing = axes[0][1] - axes[0][0]
@@ -137,12 +139,15 @@ def _density_grid(
     return density, axes
 
 
-def _on_grid(level: Level, axes: list[np.ndarray], device: torch.device) -> np.ndarray:
-    """The level's logarithms [X,Y,Z] on a grid."""
-    logs = np.empty([len(axis) for axis in axes], dtype=np.float32)
+def _relative(
+    level: Level, density: np.ndarray, axes: list[np.ndarray], device: torch.device
+) -> np.ndarray:
+    """As `Level.relative`, of the densities [X,Y,Z] of a grid."""
+    relative = np.empty_like(density)
     for slab, points in _slabs(axes, device):
-        logs[slab] = level.at(points).reshape(logs[slab].shape).cpu().numpy()
-    return logs
+        own = torch.from_numpy(density[slab]).to(device).flatten()
+        relative[slab] = level.relative(points, own).view(density[slab].shape).cpu().numpy()
+    return relative
 
 
 def _slabs(axes: list[np.ndarray], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
@@ -212,7 +217,8 @@ def _settle(
     device: torch.device,
 ) -> np.ndarray:
     """Points moved along their normals to where the field itself has the level: between grid points
-    the density is not linear. Secant steps, which stay within half a cell."""
+    the density is not linear. Secant steps, which stay within half a cell. Where the surface is not
+    of the level but of what is hidden, it stays."""
     settled = []
     for at, n in zip(
         torch.from_numpy(points).split(QUERY_POINTS),
@@ -225,12 +231,14 @@ def _settle(
             return field.density(moved).clamp_min(1e-6).log() - level.at(moved)
 
         shift = torch.zeros(len(at), device=device)
+        of_level = above(shift).abs() < _NEAR
         for _ in range(2):
             here, out = above(shift), above(shift + 0.1 * cell)
             slope = (out - here) / (0.1 * cell)
             # Where it does not fall outwards there is nothing to follow.
             wanted = torch.where(slope < -1e-3, -here / slope, torch.zeros_like(here))
             shift = (shift + wanted).clamp(-0.5 * cell, 0.5 * cell)
+        shift = torch.where(of_level, shift, 0.0)
         settled.append((at + n * shift[:, None]).clamp(-radius, radius).cpu())
     return torch.cat(settled).numpy()
 

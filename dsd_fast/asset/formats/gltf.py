@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from dsd_fast.asset.formats.scene import mesh_of, pbr_material
-from dsd_fast.asset.model import Asset, linear, tangents
+from dsd_fast.asset.model import METALLIC, ROUGHNESS, Asset, linear, tangents
 
 Tree = dict[str, Any]
 # By our names, which trimesh takes only with the underscore.
@@ -24,7 +25,11 @@ _ATTRIBUTES = {"_TANGENT": "TANGENT", "_COLOR": "COLOR_0"}
 def write_glb(asset: Asset, path: Path) -> None:
     from trimesh.exchange.gltf import export_glb
 
-    content = export_glb(_scene(asset), include_normals=True, tree_postprocessor=_finish(asset))
+    def finish(tree: Tree) -> None:
+        _finish(asset)(tree)
+        _set_targets(tree)
+
+    content = export_glb(_scene(asset), include_normals=True, tree_postprocessor=finish)
     path.write_bytes(content)
 
 
@@ -35,12 +40,11 @@ def write_gltf(asset: Asset, path: Path) -> None:
         _scene(asset), include_normals=True, merge_buffers=True, tree_postprocessor=_finish(asset)
     )
     tree = json.loads(files["model.gltf"])
+    _set_targets(tree)
     (buffer,) = tree["buffers"]
     buffers = path.with_suffix(".bin")
     buffers.write_bytes(files[buffer["uri"]])
     # An address, in which a file's name may need escapes.
-    from urllib.parse import quote
-
     buffer["uri"] = quote(buffers.name)
     path.write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -81,8 +85,6 @@ def _finish(asset: Asset) -> Callable[[Tree], None]:
                     # White times the vertex's colour, and as rough as a texture's.
                     primitive["material"] = 0
         if asset.texture is None:
-            from dsd_fast.asset.model import METALLIC, ROUGHNESS
-
             factors = {"metallicFactor": METALLIC, "roughnessFactor": ROUGHNESS}
             tree["materials"] = [{"name": asset.name, "pbrMetallicRoughness": factors}]
         for image, name in zip(tree.get("images", ()), ("base color", "normals")):
@@ -102,3 +104,14 @@ def _finish(asset: Asset) -> Callable[[Tree], None]:
                 texture["sampler"] = 0
 
     return finish
+
+
+def _set_targets(tree: Tree) -> None:
+    """Say of each part of the buffer whether vertices or triangles are in it."""
+    vertices, triangles = 34962, 34963
+    for mesh in tree["meshes"]:
+        for primitive in mesh["primitives"]:
+            targets = dict.fromkeys(primitive["attributes"].values(), vertices)
+            targets[primitive["indices"]] = triangles
+            for accessor, target in targets.items():
+                tree["bufferViews"][tree["accessors"][accessor]["bufferView"]]["target"] = target

@@ -50,8 +50,7 @@ def write(asset: Asset, path: Path) -> None:
     if asset.normal_map is not None:
         normals = path.with_name(f"{path.stem}-normal.png")
         normals.write_bytes(png(asset.normal_map))
-        # The extension's name; Blender reads the older one.
-        lines += [f"norm {normals.name}", f"map_Bump {normals.name}"]
+        lines.append(f"norm {normals.name}")
     material_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
