@@ -12,6 +12,7 @@ from PIL import Image
 from runs import Runner
 from scipy.linalg import sqrtm
 
+from dsd_fast.asset import formats, model
 from dsd_fast.config import CameraConfig
 from dsd_fast.evaluate import __main__ as command
 from dsd_fast.evaluate import assets, eyes, meshes, metrics, page, report, surfaces
@@ -20,7 +21,6 @@ from dsd_fast.judge.captions import COUNTED_NOUNS, noun_of
 from dsd_fast.judge.features import FEATURE_WIDTH
 from dsd_fast.judge.judge import Judge, save_judge
 from dsd_fast.scene.cameras import eval_camera
-from dsd_fast.scene.mesh import Mesh, write_glb
 
 # Features
 
@@ -285,8 +285,10 @@ def test_colours_of_our_own_mesh_come_back(tmp_path):
     pytest.importorskip("trimesh")
     points = np.array([[0.5, -0.5, -0.5], [0.5, 0.5, -0.5], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5]])
     albedo = np.tile(np.float32([0.2, 0.5, 0.8]), (4, 1))
-    mesh = Mesh(points.astype(np.float32), np.array([[0, 1, 2], [0, 2, 3]]), albedo)
-    write_glb(mesh, tmp_path / "m.glb")
+    at = model.placed(points.astype(np.float32), None, False)
+    normals = np.tile(np.float32([0, 0, 1]), (4, 1))
+    mesh = model.Asset(at, normals, np.array([[0, 1, 2], [0, 2, 3]]), albedo)
+    formats.write(mesh, tmp_path / "m.glb")
     np.testing.assert_allclose(middles(tmp_path / "m.glb")[0], 255 * albedo[0], atol=1.5)
 
 

@@ -216,7 +216,6 @@ def test_the_memory_of_this_computer():
 @pytest.mark.parametrize(
     ("package", "given", "message"),
     [
-        ("fast_simplification", "--mesh.max-faces 1000 --pictures.mesh", "dsd_fast[mesh]"),
         ("imageio_ffmpeg", "--pictures.turntable", "--pictures.no-turntable"),
         ("peft", "--guidance.method vsd", "dsd_fast[vsd]"),
         ("peft", "--guidance.method dive3d", "dsd_fast[vsd]"),

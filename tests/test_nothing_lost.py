@@ -474,14 +474,14 @@ def test_the_file_system_is_asked_before_a_checkpoint_is_written(tmp_path, monke
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("write_glb", OSError(28, "No space left", "x")),
+        ("write", OSError(28, "No space left", "x")),
         ("write_turntable", OSError(28, "No space left", "x")),
         ("write_png", OSError(28, "No space left", "x")),
         ("contact_sheet", RuntimeError("a bug")),
     ],
 )
 def test_a_disk_that_is_full_at_the_end(runner, monkeypatch, caplog, name, error):
-    owner = text if hasattr(text, name) else pictures
+    owner = text.formats if name == "write" else pictures
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, raises(error))
         assert runner(*NO_PREVIEWS) == 1

@@ -183,7 +183,10 @@ def test_one_radius(tmp_path):
         (lambda: Background(BackgroundConfig(n_neurons=0)), "n_neurons: expected 1 or more"),
         (lambda: Renderer(RendererConfig(near_plane=NAN), 2.0), "near_plane: expected a finite"),
         (lambda: OccupancyGrid(OccupancyConfig(decay=2.0), 2.0, 0.1), "decay: expected 1 or less"),
-        (lambda: make_mesh(None, 1.0, MeshConfig(resolution=0), None), "resolution: expected 2"),
+        (
+            lambda: make_mesh(None, 1.0, MeshConfig(resolution=0), None, 0.1),
+            "resolution: expected 2",
+        ),
     ],
 )
 def test_the_parts_check_what_they_are_given(make, message):

@@ -23,6 +23,8 @@ import trimesh
 from PIL import Image
 
 from dsd_fast import export
+from dsd_fast.asset import formats
+from dsd_fast.asset.model import Asset
 from dsd_fast.config import preset, to_dict
 from dsd_fast.evaluate import __main__ as evaluate
 from dsd_fast.evaluate import meshes
@@ -33,7 +35,6 @@ from dsd_fast.picture_file import MAX_PIXELS, read_rgba
 from dsd_fast.run import checkpoint, pictures
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.scene.field_scene import FieldScene
-from dsd_fast.scene.mesh import Mesh, write_glb
 from dsd_fast.scene.picture import LARGEST_SIDE, RECENTRED_SIDE, read_picture
 from dsd_fast.tasks.image import progress_strip
 
@@ -526,11 +527,12 @@ def test_a_link_in_a_run_folder_is_not_followed(tmp_path):
     assert run.mesh.read_bytes()[:4] == b"glTF" and not run.mesh.is_symlink()
 
 
-def test_decimation_asks_for_its_package_before_the_work(trained, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda _: None)
-    monkeypatch.setattr(FieldScene, "mesh", None)
-    assert "pip install 'dsd_fast[mesh]'" in refused(caplog, trained, "--max-faces", 100)
-    assert not (trained / "mesh.glb").exists()
+def test_a_format_asks_for_its_package_before_the_work(trained, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda _: None)
+    monkeypatch.setattr(FieldScene, "asset", None)
+    for flags in (("--format", "usdz"), ("--output", tmp_path / "a.usdz")):
+        assert "pip install 'dsd_fast[usd]'" in refused(caplog, trained, *flags)
+    assert not list(trained.glob("mesh.*"))
 
 
 @pytest.mark.parametrize(
@@ -918,7 +920,8 @@ FRAMES = [np.full((16, 24, 3), i, np.uint8) for i in range(0, 250, 5)] * 4
 def write_mesh(path: Path) -> None:
     rng = np.random.default_rng(0)
     points, colours = rng.random((2, 30000, 3)).astype(np.float32)
-    write_glb(Mesh(points, np.arange(30000).reshape(-1, 3), colours), path)
+    faces, normals = np.arange(30000).reshape(-1, 3), np.ones_like(points)
+    formats.write(Asset(points, normals, faces, colours), path)
 
 
 WRITERS = {

@@ -169,7 +169,7 @@ def mesh_parts(path: Path) -> list[Part]:
     try:
         import trimesh
     except ImportError as error:
-        raise ImportError("meshes are read by trimesh: pip install 'dsd_fast[mesh]'") from error
+        raise ImportError("meshes are read by trimesh: pip install trimesh") from error
     parts = []
     try:
         with only_safe_pictures() as refused:

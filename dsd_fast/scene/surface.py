@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from dsd_fast.scene.level import Dense, Level, find_level
 from dsd_fast.scene.mesh_scene import Surface
+
+log = logging.getLogger("dsd_fast")
 
 # Points a density query may hold at once: bounds the memory of the encoding, not the result.
 QUERY_POINTS = 1 << 18
@@ -94,13 +97,18 @@ def _level(
     with torch.enable_grad():
         level = find_level(field, cells.contiguous(), radius, low, high, step)
     if level is None:
-        raise MeshError(_nothing(0.5 / radius, density))
+        # Fog that everyone sees through has no outline; its thicker half is better than nothing.
+        mean = float(density[density > _THIN / (2 * radius)].mean())
+        log.warning(
+            "no view of the object is opaque: the surface is at its mean density, %.4g", mean
+        )
+        return Level.constant(mean, device)
     return level
 
 
 def _nothing(iso: float, density: np.ndarray) -> str:
     return (
-        f"no surface: no view of the density is opaque at iso = {iso:.4g}, its maximum is "
+        f"no surface: the density never exceeds iso = {iso:.4g}, its maximum is "
         f"{density.max():.4g}. Pass a lower iso, or train longer if no object has formed yet."
     )
 

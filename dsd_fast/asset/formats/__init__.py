@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsd_fast.asset.formats import gltf, obj, plain, usd
+from dsd_fast.asset.formats.scene import beside
 from dsd_fast.asset.model import Asset
 from dsd_fast.output_file import check_output, writing
 from dsd_fast.ranges import ConfigError
@@ -33,7 +34,7 @@ from dsd_fast.ranges import ConfigError
 class Format(NamedTuple):
     # Writes an asset to files in an empty folder, the first of which is called as it is told.
     write: Callable[[Asset, Path], None]
-    # What names of files beside the one that is asked for end in, in the place of its own ending.
+    # What the names of files that it names end in.
     beside: tuple[str, ...] = ()
     # The package that it needs, and the extra that brings it, where that is none of the usual ones.
     needs: tuple[str, str] | None = None
@@ -52,8 +53,8 @@ SUFFIXES = tuple(f".{name}" for name in FORMATS)
 
 def files_of(path: Path) -> list[Path]:
     """The files that an asset of this name may be, the one of the name first."""
-    beside = FORMATS[path.suffix[1:].lower()].beside
-    return [path, *(path.with_name(path.stem + ending) for ending in beside)]
+    endings = FORMATS[path.suffix[1:].lower()].beside
+    return [path, *(beside(path, ending) for ending in endings)]
 
 
 def check_format(name: str, flag: str) -> None:

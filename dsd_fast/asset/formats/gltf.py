@@ -10,11 +10,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
-from dsd_fast.asset.formats.scene import mesh_of, pbr_material
+from dsd_fast.asset.formats.scene import beside, mesh_of, pbr_material
 from dsd_fast.asset.model import METALLIC, ROUGHNESS, Asset, linear, tangents
 
 Tree = dict[str, Any]
@@ -42,10 +41,9 @@ def write_gltf(asset: Asset, path: Path) -> None:
     tree = json.loads(files["model.gltf"])
     _set_targets(tree)
     (buffer,) = tree["buffers"]
-    buffers = path.with_suffix(".bin")
+    buffers = beside(path, ".bin")
     buffers.write_bytes(files[buffer["uri"]])
-    # An address, in which a file's name may need escapes.
-    buffer["uri"] = quote(buffers.name)
+    buffer["uri"] = buffers.name
     path.write_text(json.dumps(tree, indent=1, ensure_ascii=False), encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsd_fast.asset.formats.scene import mesh_of, picture, png
+from dsd_fast.asset.formats.scene import beside, mesh_of, picture, png
 from dsd_fast.asset.model import METALLIC, ROUGHNESS, Asset
 
 
@@ -20,11 +20,10 @@ def write(asset: Asset, path: Path) -> None:
         text = export_obj(mesh, include_normals=True, include_color=True, header=header)
         path.write_text(_named(text, asset), encoding="utf-8")
         return
-    # The material is called as the file is; names end at a space.
-    name = "_".join(path.stem.split())
+    name = beside(path, "").name
     material = SimpleMaterial(image=picture(asset.texture), name=name)
     mesh = mesh_of(asset, TextureVisuals(asset.uvs, material=material))
-    material_file, texture = path.with_suffix(".mtl"), path.with_suffix(".png")
+    material_file, texture = beside(path, ".mtl"), beside(path, ".png")
     text, _ = export_obj(
         mesh,
         include_normals=True,
@@ -48,7 +47,7 @@ def write(asset: Asset, path: Path) -> None:
         f"map_Kd {texture.name}",
     ]
     if asset.normal_map is not None:
-        normals = path.with_name(f"{path.stem}-normal.png")
+        normals = beside(path, "-normal.png")
         normals.write_bytes(png(asset.normal_map))
         lines.append(f"norm {normals.name}")
     material_file.write_text("\n".join(lines) + "\n", encoding="utf-8")

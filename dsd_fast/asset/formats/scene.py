@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsd_fast.asset.model import METALLIC, ROUGHNESS, Asset
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A file that the one at ``path`` names: in a name without what needs escapes there."""
+    return path.with_name(re.sub(r"[^A-Za-z0-9._-]", "_", path.stem) + ending)
 
 
 def picture(pixels: np.ndarray) -> Any:

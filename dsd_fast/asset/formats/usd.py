@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd_fast.asset.formats.scene import png
+from dsd_fast.asset.formats.scene import beside, png
 from dsd_fast.asset.model import METALLIC, ROUGHNESS, Asset, linear
 
 
@@ -23,7 +23,7 @@ def write(asset: Asset, path: Path) -> None:
         raise ImportError("USDZ is written by usd-core: pip install 'dsd_fast[usd]'") from error
 
     folder = path.parent
-    layer = folder / f"{path.stem}.usdc"
+    layer = beside(path, ".usdc")
     stage = Usd.Stage.CreateNew(str(layer))
     UsdGeom.SetStageUpAxis(stage, UsdGeom.Tokens.y)
     UsdGeom.SetStageMetersPerUnit(stage, 1.0)
@@ -39,10 +39,10 @@ def write(asset: Asset, path: Path) -> None:
     mesh = UsdGeom.Mesh.Define(stage, f"/{name}/mesh")
     _geometry(mesh, asset)
     material = UsdShade.Material.Define(stage, f"/{name}/material")
-    _material(stage, material, asset, folder, path.stem)
+    _material(stage, material, asset, path)
     UsdShade.MaterialBindingAPI.Apply(mesh.GetPrim()).Bind(material)
     stage.GetRootLayer().Save()
-    _pack(path, [layer, *sorted(folder.glob(f"{path.stem}*.png"))])
+    _pack(path, [layer, *sorted(folder.glob("*.png"))])
 
 
 def _pack(path: Path, files: list[Path]) -> None:
@@ -79,7 +79,7 @@ def _geometry(mesh: Any, asset: Asset) -> None:
         st.Set(Vt.Vec2fArray.FromNumpy(np.ascontiguousarray(asset.uvs, np.float32)))
 
 
-def _material(stage: Any, material: Any, asset: Asset, folder: Path, stem: str) -> None:
+def _material(stage: Any, material: Any, asset: Asset, path: Path) -> None:
     """A UsdPreviewSurface; names as of its specification."""
     from pxr import Gf, Sdf, UsdShade
 
@@ -102,21 +102,22 @@ def _material(stage: Any, material: Any, asset: Asset, folder: Path, stem: str) 
         return
     st = reader("st", "float2", "st", types.Float2)
 
-    def texture(name: str, pixels: np.ndarray, file: str, space: str) -> Any:
-        (folder / file).write_bytes(png(pixels))
+    def texture(name: str, pixels: np.ndarray, ending: str, space: str) -> Any:
+        file = beside(path, ending)
+        file.write_bytes(png(pixels))
         found = UsdShade.Shader.Define(stage, at.AppendChild(name))
         found.CreateIdAttr("UsdUVTexture")
-        found.CreateInput("file", types.Asset).Set(file)
+        found.CreateInput("file", types.Asset).Set(file.name)
         found.CreateInput("sourceColorSpace", types.Token).Set(space)
         for wrap in ("wrapS", "wrapT"):
             found.CreateInput(wrap, types.Token).Set("clamp")
         found.CreateInput("st", types.Float2).ConnectToSource(st)
         return found
 
-    base = texture("base_color", asset.texture, f"{stem}.png", "sRGB")
+    base = texture("base_color", asset.texture, ".png", "sRGB")
     diffuse.ConnectToSource(base.CreateOutput("rgb", types.Float3))
     if asset.normal_map is not None:
-        bumps = texture("normals", asset.normal_map, f"{stem}-normal.png", "raw")
+        bumps = texture("normals", asset.normal_map, "-normal.png", "raw")
         bumps.CreateInput("scale", types.Float4).Set(Gf.Vec4f(2, 2, 2, 1))
         bumps.CreateInput("bias", types.Float4).Set(Gf.Vec4f(-1, -1, -1, 0))
         normal = surface.CreateInput("normal", types.Normal3f)
