@@ -14,7 +14,8 @@ SMALL = """
     --device cpu --cameras.width 8 12 --cameras.height 8 12 --cameras.eval-height 16
     --cameras.eval-width 16 --cameras.n-test-views 3 --field.grid.n-levels 3
     --field.grid.start-level 2 --field.grid.log2-table-size 10 --renderer.num-samples-per-ray 48
-    --renderer.occupancy.resolution 16 --mesh.resolution 24 --pictures.preview-size 16
+    --renderer.occupancy.resolution 16 --mesh.resolution 24 --mesh.iso 0.5 --mesh.texture-size 0
+    --pictures.preview-size 16
     --pictures.sheet-views 2 --pictures.sheet-size 16 --trainer.log-every 1 --trainer.no-progress
 """.split()  # noqa: SIM905
 

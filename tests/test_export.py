@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 import trimesh
 from PIL import Image, ImageSequence
 from runs import Runner
@@ -14,7 +16,9 @@ from test_asset_formats import gltf_of
 from test_strangers_files import saved_tree, write_checkpoint
 
 from dsd_fast import export
+from dsd_fast.config import TrainConfig, from_dict
 from dsd_fast.run.outputs import RunFolder
+from dsd_fast.run.state import saved_scene
 from dsd_fast.scene import mesh as mesh_module
 from dsd_fast.scene.atlas import AtlasError
 
@@ -27,8 +31,10 @@ def trained(tmp_path_factory) -> Path:
     # As versions before textures saved it, but for the size.
     tree["config"]["mesh"] = {"resolution": 24, "iso": "2", "max_faces": 0}
     tree["config"]["pictures"]["enlarge"] = 1
-    # As if it had been rendered: it is seen.
-    tree["scene"]["renderer.occupancy.binary"].fill_(True)
+    scene = saved_scene(from_dict(TrainConfig, tree["config"]), tree["scene"])
+    # As after the first step: it is seen.
+    scene.renderer.update_occupancy(scene.field, 0, torch.Generator().manual_seed(0))
+    tree["scene"] = scene.state_dict()
     write_checkpoint(run, tree)
     run.versions.write_text('{"model_sha256": "abc", "model": "/home/somebody/model"}')
     return run.path
@@ -111,13 +117,9 @@ def frames_of(path: Path) -> np.ndarray:
     if path.suffix == ".gif":
         with Image.open(path) as picture:
             return np.stack([np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(picture)])
-    reader = imageio_ffmpeg.read_frames(str(path))
-    try:
-        width, height = next(reader)["size"]  # pyright: ignore
-        frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    finally:
-        reader.close()
-    return np.stack(frames)
+    decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "rawvideo"]
+    decoded = subprocess.run([*decode, "-pix_fmt", "rgb24", "-"], capture_output=True, check=True)
+    return np.frombuffer(decoded.stdout, np.uint8).reshape(-1, 48, 48, 3)
 
 
 @pytest.mark.parametrize("ending", ["mp4", "webm", "gif"])
