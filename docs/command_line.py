@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
         "Defaults are those of `--preset dsd`, the official ones; other presets, tasks and methods "
         "have others ([settings](../guides/settings.md#presets)).",
     ),
-    "dsd_fast.export": ((), "See [the mesh again](../tutorials/text.md#the-mesh-again)."),
+    "dsd_fast.export": ((), "See [assets](../guides/assets.md)."),
     "dsd_fast.refine": ((), "See [crisper textures](../tutorials/texture.md#crisper-textures)."),
     "dsd_fast.sample": ((), "See [samples](../tutorials/image.md#beside-samples-of-the-model)."),
     "dsd_fast.evaluate": ((), "See [comparing](../guides/compare.md)."),

@@ -394,7 +394,7 @@ def saved_tree(**settings) -> dict:
     cfg.field.grid.n_levels, cfg.field.grid.log2_table_size = 4, 10
     cfg.field.grid.start_level = 2
     cfg.renderer.occupancy.resolution = 8
-    cfg.mesh.resolution = 16
+    cfg.mesh.resolution, cfg.mesh.iso, cfg.mesh.texture_size = 16, "2", 0
     cfg.cameras.n_test_views = 2
     cfg.cameras.eval_height = cfg.cameras.eval_width = 8
     scene = FieldScene(cfg, torch.Generator().manual_seed(0))
@@ -467,15 +467,15 @@ def test_words_of_export_that_are_no_values(flags):
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("name", ["x.obj", "x.ply", "x.stl", "x.gltf", "x", "x.", ".glb", "x.mp4"])
-def test_a_mesh_is_written_as_glb_or_not_at_all(name, trained, tmp_path, caplog):
+@pytest.mark.parametrize("name", ["x.fbx", "x.3mf", "x.usd", "x", "x.", ".glb", "x.avi"])
+def test_a_mesh_is_written_in_a_format_that_is_known_or_not_at_all(name, trained, tmp_path, caplog):
     message = refused(caplog, trained, "--output", tmp_path / name)
     assert "expected a name that ends in .glb" in message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["x.gif", "x.webm", "x", "x.glb", "x.avi"])
-def test_a_video_is_written_as_mp4_or_not_at_all(name, trained, tmp_path, caplog):
+@pytest.mark.parametrize("name", ["x.mov", "x.png", "x", "x.glb", "x.avi"])
+def test_a_video_is_written_in_a_format_that_is_known_or_not_at_all(name, trained, tmp_path, caplog):
     message = refused(caplog, trained, "--turntable", "--output", tmp_path / name)
     assert "expected a name that ends in .mp4" in message
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ An asset without a texture has colours of vertices where the format has them. tr
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -97,7 +98,11 @@ def write(asset: Asset, path: Path) -> list[Path]:
     suffix = path.suffix[1:].lower()
     with tempfile.TemporaryDirectory(prefix="dsd-asset-") as folder:
         made = Path(folder, path.name)
-        FORMATS[suffix].write(asset, made)
+        try:
+            FORMATS[suffix].write(asset, made)
+        except OSError as error:
+            words = error.strerror or str(error) or type(error).__name__
+            raise OSError(error.errno or errno.EIO, words, str(path)) from error
         written = [file for file in files_of(path) if made.with_name(file.name).exists()]
         for file in reversed(written):
             with writing(file) as temporary:
