@@ -142,6 +142,8 @@ def test_obj_names_its_files_and_an_older_ones_go(tmp_path: Path):
     path = tmp_path / "chair.obj"
     formats.write(asset(), path)
     assert "mtllib chair.mtl" in path.read_text() and "o an_armchair_of_wood" in path.read_text()
+    words = {line.partition(" ")[0] for line in path.read_text().splitlines() if line}
+    assert words == {"#", "mtllib", "o", "usemtl", "v", "vt", "vn", "f"}
     material = (tmp_path / "chair.mtl").read_text().splitlines()
     assert "map_Kd chair.png" in material and "norm chair-normal.png" in material
     np.testing.assert_array_equal(imageio.imread(tmp_path / "chair.png"), asset().texture)

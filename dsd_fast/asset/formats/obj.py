@@ -13,7 +13,8 @@ def write(asset: Asset, path: Path) -> None:
     from trimesh.visual import ColorVisuals, TextureVisuals
     from trimesh.visual.material import SimpleMaterial
 
-    header = "\n".join([f"dsd_fast: {asset.name}", *_lines(asset)])
+    # Each line of it but the first is ours to mark as a comment.
+    header = "\n# ".join([f"dsd_fast: {asset.name}", *_lines(asset)])
     if asset.texture is None or asset.uvs is None:
         # Colours behind the coordinates, which no standard has and most programs read.
         mesh = mesh_of(asset, ColorVisuals(vertex_colors=asset.colors))
@@ -58,6 +59,7 @@ def _lines(asset: Asset) -> list[str]:
 
 
 def _named(text: str, asset: Asset) -> str:
-    """With the object's name in front of its first vertex."""
+    """With the object's name in front of what is of it."""
     name = "_".join(asset.name.split())
-    return text.replace("\nv ", f"\no {name}\nv ", 1)
+    first = "\nusemtl " if asset.texture is not None else "\nv "
+    return text.replace(first, f"\no {name}{first}", 1)
