@@ -468,14 +468,14 @@ def test_words_of_export_that_are_no_values(flags):
 
 
 @pytest.mark.parametrize("name", ["x.fbx", "x.3mf", "x.usd", "x", "x.", ".glb", "x.avi"])
-def test_a_mesh_is_written_in_a_format_that_is_known_or_not_at_all(name, trained, tmp_path, caplog):
+def test_a_mesh_is_written_in_a_known_format_or_not_at_all(name, trained, tmp_path, caplog):
     message = refused(caplog, trained, "--output", tmp_path / name)
     assert "expected a name that ends in .glb" in message
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["x.mov", "x.png", "x", "x.glb", "x.avi"])
-def test_a_video_is_written_in_a_format_that_is_known_or_not_at_all(name, trained, tmp_path, caplog):
+def test_a_video_is_written_in_a_known_format_or_not_at_all(name, trained, tmp_path, caplog):
     message = refused(caplog, trained, "--turntable", "--output", tmp_path / name)
     assert "expected a name that ends in .mp4" in message
     assert not list(tmp_path.iterdir())

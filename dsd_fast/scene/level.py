@@ -124,7 +124,7 @@ def find_level(
 
     Args:
         occupied: bool [G,G,G], the cells of the box [-radius, radius]³ that may hold density.
-        low, high: [3] corners of the box that holds the object.
+        low, high: [3] corners of the box that holds the object, on the CPU.
         step: length of a step along rays.
     """
     rays = _look(field, occupied, radius, low, high, step)
@@ -138,16 +138,19 @@ def find_level(
     if agreement < found[best]:
         logs = torch.full_like(logs, candidates[best])
         agreement = found[best]
-    return Level(logs, low, high, agreement, rays.hidden)
+    device = occupied.device
+    tensors = (tensor.to(device) for tensor in (logs, low, high))
+    return Level(*tensors, agreement, rays.hidden.to(device))
 
 
 @torch.no_grad()
 def _look(
     field: Dense, occupied: Tensor, radius: float, low: Tensor, high: Tensor, step: float
 ) -> _Rays:
-    """The rays of all views."""
-    device = low.device
-    centre, reach = ((low + high) / 2).cpu(), float((high - low).norm()) / 2
+    """The rays of all views, on the CPU, whose sums are the same each time: on CUDA the field is
+    asked, and what is hidden is looked up."""
+    device = occupied.device
+    centre, reach = (low + high) / 2, float((high - low).norm()) / 2
     fovy = torch.tensor([math.radians(FOVY_DEG)])
     distance = torch.tensor([1.02 * reach / math.sin(0.5 * float(fovy))])
     aabb = (-radius,) * 3 + (radius,) * 3
@@ -173,17 +176,18 @@ def _look(
         rays, starts, ends = ops.march(origins, dirs, occupied, aabb, step)
         rays = rays.long()
         points = torch.addcmul(origins[rays], dirs[rays], (0.5 * (starts + ends))[:, None])
-        density = field.density(points)
+        samples = (rays, starts, ends, points, field.density(points))
+        rays, starts, ends, points, density = (values.cpu() for values in samples)
         depth = density * (ends - starts)
         # Steps of all rays begin at the same distances from the eye.
         first = math.floor((float(distance) - reach) / step) - 1
         n_steps = math.ceil(2 * reach / step) + 3
         at = (starts / step).round().long() - first
         inside = (at >= 0) & (at < n_steps)
-        volume = torch.zeros((n_steps + 1) * SIZE * SIZE, device=device)
+        volume = torch.zeros((n_steps + 1) * SIZE * SIZE)
         volume.index_add_(0, (at[inside] + 1) * SIZE * SIZE + rays[inside], depth[inside])
         volume = volume.view(n_steps + 1, SIZE, SIZE).cumsum(0)
-        in_front = _in_front(volume, pose[0], first * step, step, places)
+        in_front = _in_front(volume.to(device), pose[0], first * step, step, places)
         hidden = torch.minimum(hidden, in_front)
         opaque = 1 - (-volume[-1].flatten()).exp() > OPAQUE
         logs = density.clamp_min(1e-9).log()
@@ -191,7 +195,7 @@ def _look(
         near = logs > none.scatter_reduce(0, rays, logs, "amax")[rays] - _BELOW
         parts.append((rays[near] + view * SIZE * SIZE, points[near], logs[near], opaque))
     columns = [torch.cat(column) for column in zip(*parts)]
-    return _Rays(*columns, hidden=hidden.view([len(axis) for axis in axes]))
+    return _Rays(*columns, hidden=hidden.view([len(axis) for axis in axes]).cpu())
 
 
 def _in_front(volume: Tensor, pose: Tensor, first: float, step: float, places: Tensor) -> Tensor:
@@ -224,7 +228,7 @@ def _adjust(rays: _Rays, log: float, low: Tensor, high: Tensor) -> tuple[Tensor,
     Each ray says of the place where it comes nearest to the surface that the level is lower or
     higher there: a logistic regression, whose weights differ little between neighbours.
     """
-    logs = torch.full(_sides(low, high, POINTS), log, device=low.device, requires_grad=True)
+    logs = torch.full(_sides(low, high, POINTS), log, requires_grad=True)
     optimizer = torch.optim.Adam([logs], lr=RATE)
     best, best_agreement = logs.detach().clone(), -1.0
     for turn in range(ROUNDS + 1):
@@ -244,7 +248,7 @@ def _adjust(rays: _Rays, log: float, low: Tensor, high: Tensor) -> tuple[Tensor,
             loss = F.binary_cross_entropy_with_logits(score, opaque, reduction="sum") / 1000
             rough = sum((logs.diff(dim=k).square().sum() for k in range(3)), torch.zeros(()))
             optimizer.zero_grad()
-            (loss + SMOOTHNESS * rough.to(loss.device)).backward()
+            (loss + SMOOTHNESS * rough).backward()
             optimizer.step()
             with torch.no_grad():
                 logs.clamp_(log - REACH, log + REACH)

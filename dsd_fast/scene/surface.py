@@ -93,9 +93,8 @@ def _level(
     dense = torch.from_numpy(np.argwhere(density > min(0.5 / radius, 0.5 * density.max())))
     spacing = 2 * radius / (COARSE - 1)
     low, high = (end.float() * spacing - radius for end in (dense.amin(0), dense.amax(0)))
-    low, high = ((low - spacing).to(device), (high + spacing).to(device))
     with torch.enable_grad():
-        level = find_level(field, cells.contiguous(), radius, low, high, step)
+        level = find_level(field, cells.contiguous(), radius, low - spacing, high + spacing, step)
     if level is None:
         # Fog that everyone sees through has no outline; its thicker half is better than nothing.
         mean = float(density[density > _THIN / (2 * radius)].mean())

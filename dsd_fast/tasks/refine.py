@@ -21,10 +21,9 @@ from dsd_fast.run.cli import Job
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.saved import SavedRun, open_saved
 from dsd_fast.run.state import load_run
-from dsd_fast.scene.mesh import MeshError
 from dsd_fast.scene.mesh_file import MeshFile
 from dsd_fast.scene.mesh_scene import MeshScene, Surface
-from dsd_fast.scene.normals import crease_normals
+from dsd_fast.scene.surface import MeshError
 from dsd_fast.scene.texture import TextureSize, choose_atlas
 from dsd_fast.schedules import Schedule
 from dsd_fast.tasks.base import register
@@ -105,10 +104,8 @@ def _mesh_of(saved: SavedRun, max_faces: int) -> MeshFile:
     """The decimated mesh of a run, in the field's coordinates."""
     settings = dataclasses.replace(saved.cfg.mesh, max_faces=max_faces)
     found = saved.scene.mesh(settings, saved.step)
-    source, normals, faces = crease_normals(found.vertices, found.faces)
-    return MeshFile(
-        found.vertices[source].astype("float64"), normals, faces.astype("int64"), None, z_up=True
-    )
+    points, faces = found.points.astype("float64"), found.faces.astype("int64")
+    return MeshFile(points, found.normals, faces, None, z_up=True)
 
 
 def refinement(
