@@ -138,9 +138,8 @@ def find_level(
     if agreement < found[best]:
         logs = torch.full_like(logs, candidates[best])
         agreement = found[best]
-    device = occupied.device
-    tensors = (tensor.to(device) for tensor in (logs, low, high))
-    return Level(*tensors, agreement, rays.hidden.to(device))
+    logs, low, high, hidden = (x.to(occupied.device) for x in (logs, low, high, rays.hidden))
+    return Level(logs, low, high, agreement, hidden)
 
 
 @torch.no_grad()
