@@ -269,7 +269,8 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_names_are_checked_and_listed(capsys):
-    with pytest.raises(ConfigError, match="task: expected one of text, single-view, image, got"):
+    names = "text, single-view, image, texture, refine"
+    with pytest.raises(ConfigError, match=f"task: expected one of {names}, got"):
         from_dict(TrainConfig, {"task": "sculpture"})
     with pytest.raises(ConfigError, match=r"guidance.method: expected one of dsd, .*recon.*, got"):
         from_dict(TrainConfig, {"guidance": {"method": "best"}})
