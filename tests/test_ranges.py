@@ -277,7 +277,7 @@ def test_names_are_checked_and_listed(capsys):
     with pytest.raises(SystemExit):
         cli.parse(["--help", "--device", "cpu"])
     said = capsys.readouterr().out
-    assert "--task {text,single-view,image}" in said and "(default: text)" in said
+    assert "--task {text,single-view,image,texture,refine}" in said and "(default: text)" in said
     assert "--preset {embedded,dsd,dsd-low-res,mvdream}" in said
     assert f"--guidance.method {{{','.join(guidance.METHODS)}}}" in said
 
