@@ -345,7 +345,9 @@ def test_seeds_share_geometry_and_coordinates(runner, chair) -> None:
     run = folder_of(runner)
     assert {p.name for p in run.path.iterdir()} >= {"mesh.glb", "preview.png", "turntable.mp4"}
     tree, _ = document(run.mesh)
-    assert tree["asset"]["extras"] == {"prompt": "a chair", "seed": 0, "method": "dsd"}
+    extras = tree["asset"]["extras"]
+    assert [extras[k] for k in ("prompt", "seed", "method")] == ["a chair", 0, "dsd"]
+    assert extras["licence"] and extras["steps"] > 0
     assert tree["materials"][0]["pbrMetallicRoughness"]["metallicFactor"] == 0.0
     # Where the mesh was, and as large.
     read = trimesh.load(run.mesh, force="mesh")

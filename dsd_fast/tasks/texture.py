@@ -21,6 +21,7 @@ from dsd_fast.config import CameraConfig, ConfigError, TrainConfig
 from dsd_fast.diffusion import DiffusionModel, PromptEmbeddings
 from dsd_fast.guidance import DSDGuidance, Guidance
 from dsd_fast.run import pictures
+from dsd_fast.run.about import about
 from dsd_fast.run.outputs import RunFolder
 from dsd_fast.run.state import TrainState
 from dsd_fast.scene.atlas import Atlas, AtlasError
@@ -91,12 +92,12 @@ class MeshTask(TextTask):
         if cfg.pictures.mesh:
             say("finishing: the texture")
             mesh, surface, atlas = self.canvas(cfg)
-            about = {"prompt": cfg.prompt, "seed": cfg.seed, "method": cfg.guidance.method}
 
             def colors(points: np.ndarray) -> np.ndarray:
                 return result.colors(points, step)
 
-            write_painted(mesh, atlas, colors, surface.points, cfg.texture.size, run.mesh, about)
+            told = about(cfg, step, run)
+            write_painted(mesh, atlas, colors, surface.points, cfg.texture.size, run.mesh, told)
         if cfg.pictures.turntable:
             say("finishing: the video")
             pictures.write_turntable(result, cfg, step, run.turntable)
